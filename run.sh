@@ -1,0 +1,215 @@
+#!/bin/sh
+# Set moss-jt up where that is still to be done, then run it.
+#
+#   sh run.sh chat [options]    talk to a model
+#   sh run.sh test [options]    run the tests (options go to pytest)
+#   sh run.sh WORD [options]    any other command of moss-jt: doctor, pull, convert, generate, …
+#
+# The set-up makes .venv beside this file and installs moss-jt there, editable. It is skipped when nothing
+# changed, and may be killed and started again at any point.
+#
+# From the environment: PYTHON (a Python 3.10 to 3.13 to use), pip's own settings such as PIP_INDEX_URL, and
+# LANG for the language of the messages.
+set -eu
+
+ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P)
+VENV=$ROOT/.venv
+OLDEST=10 # Python 3.x
+NEWEST=13
+
+say() { # ENGLISH CHINESE
+    case ${LC_ALL:-${LC_MESSAGES:-${LANG:-}}} in
+    zh* | ZH*) printf 'moss-jt: %s\n' "$2" >&2 ;;
+    *) printf 'moss-jt: %s\n' "$1" >&2 ;;
+    esac
+}
+
+fail() {
+    say "$1" "$2"
+    exit 1
+}
+
+usage() {
+    say "usage: sh run.sh chat | sh run.sh test | sh run.sh doctor (or any other command of moss-jt)" \
+        "用法：sh run.sh chat | sh run.sh test | sh run.sh doctor（或 moss-jt 的其他命令）"
+    exit 2
+}
+
+# ---- a Python, and what it and Jittor need from the system ----------------------------------------------------
+
+is_supported() { # PYTHON
+    command -v "$1" >/dev/null 2>&1 &&
+        "$1" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, $NEWEST))" 2>/dev/null
+}
+
+choose_python() { # prints its name, or nothing
+    for name in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+        if is_supported "$name"; then
+            command -v "$name"
+            return
+        fi
+    done
+}
+
+refuse_python() {
+    wanted=${PYTHON:-python3}
+    found=$("$wanted" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo '?')
+    fail "$wanted is Python $found; moss-jt needs 3.$OLDEST to 3.$NEWEST. Install one and name it: PYTHON=python3.12 sh run.sh chat" \
+        "$wanted 是 Python $found；moss-jt 需要 3.$OLDEST 到 3.$NEWEST。请安装其中之一并指定：PYTHON=python3.12 sh run.sh chat"
+}
+
+missing_packages() { # PYTHON or nothing; prints the Debian names of what is missing
+    if [ -z "$1" ]; then
+        echo python3 python3-venv python3-dev
+    else
+        "$1" - <<'PROBE'
+import importlib.util, os, sys, sysconfig
+
+own = os.path.realpath(sys.executable)
+prefix = "python3" if own == os.path.realpath("/usr/bin/python3") else "python3.%d" % sys.version_info[1]
+if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
+    print(prefix + "-venv")
+if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+    print(prefix + "-dev")
+PROBE
+    fi
+    command -v "${cc_path:-g++}" >/dev/null 2>&1 || echo g++
+}
+
+install_packages() { # NAMES
+    line="apt-get update && apt-get install -y --no-install-recommends $1"
+    if ! command -v apt-get >/dev/null 2>&1; then
+        fail "missing, by their Debian names: $1. Install the same with this system's package manager, then run this again." \
+            "缺少以下组件（Debian 包名）：$1。请用本系统的包管理器安装相应的包，然后重新运行。"
+    elif [ "$(id -u)" != 0 ]; then
+        fail "missing: $1. Install with this line, then run the same command again: sudo sh -c '$line'" \
+            "缺少：$1。请执行这一行安装，然后重新运行同一命令：sudo sh -c '$line'"
+    fi
+    say "installing what is missing: $line" "正在安装缺少的组件：$line"
+    logged apt env DEBIAN_FRONTEND=noninteractive sh -c "$line" || {
+        show_log
+        fail "apt-get failed; its last words are above. Mend that, or run the line by hand." \
+            "apt-get 失败，最后的输出见上。请处理后重试，或手动执行该行。"
+    }
+}
+
+# ---- long steps: quiet, but alive on a terminal ---------------------------------------------------------------
+
+LOG=
+child=
+
+stop() {
+    trap - INT TERM HUP
+    [ -z "$child" ] || kill "$child" 2>/dev/null || :
+    [ -z "$LOG" ] || rm -f "$LOG"
+    printf '\n' >&2
+    exit 130
+}
+
+logged() { # LABEL COMMAND...; its output goes to $LOG, on a terminal its newest line is shown
+    label=$1
+    shift
+    [ -n "$LOG" ] || LOG=$(mktemp)
+    trap stop INT TERM HUP
+    begin=$(date +%s)
+    "$@" >"$LOG" 2>&1 </dev/null 9>&- &
+    child=$!
+    while [ -t 2 ] && kill -0 "$child" 2>/dev/null; do
+        newest=$(tail -n 1 "$LOG" | tr -d '\r' | cut -c1-56)
+        printf '\r\033[K%s %3ds  %s' "$label" $(($(date +%s) - begin)) "$newest" >&2
+        sleep 1
+    done
+    [ ! -t 2 ] || printf '\r\033[K' >&2
+    status=0
+    wait "$child" || status=$?
+    child=
+    trap - INT TERM HUP
+    return "$status"
+}
+
+show_log() {
+    tail -n 12 "$LOG" >&2
+    rm -f "$LOG"
+    LOG=
+}
+
+# ---- the virtual environment ----------------------------------------------------------------------------------
+
+stamp() { # what an installation depends on: the place, the settings of the package
+    printf '%s %s\n' "$ROOT" "$(cat "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum)"
+}
+
+is_set_up() { # EXTRA or nothing
+    [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/.moss-jt$1" 2>/dev/null)" = "$(stamp)" ]
+}
+
+make_venv() { # PYTHON
+    if is_supported "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        return
+    fi
+    [ -w "$ROOT" ] || fail "cannot write to $ROOT, where .venv belongs. Copy the checkout to a folder of yours." \
+        "无法写入 $ROOT（.venv 应放在那里）。请把代码复制到自己可写的目录。"
+    logged venv "$1" -m venv --clear "$VENV" || {
+        show_log
+        fail "making $VENV failed; the reason is above." "创建 $VENV 失败，原因见上。"
+    }
+}
+
+install() { # EXTRA or nothing
+    extra=${1:+[$1]}
+    say "installing moss-jt and what it needs into $VENV (once; some minutes)" \
+        "正在把 moss-jt 及其依赖装入 $VENV（仅一次，需几分钟）"
+    unset PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
+    logged pip "$VENV/bin/python" -m pip install --no-input --disable-pip-version-check -e "$ROOT$extra" || {
+        show_log
+        fail "pip failed; its last words are above. Without network it cannot work: check the connection, or point PIP_INDEX_URL at an index that answers, then run this again." \
+            "pip 失败，最后的输出见上。没有网络无法安装：请检查网络，或用 PIP_INDEX_URL 指定可用的镜像，然后重新运行。"
+    }
+    stamp >"$VENV/.moss-jt"
+    [ -z "$1" ] || stamp >"$VENV/.moss-jt$1"
+    [ -z "$LOG" ] || rm -f "$LOG"
+    LOG=
+}
+
+set_up() { # EXTRA or nothing
+    ! is_set_up "$1" || return 0
+    python=$(choose_python)
+    if [ -z "$python" ] && command -v "${PYTHON:-python3}" >/dev/null 2>&1; then
+        refuse_python
+    elif [ -z "$python" ] && [ -n "${PYTHON:-}" ]; then
+        fail "PYTHON is $PYTHON, and no such program is there." "PYTHON 为 $PYTHON，但找不到该程序。"
+    fi
+    packages=$(missing_packages "$python" | tr '\n' ' ' | sed 's/ $//')
+    [ -z "$packages" ] || install_packages "$packages"
+    [ -n "$python" ] || python=$(choose_python)
+    [ -n "$python" ] || refuse_python
+    make_venv "$python"
+    install "$1"
+}
+
+set_up_alone() { # one set-up at a time where flock exists
+    if command -v flock >/dev/null 2>&1 && (: >>"$ROOT/.venv.lock") 2>/dev/null; then
+        exec 9>>"$ROOT/.venv.lock"
+        flock 9
+        set_up "$1"
+        exec 9>&-
+    else
+        set_up "$1"
+    fi
+}
+
+# ---- the commands ---------------------------------------------------------------------------------------------
+
+case ${1:-} in
+'' | -h | --help | help) usage ;;
+test)
+    shift
+    is_set_up test || set_up_alone test
+    cd "$ROOT"
+    exec "$VENV/bin/python" -m pytest "$@"
+    ;;
+*)
+    is_set_up '' || set_up_alone ''
+    exec "$VENV/bin/python" -m moss_jt.cli "$@"
+    ;;
+esac
