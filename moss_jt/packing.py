@@ -1,0 +1,403 @@
+"""Quantised matrices as numpy arrays, as tile16 blobs and as GPTQ words: pack, unpack, dequantise.
+
+The bytes are described in `moss_jt.layout`. There are two ways into a blob. The plain way goes
+through codes, one byte each, and handles every case; it is the definition. The short way turns
+GPTQ words into tiles without spreading the codes, which works because one 32-bit word of GPTQ
+holds exactly the inputs that one row has in one 64-byte chunk: for int8 the same four bytes, for
+int4 the same eight nibbles in another order. `pack_gptq` and `unpack_gptq` take the short way
+where the inputs are not permuted and the plain way, some rows at a time, where they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moss_jt.config import Bits
+from moss_jt.errors import CheckpointError, ShapeError
+from moss_jt.layout import TILE_ROWS, TileLayout
+
+Array = npt.NDArray[Any]
+Bytes = npt.NDArray[np.uint8]
+
+_WORDS_AT_ONCE = 1 << 16  # 256 KiB: the nibble shuffle's working set stays in the L2 cache
+_CODES_AT_ONCE = 1 << 24  # 16 MiB: codes spread to bytes at a time on the plain way
+
+
+@dataclass(frozen=True)
+class QuantMatrix:
+    """A quantised matrix, its inputs in their own order.
+
+    Attributes:
+        codes: (N, K) uint8, one code a byte.
+        scales: (N, G) float16.
+        zeros: (N, G) uint8, the zero point minus 1, as GPTQ stores it.
+        groups: (K,) int32, the group of each input.
+    """
+
+    codes: Bytes
+    scales: npt.NDArray[np.float16]
+    zeros: Bytes
+    groups: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class GptqMatrix:
+    """A quantised matrix in the words of GPTQ.
+
+    Attributes:
+        qweight: (K * bits / 32, N) int32, inputs packed lowest bits first.
+        qzeros: (G, N * bits / 32) int32, outputs packed lowest bits first.
+        scales: (G, N) float16.
+        g_idx: (K,) int32, the group of each input.
+    """
+
+    qweight: npt.NDArray[np.int32]
+    qzeros: npt.NDArray[np.int32]
+    scales: npt.NDArray[np.float16]
+    g_idx: npt.NDArray[np.int32]
+
+
+def plain_groups(k: int, group_size: int) -> npt.NDArray[np.int32]:
+    """The group of each of `k` inputs when groups are runs of `group_size`."""
+    return (np.arange(k, dtype=np.int64) // group_size).astype(np.int32)
+
+
+def check_groups(groups: Array, k: int, group_size: int) -> None:
+    """See that every group of inputs is whole.
+
+    Raises:
+        CheckpointError: a group has another number of inputs than `group_size` (the last one: the rest).
+    """
+    if groups.shape != (k,):
+        raise CheckpointError(f"g_idx has shape {groups.shape}; the matrix has {k} inputs.")
+    n_groups = -(-k // group_size)
+    low, high = int(groups.min()), int(groups.max())
+    if low < 0 or high >= n_groups:
+        raise CheckpointError(
+            f"g_idx names groups {low} to {high}; {k} inputs in groups of {group_size} have 0 to {n_groups - 1}."
+        )
+    wanted = np.full(n_groups, group_size)
+    wanted[-1] = k - (n_groups - 1) * group_size
+    found = np.bincount(groups, minlength=n_groups)
+    if (found != wanted).any():
+        first = int(np.flatnonzero(found != wanted)[0])
+        raise CheckpointError(
+            f"g_idx gives group {first} {found[first]} inputs where {wanted[first]} were expected: groups must be whole."
+        )
+
+
+def tile_layout(shape: tuple[int, int], bits: Bits, group_size: int, groups: Array | None = None) -> TileLayout:
+    """The layout for a matrix: with a permutation only where its groups need one.
+
+    Args:
+        shape: (N, K).
+        bits: 4 or 8.
+        group_size: inputs in a group, -1 for all.
+        groups: (K,) the group of each input; None for runs.
+
+    Raises:
+        CheckpointError: the groups are not whole.
+    """
+    k = shape[1]
+    size = k if group_size == -1 else group_size
+    permuted = bool(size % (32 // bits) and size != k) or bool(k % (32 // bits))
+    if groups is not None:
+        check_groups(groups, k, size)
+        permuted = permuted or not np.array_equal(groups, plain_groups(k, size))
+    return TileLayout(shape, bits, size, permuted)
+
+
+def input_order(layout: TileLayout, groups: Array) -> npt.NDArray[np.int32]:
+    """Which input lies at each position of a blob: (padded_in,) int32, -1 at padding.
+
+    Inputs lie group after group, inside a group in their own order.
+    """
+    perm = np.full(layout.padded_in, -1, dtype=np.int32)
+    by_group = np.argsort(groups, kind="stable")
+    ordered = groups[by_group].astype(np.int64)
+    rank = np.arange(len(groups)) - ordered * layout.group_size
+    perm[ordered * layout.padded_group + rank] = by_group
+    return perm
+
+
+def pack(matrix: QuantMatrix, layout: TileLayout) -> Bytes:
+    """Make the tile16 blob of a matrix, the plain way.
+
+    Returns:
+        (layout.nbytes,) uint8.
+
+    Raises:
+        ShapeError: the arrays are not of the layout's shape.
+    """
+    _check_shapes(matrix, layout)
+    blob = np.zeros(layout.nbytes, dtype=np.uint8)
+    perm = input_order(layout, matrix.groups)
+    tiles = _tiles(blob, layout)
+    step = max(1, _CODES_AT_ONCE // (TILE_ROWS * layout.padded_in))
+    for first in range(0, layout.n_tiles, step):
+        rows = slice(first * TILE_ROWS, (first + step) * TILE_ROWS)
+        _pack_codes(matrix.codes[rows], perm, layout, tiles[first : first + step])
+    _pack_scales_zeros(matrix.scales.T, matrix.zeros.T, layout, tiles)
+    _write_perm(blob, layout, perm)
+    return blob
+
+
+def unpack(blob: Bytes, layout: TileLayout) -> QuantMatrix:
+    """Read a tile16 blob back; the inverse of `pack`.
+
+    Raises:
+        CheckpointError: the blob's permutation is broken.
+    """
+    n, k = layout.shape
+    perm = read_perm(blob, layout)
+    tiles = _tiles(blob, layout)
+    codes = np.empty((n, k), dtype=np.uint8)
+    step = max(1, _CODES_AT_ONCE // (TILE_ROWS * layout.padded_in))
+    for first in range(0, layout.n_tiles, step):
+        rows = slice(first * TILE_ROWS, min(n, (first + step) * TILE_ROWS))
+        _unpack_codes(tiles[first : first + step], perm, layout, codes[rows])
+    scales, zeros = _unpack_scales_zeros(layout, tiles)
+    return QuantMatrix(codes, scales.T, zeros.T, _groups_of(perm, layout))
+
+
+def dequantize(matrix: QuantMatrix) -> npt.NDArray[np.float32]:
+    """The matrix as numbers: (N, K) float32, W = (code - (zero + 1)) * scale."""
+    weights = matrix.codes.astype(np.float32)
+    weights -= matrix.zeros[:, matrix.groups].astype(np.float32) + np.float32(1)
+    weights *= matrix.scales[:, matrix.groups].astype(np.float32)
+    return weights
+
+
+def pack_gptq(words: GptqMatrix, layout: TileLayout) -> Bytes:
+    """Make the tile16 blob of a matrix given in GPTQ words.
+
+    Returns:
+        (layout.nbytes,) uint8, the same as `pack` gives of the same matrix.
+    """
+    blob = np.zeros(layout.nbytes, dtype=np.uint8)
+    tiles = _tiles(blob, layout)
+    if layout.permuted:
+        perm = input_order(layout, words.g_idx)
+        step = max(1, _CODES_AT_ONCE // (TILE_ROWS * layout.padded_in))
+        for first in range(0, layout.n_tiles, step):
+            rows = slice(first * TILE_ROWS, (first + step) * TILE_ROWS)
+            codes = gptq_codes(words.qweight[:, rows], layout.bits).T
+            _pack_codes(codes, perm, layout, tiles[first : first + step])
+        _write_perm(blob, layout, perm)
+    else:
+        _words_to_tiles(words.qweight, layout, tiles)
+    _pack_scales_zeros(words.scales, gptq_zeros(words.qzeros, layout.bits), layout, tiles)
+    return blob
+
+
+def unpack_gptq(blob: Bytes, layout: TileLayout) -> GptqMatrix:
+    """The GPTQ words of a tile16 blob; the inverse of `pack_gptq`.
+
+    Raises:
+        CheckpointError: the blob's permutation is broken, or its sizes do not fill GPTQ's words.
+    """
+    n, k = layout.shape
+    if n % layout.block or k % layout.block:
+        raise CheckpointError(
+            f"a matrix of {n} x {k} does not fill the words of GPTQ, which hold {layout.block} codes each."
+        )
+    perm = read_perm(blob, layout)
+    tiles = _tiles(blob, layout)
+    qweight = np.empty((k // layout.block, n), dtype=np.int32)
+    if layout.permuted:
+        step = max(1, _CODES_AT_ONCE // (TILE_ROWS * layout.padded_in))
+        for first in range(0, layout.n_tiles, step):
+            last = min(n, (first + step) * TILE_ROWS)
+            codes = np.empty((last - first * TILE_ROWS, k), dtype=np.uint8)
+            _unpack_codes(tiles[first : first + step], perm, layout, codes)
+            qweight[:, first * TILE_ROWS : last] = gptq_words(codes.T, layout.bits)
+    else:
+        _tiles_to_words(tiles, layout, qweight)
+    scales, zeros = _unpack_scales_zeros(layout, tiles)
+    return GptqMatrix(qweight, gptq_words(zeros.T, layout.bits).T, scales, _groups_of(perm, layout))
+
+
+def gptq_codes(words: Array, bits: Bits) -> Bytes:
+    """Spread GPTQ words along the first axis: (R, N) int32 -> (R * 32 / bits, N) uint8."""
+    per = 32 // bits
+    unsigned = words.view(np.uint32) if words.dtype == np.int32 else words
+    shifts = (np.arange(per, dtype=np.uint32) * bits)[None, :, None]
+    codes = (unsigned[:, None, :] >> shifts) & np.uint32((1 << bits) - 1)
+    return codes.astype(np.uint8).reshape(words.shape[0] * per, words.shape[1])
+
+
+def gptq_words(codes: Array, bits: Bits) -> npt.NDArray[np.int32]:
+    """Pack codes along the first axis, lowest bits first: (K, N) uint8 -> (K * bits / 32, N) int32."""
+    per = 32 // bits
+    spread = codes.reshape(codes.shape[0] // per, per, codes.shape[1])
+    words = np.zeros((spread.shape[0], spread.shape[2]), dtype=np.uint32)
+    for i in range(per):
+        words |= spread[:, i].astype(np.uint32) << np.uint32(i * bits)
+    return words.view(np.int32)
+
+
+def gptq_zeros(qzeros: Array, bits: Bits) -> Bytes:
+    """Spread the zero words: (G, N * bits / 32) int32 -> (G, N) uint8, the zero points minus 1."""
+    flat = np.ascontiguousarray(qzeros).view(np.uint8)  # (G, N * bits / 8), lowest bits first
+    if bits == 8:
+        return flat
+    return np.stack([flat & 15, flat >> 4], axis=-1).reshape(flat.shape[0], -1)
+
+
+def read_perm(blob: Bytes, layout: TileLayout) -> npt.NDArray[np.int32]:
+    """Which input lies at each position: (padded_in,) int32, -1 at padding.
+
+    Raises:
+        CheckpointError: it does not name every input once, or pads elsewhere than at the ends of groups.
+    """
+    k = layout.shape[1]
+    if not layout.permuted:
+        return np.arange(k, dtype=np.int32)
+    perm = blob[layout.perm_offset : layout.perm_offset + 4 * layout.padded_in].view("<i4")
+    real = perm != -1
+    inputs = perm[real]
+    if len(inputs) != k or inputs.min() < 0 or inputs.max() >= k or (np.bincount(inputs, minlength=k) != 1).any():
+        raise CheckpointError(f"the permutation of a matrix does not name each of its {k} inputs once.")
+    if not np.array_equal(real, input_order(layout, plain_groups(k, layout.group_size)) != -1):
+        raise CheckpointError("the permutation of a matrix has padding where its groups need inputs.")
+    return perm
+
+
+def _check_shapes(matrix: QuantMatrix, layout: TileLayout) -> None:
+    n, k = layout.shape
+    g = layout.n_groups
+    wanted = {"codes": (n, k), "scales": (n, g), "zeros": (n, g), "groups": (k,)}
+    for name, shape in wanted.items():
+        found = getattr(matrix, name).shape
+        if found != shape:
+            raise ShapeError(f"{name} has shape {found}; a matrix of {n} x {k} in {g} groups needs {shape}.")
+
+
+def _tiles(blob: Bytes, layout: TileLayout) -> Bytes:
+    """The tiles of a blob: (n_tiles, tile_bytes), a view."""
+    if blob.shape != (layout.nbytes,) or blob.dtype != np.uint8:
+        raise ShapeError(f"a blob is {blob.dtype} {blob.shape}; its layout needs uint8 ({layout.nbytes},).")
+    tiles: Bytes = blob[: layout.perm_offset].reshape(layout.n_tiles, layout.tile_bytes)
+    return tiles
+
+
+def _pack_codes(codes: Bytes, perm: Array, layout: TileLayout, tiles: Bytes) -> None:
+    """Codes (rows, K) into the code sections of their tiles."""
+    spread = np.zeros((len(tiles) * TILE_ROWS, layout.padded_in), dtype=np.uint8)
+    real = perm >= 0
+    if real.all():
+        np.take(codes, perm, axis=1, out=spread[: len(codes)])
+    else:
+        spread[: len(codes), real] = codes[:, perm[real]]
+    blocks: Array = spread.reshape(len(tiles), TILE_ROWS, -1, layout.block)
+    if layout.bits == 4:
+        blocks = blocks[..., :4] | blocks[..., 4:] << 4
+    section = tiles[:, : layout.code_bytes].reshape(len(tiles), -1, TILE_ROWS, 4)
+    section[...] = blocks.transpose(0, 2, 1, 3)
+
+
+def _unpack_codes(tiles: Bytes, perm: Array, layout: TileLayout, codes: Bytes) -> None:
+    """The code sections of tiles into codes (rows, K)."""
+    section = tiles[:, : layout.code_bytes].reshape(len(tiles), -1, TILE_ROWS, 4).transpose(0, 2, 1, 3)
+    if layout.bits == 4:
+        section = np.concatenate([section & 15, section >> 4], axis=-1)
+    spread = section.reshape(len(tiles) * TILE_ROWS, layout.padded_in)[: len(codes)]
+    real = perm >= 0
+    codes[:, perm[real]] = spread[:, real] if not real.all() else spread
+
+
+def _pack_scales_zeros(scales: Array, zeros: Array, layout: TileLayout, tiles: Bytes) -> None:
+    """Scales and zeros, both (G, N), into their sections."""
+    n, g = layout.shape[0], layout.n_groups
+    padded_scales = np.zeros((g, layout.n_tiles * TILE_ROWS), dtype="<f2")
+    padded_scales[:, :n] = scales
+    padded_zeros = np.zeros((g, layout.n_tiles * TILE_ROWS), dtype=np.uint8)
+    padded_zeros[:, :n] = zeros
+    by_tile = np.ascontiguousarray(padded_scales.reshape(g, -1, TILE_ROWS).transpose(1, 0, 2))
+    start = layout.code_bytes
+    tiles[:, start : start + g * TILE_ROWS * 2] = by_tile.view(np.uint8).reshape(layout.n_tiles, -1)
+    zero_tiles: Array = padded_zeros.reshape(g, -1, TILE_ROWS).transpose(1, 0, 2)
+    if layout.bits == 4:
+        zero_tiles = zero_tiles[..., :8] | zero_tiles[..., 8:] << 4
+    start += layout.scale_bytes
+    tiles[:, start : start + g * TILE_ROWS * layout.bits // 8] = zero_tiles.reshape(layout.n_tiles, -1)
+
+
+def _unpack_scales_zeros(layout: TileLayout, tiles: Bytes) -> tuple[npt.NDArray[np.float16], Bytes]:
+    """Scales and zeros, both (G, N)."""
+    n, g = layout.shape[0], layout.n_groups
+    start = layout.code_bytes
+    raw = np.ascontiguousarray(tiles[:, start : start + g * TILE_ROWS * 2]).view("<f2")
+    scales = raw.reshape(layout.n_tiles, g, TILE_ROWS).transpose(1, 0, 2).reshape(g, -1)[:, :n]
+    start += layout.scale_bytes
+    zeros = tiles[:, start : start + g * TILE_ROWS * layout.bits // 8].reshape(layout.n_tiles, g, -1)
+    if layout.bits == 4:
+        zeros = np.concatenate([zeros & 15, zeros >> 4], axis=-1)
+    return scales, zeros.transpose(1, 0, 2).reshape(g, -1)[:, :n]
+
+
+def _write_perm(blob: Bytes, layout: TileLayout, perm: Array) -> None:
+    if layout.permuted:
+        blob[layout.perm_offset : layout.perm_offset + 4 * layout.padded_in] = perm.astype("<i4").view(np.uint8)
+
+
+def _groups_of(perm: Array, layout: TileLayout) -> npt.NDArray[np.int32]:
+    """The group of each input, from the order of inputs."""
+    groups = np.empty(layout.shape[1], dtype=np.int32)
+    real = perm >= 0
+    groups[perm[real]] = (np.arange(layout.padded_in) // layout.padded_group)[real]
+    return groups
+
+
+def _words_to_tiles(qweight: Array, layout: TileLayout, tiles: Bytes) -> None:
+    """GPTQ words (blocks, N) into the code sections, four bytes at a time."""
+    n = layout.shape[0]
+    words = np.ascontiguousarray(qweight).view(np.uint32)
+    target = tiles[:, : layout.code_bytes].view(np.uint32).reshape(layout.n_tiles, -1, TILE_ROWS)
+    whole = n // TILE_ROWS
+    rows_at_once = max(1, _WORDS_AT_ONCE // max(n, 1))
+    for first in range(0, len(words), rows_at_once):
+        some = words[first : first + rows_at_once]
+        if layout.bits == 4:
+            some = _interleave_nibbles(some)
+        chunks = some[:, : whole * TILE_ROWS].reshape(len(some), whole, TILE_ROWS)
+        target[:whole, first : first + rows_at_once] = chunks.transpose(1, 0, 2)
+        if n % TILE_ROWS:
+            target[whole, first : first + rows_at_once, : n % TILE_ROWS] = some[:, whole * TILE_ROWS :]
+
+
+def _tiles_to_words(tiles: Bytes, layout: TileLayout, qweight: npt.NDArray[np.int32]) -> None:
+    """The code sections into GPTQ words (blocks, N)."""
+    n = layout.shape[0]
+    words = qweight.view(np.uint32)
+    source = tiles[:, : layout.code_bytes].view(np.uint32).reshape(layout.n_tiles, -1, TILE_ROWS)
+    rows_at_once = max(1, _WORDS_AT_ONCE // max(n, 1))
+    for first in range(0, len(words), rows_at_once):
+        some = source[:, first : first + rows_at_once].transpose(1, 0, 2)
+        flat = np.ascontiguousarray(some).reshape(some.shape[0], -1)[:, :n]
+        words[first : first + rows_at_once] = _separate_nibbles(flat) if layout.bits == 4 else flat
+
+
+def _interleave_nibbles(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """Nibbles 0 1 2 3 4 5 6 7 become 0 4 1 5 2 6 3 7, as the low and high halves of four bytes."""
+    return _swap_bits(_swap_bits(words, 8, 0x0000FF00), 4, 0x00F000F0)
+
+
+def _separate_nibbles(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """The inverse of `_interleave_nibbles`."""
+    return _swap_bits(_swap_bits(words, 4, 0x00F000F0), 8, 0x0000FF00)
+
+
+def _swap_bits(words: npt.NDArray[np.uint32], distance: int, mask: int) -> npt.NDArray[np.uint32]:
+    """Exchange the bits under `mask` with those `distance` places above."""
+    move = words >> np.uint32(distance)
+    move ^= words
+    move &= np.uint32(mask)
+    swapped = words ^ move
+    move <<= np.uint32(distance)
+    swapped ^= move
+    return swapped
