@@ -90,6 +90,11 @@ def check_groups(groups: Array, k: int, group_size: int) -> None:
         )
 
 
+def inputs_per_group(group_size: int, k: int) -> int:
+    """A config's group size for a matrix of `k` inputs: -1 means all of them, and so does more than there are."""
+    return k if group_size == -1 else min(group_size, k)
+
+
 def tile_layout(shape: tuple[int, int], bits: Bits, group_size: int, groups: Array | None = None) -> TileLayout:
     """The layout for a matrix: with a permutation only where its groups need one.
 
@@ -103,8 +108,8 @@ def tile_layout(shape: tuple[int, int], bits: Bits, group_size: int, groups: Arr
         CheckpointError: the groups are not whole.
     """
     k = shape[1]
-    size = k if group_size == -1 else group_size
-    permuted = bool(size % (32 // bits) and size != k) or bool(k % (32 // bits))
+    size = inputs_per_group(group_size, k)
+    permuted = bool(size % (32 // bits)) or bool(k % (32 // bits))
     if groups is not None:
         check_groups(groups, k, size)
         permuted = permuted or not np.array_equal(groups, plain_groups(k, size))
@@ -242,7 +247,7 @@ def gptq_words(codes: Array, bits: Bits) -> npt.NDArray[np.int32]:
 
 def gptq_zeros(qzeros: Array, bits: Bits) -> Bytes:
     """Spread the zero words: (G, N * bits / 32) int32 -> (G, N) uint8, the zero points minus 1."""
-    flat = np.ascontiguousarray(qzeros).view(np.uint8)  # (G, N * bits / 8), lowest bits first
+    flat: Bytes = np.ascontiguousarray(qzeros).view(np.uint8)  # (G, N * bits / 8), lowest bits first
     if bits == 8:
         return flat
     return np.stack([flat & 15, flat >> 4], axis=-1).reshape(flat.shape[0], -1)
