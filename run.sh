@@ -171,6 +171,12 @@ install() { # EXTRA or nothing
     LOG=
 }
 
+mend_links() { # an unpacked sdist has none, some archives and file systems lose them
+    for room in converters kernels cli; do
+        [ -d "$ROOT/moss_jt/$room" ] || ln -sfn "../$room" "$ROOT/moss_jt/$room"
+    done
+}
+
 set_up() { # EXTRA or nothing
     ! is_set_up "$1" || return 0
     python=$(choose_python)
@@ -184,6 +190,7 @@ set_up() { # EXTRA or nothing
     [ -n "$python" ] || python=$(choose_python)
     [ -n "$python" ] || refuse_python
     make_venv "$python"
+    mend_links
     install "$1"
 }
 
