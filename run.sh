@@ -82,8 +82,10 @@ install_packages() { # NAMES
         fail "missing, by their Debian names: $1. Install the same with this system's package manager, then run this again." \
             "缺少以下组件（Debian 包名）：$1。请用本系统的包管理器安装相应的包，然后重新运行。"
     elif [ "$(id -u)" != 0 ]; then
-        fail "missing: $1. Install with this line, then run the same command again: sudo sh -c '$line'" \
-            "缺少：$1。请执行这一行安装，然后重新运行同一命令：sudo sh -c '$line'"
+        become="su -c"
+        ! command -v sudo >/dev/null 2>&1 || become="sudo sh -c"
+        fail "missing: $1. Install with this line, then run the same command again: $become '$line'" \
+            "缺少：$1。请执行这一行安装，然后重新运行同一命令：$become '$line'"
     fi
     say "installing what is missing: $line" "正在安装缺少的组件：$line"
     logged apt env DEBIAN_FRONTEND=noninteractive sh -c "$line" || {

@@ -24,7 +24,7 @@ BARE = ["-c", "pass"]
 FIND_COMMANDS = """
 import click
 from moss_jt.cli import convert, main
-for module, group in (("moss_jt.cli", main.group), ("moss_jt.cli.convert", convert.command)):
+for module, group in (("moss_jt.cli", main.make_group()), ("moss_jt.cli.convert", convert.command)):
     print(module)
     with click.Context(group) as ctx:
         for name in group.list_commands(ctx):
