@@ -21,10 +21,10 @@ ROOMS = ("converters", "kernels", "cli")
 ROWS = {
     0: "config layout errors progress language paths",
     1: "checked_file safetensors_file checkpoint packing tokenizer template kernels startup",
-    2: "ops batch cache sampling weights",
+    2: "ops ops_grad batch cache sampling weights",
     3: "model",
     4: "runner engine generate",
-    5: "chat chat_file load hub fetch stored doctor converters",
+    5: "chat chat_file load hub pull_plan fetch stored doctor converters",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}
@@ -40,6 +40,7 @@ ONLY_IN = {  # a third-party module -> the parts that may import it
     "torch": set(),
     "transformers": set(),
 }
+OWN_PROCESS = {"moss_jt/startup/build.py"}  # runs as a child; what it prints is read by its parent
 HEAVY = ("jittor", "cupy", "numpy", "tokenizers", "sentencepiece", "safetensors", "huggingface_hub", "torch")
 
 
@@ -172,13 +173,15 @@ def test_nobody_imports_a_room_by_its_bare_name() -> None:
 
 
 def test_only_the_command_line_prints() -> None:
-    wrong = []
-    for file in code_files():
-        for node in ast.walk(tree_of(file)):
-            is_print = isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
-            is_stream = isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr")
-            if isinstance(node, ast.expr) and (is_print or is_stream) and part_of(file) != "cli":
-                wrong.append(place(file, node.lineno))
+    wrong = [
+        place(file, node.lineno)
+        for file in code_files()
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
+        and part_of(file) != "cli"
+        and file.relative_to(ROOT).as_posix() not in OWN_PROCESS
+    ]
     assert not wrong, f"prints outside of cli: {', '.join(wrong)}"
 
 
