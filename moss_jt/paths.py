@@ -1,0 +1,39 @@
+"""Where moss-jt keeps what it makes: one folder, named in one place.
+
+`MOSS_JT_HOME` if set, else `moss-jt` under XDG_CACHE_HOME, else `~/.cache/moss-jt`.
+Nothing is created here: whoever writes makes the folder and reports what went wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+HOME_VARIABLE = "MOSS_JT_HOME"
+
+
+def home() -> Path:
+    """The folder of everything that moss-jt stores for this user."""
+    chosen = os.environ.get(HOME_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache").absolute() / "moss-jt"
+
+
+def jittor_home() -> Path:
+    """Jittor's compiled code and its helpers; safe to delete, made again at the next start.
+
+    Links are followed: the path is part of Jittor's own key, and one folder must not count as two.
+    """
+    return (home() / "jittor").resolve()
+
+
+def models_dir() -> Path:
+    """Native checkpoints: pulled, made by `synth`, or converted on the fly."""
+    return home() / "models"
+
+
+def state_dir() -> Path:
+    """Small things to keep: the line history, calibrations."""
+    return home() / "state"
