@@ -1,0 +1,58 @@
+"""The errors that moss-jt raises on purpose.
+
+    MossError
+    ├── ConfigError         a config.json or an option has a value that cannot work
+    ├── CheckpointError     a file of weights or of a tokenizer is broken, missing or not what it says
+    ├── ShapeError          an array handed to a public function has the wrong shape or dtype
+    ├── StartupError        Jittor cannot be started correctly on this machine
+    ├── KernelError         a compiled kernel could not be built or failed
+    ├── DeviceMemoryError   the memory allowed is too small for what was asked
+    ├── DiskError           not enough room, or the disk failed while reading or writing
+    ├── HubError            a model could not be fetched
+    └── ConversationError   a message is too long, or there is no answer to undo, retry or continue
+
+A message says what was wanted, what was found and the next step, with the real values in one line.
+The command line prints it as it is and exits with 1.
+"""
+
+from __future__ import annotations
+
+
+class MossError(Exception):
+    """Base of everything that moss-jt raises on purpose."""
+
+
+class ConfigError(MossError):
+    """A configuration or option has a value that cannot work."""
+
+
+class CheckpointError(MossError):
+    """A file of weights or of a tokenizer is broken, missing or not what it says."""
+
+
+class ShapeError(MossError):
+    """An array handed to a public function has the wrong shape or dtype."""
+
+
+class StartupError(MossError):
+    """Jittor cannot be started correctly on this machine."""
+
+
+class KernelError(MossError):
+    """A compiled kernel could not be built or failed."""
+
+
+class DeviceMemoryError(MossError):
+    """The memory allowed is too small for what was asked."""
+
+
+class DiskError(MossError):
+    """Not enough room on a disk, or the disk failed while reading or writing."""
+
+
+class HubError(MossError):
+    """A model could not be fetched from a hub."""
+
+
+class ConversationError(MossError):
+    """A chat cannot do what was asked: the message is too long, or there is nothing to undo, retry or continue."""
