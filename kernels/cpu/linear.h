@@ -1,0 +1,217 @@
+// y = x W^T (+ bias), for every way a weight is stored. The byte layouts are those of moss_jt/layout.py.
+//
+//   x     (T, K) float, row stride x_stride
+//   blob  the stored matrix (N, K): rows of float/half/bfloat, or tiles of 16 rows of int4/int8
+//   y     (T, N) float, row stride y_stride
+//
+// An output depends on its own token and row only, and is summed in the same order whatever T is:
+// prefill and decode give the same bits. This is the plain version: float arithmetic throughout.
+#pragma once
+#include "numbers.h"
+
+namespace moss {
+
+enum Stored { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt4 = 4, kInt8 = 8 };
+
+struct LinearShape {
+    int64_t tokens, in, out;      // T, K, N
+    int64_t x_stride, y_stride;   // floats from token to token
+    int64_t stored;               // a Stored
+    int64_t group, padded_group;  // int4/int8: inputs of a group, and positions it takes up
+    int64_t padded_in, groups;    // int4/int8: positions of a row, G
+    int64_t scales_at, zeros_at, tile_bytes, perm_at;  // offsets in bytes; perm_at < 0: no permutation
+    bool has_bias, add;           // add: y += instead of y =
+};
+
+constexpr int64_t kRowBlock = 4;     // rows whose floats are kept at hand
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kPiece = 128;      // positions of a tile that are widened at a time
+
+template <int R>
+static inline void dot_rows(const float* rows, int64_t in, const float* x, float* out) {
+    f32x8 sum[R][2] = {};
+    int64_t k = 0;
+    for (; k + 16 <= in; k += 16) {
+        const f32x8 x0 = load8(x + k), x1 = load8(x + k + 8);
+        for (int r = 0; r < R; r++) {
+            sum[r][0] += load8(rows + r * in + k) * x0;
+            sum[r][1] += load8(rows + r * in + k + 8) * x1;
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        float rest = 0;
+        for (int64_t i = k; i < in; i++) rest += rows[r * in + i] * x[i];
+        out[r] = sum8(sum[r][0] + sum[r][1]) + rest;
+    }
+}
+
+static inline void widen_row(const uint8_t* blob, int64_t stored, int64_t row, int64_t in, float* to) {
+    if (stored == kFloat32) {
+        std::memcpy(to, blob + row * in * 4, in * 4);
+    } else if (stored == kFloat16) {
+        widen_half((const uint16_t*)(blob) + row * in, to, in);
+    } else {
+        widen_bfloat((const uint16_t*)(blob) + row * in, to, in);
+    }
+}
+
+static inline void put(const LinearShape& s, const float* bias, float* y, int64_t token, int64_t row, float value) {
+    float* to = y + token * s.y_stride + row;
+    if (s.has_bias) value += bias[row];
+    *to = s.add ? *to + value : value;
+}
+
+static inline void linear_rows(const LinearShape& s, const float* x, const uint8_t* blob, const float* bias, float* y) {
+    const int64_t blocks = (s.out + kRowBlock - 1) / kRowBlock;
+#pragma omp parallel
+    {
+        float* rows = new float[kRowBlock * s.in];
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t first = b * kRowBlock;
+            const int64_t count = s.out - first < kRowBlock ? s.out - first : kRowBlock;
+            for (int64_t r = 0; r < count; r++) widen_row(blob, s.stored, first + r, s.in, rows + r * s.in);
+            for (int64_t t = 0; t < s.tokens; t++) {
+                float got[kRowBlock];
+                if (count == kRowBlock) {
+                    dot_rows<kRowBlock>(rows, s.in, x + t * s.x_stride, got);
+                } else {
+                    for (int64_t r = 0; r < count; r++) dot_rows<1>(rows + r * s.in, s.in, x + t * s.x_stride, got + r);
+                }
+                for (int64_t r = 0; r < count; r++) put(s, bias, y, t, first + r, got[r]);
+            }
+        }
+        delete[] rows;
+    }
+}
+
+// Codes minus zeros of `n` positions (whole blocks of one group) for 16 rows: to[position][row].
+template <int BITS>
+static inline void widen_tile(const uint8_t* codes, int64_t n, const float* zeros, float* to) {
+    constexpr int block = 32 / BITS;
+    const f32x8 zero0 = load8(zeros), zero1 = load8(zeros + 8);
+    for (int64_t p = 0; p < n; p += block, codes += 64) {
+        u32x8 low, high;  // one 32-bit lane a row
+        std::memcpy(&low, codes, 32);
+        std::memcpy(&high, codes + 32, 32);
+        for (int i = 0; i < block; i++) {
+            // int4: inputs 0-3 in the low nibbles of bytes 0-3, 4-7 in the high ones; int8: a byte each
+            const int shift = BITS == 4 ? 8 * (i & 3) + 4 * (i >> 2) : 8 * i;
+            const uint32_t mask = (1u << BITS) - 1u;
+            const i32x8 code0 = (i32x8)((low >> shift) & mask), code1 = (i32x8)((high >> shift) & mask);
+            store8(to + (p + i) * kTileRows, __builtin_convertvector(code0, f32x8) - zero0);
+            store8(to + (p + i) * kTileRows + 8, __builtin_convertvector(code1, f32x8) - zero1);
+        }
+    }
+}
+
+template <int BITS>
+static inline void read_zeros(const uint8_t* from, float* zeros) {
+    for (int r = 0; r < kTileRows; r++) {
+        const int stored = BITS == 8 ? from[r] : r < 8 ? from[r] & 15 : from[r - 8] >> 4;
+        zeros[r] = (float)(stored + 1);
+    }
+}
+
+// sum[0..1] += x[0..n) * w[0..n)[16 rows], two positions apart so that additions overlap.
+template <int TOKENS>
+static inline void add_piece(const float* w, int64_t n, const float* x, int64_t stride, f32x8 (*sum)[4]) {
+    f32x8 s[TOKENS][4];
+    for (int t = 0; t < TOKENS; t++)
+        for (int i = 0; i < 4; i++) s[t][i] = sum[t][i];
+    for (int64_t p = 0; p < n; p += 2) {  // n is even: blocks hold 4 or 8 positions
+        const f32x8 a0 = load8(w + p * 16), a1 = load8(w + p * 16 + 8);
+        const f32x8 b0 = load8(w + p * 16 + 16), b1 = load8(w + p * 16 + 24);
+        for (int t = 0; t < TOKENS; t++) {
+            const f32x8 xa = splat8(x[t * stride + p]), xb = splat8(x[t * stride + p + 1]);
+            s[t][0] += a0 * xa;
+            s[t][1] += a1 * xa;
+            s[t][2] += b0 * xb;
+            s[t][3] += b1 * xb;
+        }
+    }
+    for (int t = 0; t < TOKENS; t++)
+        for (int i = 0; i < 4; i++) sum[t][i] = s[t][i];
+}
+
+template <int BITS>
+static inline void one_tile(const LinearShape& s, const uint8_t* tile, const float* x, int64_t stride, float* total) {
+    float w[kPiece * kTileRows], zeros[kTileRows], scales[kTileRows];
+    f32x8 sum[2][4];
+    int64_t start = 0;
+    for (int64_t g = 0; g < s.groups; g++) {
+        const int64_t size = s.padded_in - start < s.padded_group ? s.padded_in - start : s.padded_group;
+        read_zeros<BITS>(tile + s.zeros_at + g * kTileRows * BITS / 8, zeros);
+        widen_half((const uint16_t*)(tile + s.scales_at) + g * kTileRows, scales, kTileRows);
+        const f32x8 scale0 = load8(scales), scale1 = load8(scales + 8);
+        for (int64_t at = 0; at < size; at += kPiece) {
+            const int64_t n = size - at < kPiece ? size - at : kPiece;
+            widen_tile<BITS>(tile + (start + at) / (32 / BITS) * 64, n, zeros, w);
+            for (int64_t t = 0; t < s.tokens; t += 2) {
+                const int64_t pair = s.tokens - t < 2 ? 1 : 2;
+                std::memset(sum, 0, sizeof sum);
+                const float* from = x + t * stride + start + at;
+                if (pair == 2) {
+                    add_piece<2>(w, n, from, stride, sum);
+                } else {
+                    add_piece<1>(w, n, from, stride, sum);
+                }
+                for (int64_t i = 0; i < pair; i++) {
+                    float* to = total + (t + i) * kTileRows;
+                    store8(to, load8(to) + (sum[i][0] + sum[i][2]) * scale0);
+                    store8(to + 8, load8(to + 8) + (sum[i][1] + sum[i][3]) * scale1);
+                }
+            }
+        }
+        start += size;
+    }
+}
+
+template <int BITS>
+static inline void linear_tiles(const LinearShape& s, const float* x, int64_t stride, const uint8_t* blob,
+                                const float* bias, float* y) {
+    const int64_t tiles = (s.out + kTileRows - 1) / kTileRows;
+#pragma omp parallel
+    {
+        float* total = new float[s.tokens * kTileRows];
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t i = 0; i < tiles; i++) {
+            std::memset(total, 0, s.tokens * kTileRows * sizeof(float));
+            one_tile<BITS>(s, blob + i * s.tile_bytes, x, stride, total);
+            const int64_t first = i * kTileRows;
+            const int64_t count = s.out - first < kTileRows ? s.out - first : kTileRows;
+            for (int64_t t = 0; t < s.tokens; t++)
+                for (int64_t r = 0; r < count; r++) put(s, bias, y, t, first + r, total[t * kTileRows + r]);
+        }
+        delete[] total;
+    }
+}
+
+// Inputs in the order in which the tiles hold them; padding gets 0.
+static inline void permute(const LinearShape& s, const float* x, const int32_t* perm, float* to) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < s.tokens; t++)
+        for (int64_t p = 0; p < s.padded_in; p++) to[t * s.padded_in + p] = perm[p] < 0 ? 0.0f : x[t * s.x_stride + perm[p]];
+}
+
+// `scratch` holds tokens * padded_in floats where the matrix is permuted.
+static inline void linear(const LinearShape& s, const float* x, const uint8_t* blob, const float* bias, float* y,
+                          float* scratch) {
+    if (s.stored == kInt4 || s.stored == kInt8) {
+        int64_t stride = s.x_stride;
+        if (s.perm_at >= 0) {
+            permute(s, x, (const int32_t*)(blob + s.perm_at), scratch);
+            x = scratch;
+            stride = s.padded_in;
+        }
+        if (s.stored == kInt4) {
+            linear_tiles<4>(s, x, stride, blob, bias, y);
+        } else {
+            linear_tiles<8>(s, x, stride, blob, bias, y);
+        }
+    } else {
+        linear_rows(s, x, blob, bias, y);
+    }
+}
+
+}  // namespace moss

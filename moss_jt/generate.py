@@ -1,0 +1,47 @@
+"""generate(): one sequence of ids in, tokens out, one at a time. Knows ids only, no text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from moss_jt.config import GenerationConfig
+from moss_jt.engine import Engine, FinishedEvent, Request, TokenEvent
+from moss_jt.runner import Model
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token, and the logarithm of the probability that it was drawn with."""
+
+    id: int
+    logprob: float
+
+
+def generate(model: Model, ids: Sequence[int], config: GenerationConfig | None = None) -> Iterator[Token]:
+    """Continue a sequence.
+
+    Stops only at the stop ids and strings of the config, its limits of length and time, or where
+    the context is full; the token that ends it is the last one given. Closing the iterator ends
+    the work.
+
+    Args:
+        model: from `load_model`.
+        ids: the prompt, at least one token.
+        config: how to choose and when to stop; None for MOSS's defaults.
+
+    Raises:
+        ConfigError: the prompt is empty, too long, or holds an id outside the vocabulary.
+    """
+    engine = Engine(model)
+    request = engine.submit(Request(tuple(int(i) for i in ids), config or GenerationConfig()))
+    return _tokens(engine, request)
+
+
+def _tokens(engine: Engine, request: int) -> Iterator[Token]:
+    while True:
+        for event in engine.step():
+            if isinstance(event, TokenEvent) and event.request == request:
+                yield Token(event.id, event.logprob)
+            elif isinstance(event, FinishedEvent):
+                return

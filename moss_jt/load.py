@@ -1,0 +1,100 @@
+"""load_model(): the one place that joins checkpoint, weights and network."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Literal, get_args
+
+from moss_jt import ops, paths
+from moss_jt.checkpoint import Checkpoint, is_native
+from moss_jt.errors import CheckpointError, ConfigError
+from moss_jt.progress import Progress, Quiet
+from moss_jt.runner import Compute, Model
+from moss_jt.weights import WeightStore
+
+Device = Literal["auto", "cpu"] | str  # "cuda", "cuda:1"
+
+_log = logging.getLogger(__name__)
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    device: Device = "auto",
+    compute: Compute = "exact",
+    *,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a model from its folder.
+
+    A Hugging Face folder is converted into the cache first (paths.models_dir()/converted); that is
+    logged, takes about the folder's size on disk, and is done once.
+
+    Args:
+        path: a native folder, or a Hugging Face folder of a MOSS model.
+        device: "cpu", or "auto", which takes it too: kernels for CUDA are not in this version.
+        compute: "exact" computes and caches in float32; "fast" caches keys and values in float16.
+        max_tokens: positions that a cache holds, prompt and answer together; None for n_positions.
+        progress: told about compiling, converting and loading.
+
+    Raises:
+        CheckpointError: no model there, or its files are broken.
+        ConfigError: an argument, or a value in config.json, cannot work.
+        StartupError: Jittor cannot be started here.
+    """
+    _check_arguments(device, compute, max_tokens)
+    progress = Quiet() if progress is None else progress
+    checkpoint = Checkpoint.open(native_folder(Path(path), progress))
+    ops.warm_up(progress)
+    return Model(checkpoint, WeightStore(checkpoint), compute=compute, device="cpu", max_tokens=max_tokens)
+
+
+def native_folder(path: Path, progress: Progress) -> Path:
+    """The folder itself where it is native, else its converted copy in the cache, made if need be.
+
+    Raises:
+        CheckpointError: there is no model.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder. Give the folder of a model, with its config.json.")
+    if is_native(path):
+        return path
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json, so it is not the folder of a model.")
+    from moss_jt.converters.hf2jittor import hf2jittor
+
+    target = paths.models_dir() / "converted" / f"{path.resolve().name}-{_fingerprint(path)}"
+    if not is_native(target):
+        size = sum(file.stat().st_size for file in _weight_files(path))
+        _log.warning(
+            "%s is in the Hugging Face format: converting it once to %s (about %.1f GB).", path, target, size / 1e9
+        )
+        hf2jittor(path, target, resume=True, progress=progress)
+    return target
+
+
+def _weight_files(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.suffix in (".bin", ".safetensors") and file.is_file())
+
+
+def _fingerprint(path: Path) -> str:
+    """A name for what lies in a folder now: changes when a file does."""
+    parts = [str(path.resolve())]
+    for file in [*_weight_files(path), path / "config.json"]:
+        found = file.stat()
+        parts.append(f"{file.name} {found.st_size} {found.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _check_arguments(device: str, compute: str, max_tokens: int | None) -> None:
+    if device == "cuda" or device.startswith("cuda:"):
+        raise ConfigError(f'device is "{device}"; the CUDA kernels are not in this version. Use "auto" or "cpu".')
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f'device is "{device}"; known are "auto", "cpu" and "cuda".')
+    if compute not in get_args(Compute):
+        raise ConfigError(f'compute is "{compute}"; known are {", ".join(get_args(Compute))}.')
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1.")

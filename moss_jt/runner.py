@@ -1,0 +1,145 @@
+"""Model: weights and shape, ready to compute; Runner: one cache and its buffers over them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moss_jt import startup
+from moss_jt.batch import Batch, single_batch
+from moss_jt.cache import KVCache, KVType
+from moss_jt.checkpoint import Checkpoint
+from moss_jt.config import MossConfig
+from moss_jt.errors import ShapeError
+from moss_jt.model import Moss
+from moss_jt.ops import Buffer, InferenceOps
+from moss_jt.weights import WeightStore
+
+if TYPE_CHECKING:
+    from moss_jt.tokenizer import Tokenizer
+
+Compute = Literal["exact", "fast"]
+Floats = npt.NDArray[np.float32]
+
+PASS_TOKENS = 128  # new tokens of one pass
+
+
+class Runner:
+    """A KV cache, the buffers of a pass, and the network over them."""
+
+    def __init__(self, config: MossConfig, store: WeightStore, *, slots: int, tokens: int, kind: KVType) -> None:
+        self.cache = KVCache(config, slots=slots, tokens=tokens, kind=kind)
+        self.ops = InferenceOps(config, store, self.cache, capacity=min(PASS_TOKENS, config.n_positions * slots))
+        self.network: Moss[Buffer] = Moss(config)
+
+    @property
+    def capacity(self) -> int:
+        """New tokens of one pass, at most."""
+        return self.ops.capacity
+
+    def forward(self, batch: Batch) -> Floats:
+        """Logits (R, V) of the wanted tokens. Room must be reserved; nothing is committed."""
+        with startup.import_jittor(device="cpu").flag_scope(no_grad=1):
+            logits: Floats = self.network.execute(self.ops, batch)
+        return logits
+
+
+class Model:
+    """A loaded MOSS.
+
+    Attributes:
+        path: its native folder.
+        config: its shape.
+        compute: "exact" (float32 activations and KV) or "fast" (float16 KV).
+        device: where it computes.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, store: WeightStore, *, compute: Compute, device: str, max_tokens: int | None
+    ) -> None:
+        self.path: Path = checkpoint.path
+        self.config = checkpoint.config
+        self.store = store
+        self.compute: Compute = compute
+        self.device = device
+        self.max_tokens = min(max_tokens or self.config.n_positions, self.config.n_positions)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model's folder, loaded at first use.
+
+        Raises:
+            CheckpointError: the folder has none.
+        """
+        from moss_jt.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.path)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder holds a tokenizer."""
+        return any((self.path / name).is_file() for name in ("vocab.json", "tokenizer.model", "tokenizer.json"))
+
+    def runner(self, *, slots: int = 1, tokens: int | None = None) -> Runner:
+        """A cache of `slots` sequences over `tokens` positions in all, with its own buffers."""
+        kind: KVType = "float32" if self.compute == "exact" else "float16"
+        return Runner(self.config, self.store, slots=slots, tokens=tokens or self.max_tokens, kind=kind)
+
+    @cached_property
+    def _private(self) -> Runner:
+        return self.runner(tokens=self.config.n_positions)
+
+    def logits(self, ids: npt.ArrayLike, attention_mask: npt.ArrayLike | None = None) -> Floats:
+        """Logits at every position of a batch of sequences.
+
+        Padding may stand on either side; positions count the real tokens only.
+
+        Args:
+            ids: token ids, (B, T) or (T,).
+            attention_mask: 1 for real tokens, 0 for padding, same shape as `ids`; None for no padding.
+
+        Returns:
+            (B, T, V) float32; (T, V) ids give B = 1. Zero where the mask is 0.
+
+        Raises:
+            ShapeError: wrong shape, an id outside the vocabulary, or more than n_positions tokens.
+        """
+        table = np.atleast_2d(np.asarray(ids))
+        mask = np.ones(table.shape, bool) if attention_mask is None else np.atleast_2d(np.asarray(attention_mask)) != 0
+        self._check_ids(table, mask)
+        result = np.zeros((*table.shape, self.config.vocab_size), np.float32)
+        for row, (tokens, real) in enumerate(zip(table, mask, strict=True)):
+            if real.any():
+                result[row, real] = self._sequence_logits(tokens[real])
+        return result
+
+    def _check_ids(self, table: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> None:
+        if table.ndim != 2 or table.dtype.kind not in "iu":
+            raise ShapeError(f"ids must be whole numbers of shape (B, T); got {table.dtype} of shape {table.shape}.")
+        if mask.shape != table.shape:
+            raise ShapeError(f"attention_mask has shape {mask.shape}, ids have {table.shape}; they must be the same.")
+        real = table[mask]
+        if real.size and (real.min() < 0 or real.max() >= self.config.vocab_size):
+            wrong = real[(real < 0) | (real >= self.config.vocab_size)][0]
+            raise ShapeError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}.")
+        longest = int(mask.sum(axis=1).max(initial=0))
+        if longest > self.config.n_positions:
+            raise ShapeError(
+                f"{longest} tokens are more than the model's n_positions {self.config.n_positions}. Shorten the input."
+            )
+
+    def _sequence_logits(self, tokens: npt.NDArray[np.int64]) -> Floats:
+        """Logits of one sequence, pass by pass: (T, V)."""
+        runner = self._private
+        runner.cache.release(0)
+        parts = []
+        for start in range(0, len(tokens), runner.capacity):
+            piece = tokens[start : start + runner.capacity]
+            runner.cache.reserve(0, len(piece))
+            parts.append(runner.forward(single_batch(piece, start=start, wanted=np.arange(len(piece)))))
+            runner.cache.commit(0, len(piece))
+        return np.concatenate(parts)
