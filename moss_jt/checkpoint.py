@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moss_jt.checked_file import CheckedFile, printable, read_json_object
 from moss_jt.config import FORMAT_NAME, FORMAT_VERSION, FloatType, MossConfig
-from moss_jt.errors import CheckpointError, DiskError, ShapeError
+from moss_jt.errors import CheckpointError, MossError, ShapeError
 from moss_jt.layout import ALIGNMENT, Layout, PlainLayout, RowsLayout, TileLayout, layout_from_dict
 from moss_jt.packing import inputs_per_group
 from moss_jt.safetensors_file import RawTensor, read_header
@@ -101,10 +102,9 @@ def check_layer_count(config: MossConfig, found: int) -> None:
 def is_native(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds our format (a config.json with our key), whole or not."""
     try:
-        values = json.loads((Path(path) / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return isinstance(read_json_object(Path(path) / CONFIG_FILE).get("moss_jt"), dict)
+    except MossError:
         return False
-    return isinstance(values, dict) and isinstance(values.get("moss_jt"), dict)
 
 
 class Checkpoint:
@@ -202,41 +202,8 @@ def read_into(file: Path, offset: int, out: npt.NDArray[Any]) -> None:
         CheckpointError: the file ends too early.
         DiskError: the file cannot be opened or the disk fails.
     """
-    view = out.data.cast("B")
-    done = 0
-    try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while done < len(view):
-                count = os.preadv(fd, [view[done:]], offset + done)
-                if count == 0:
-                    break
-                done += count
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise DiskError(
-            f"{file} cannot be read at byte {offset + done}: {error.strerror}. Check the disk and the file's rights."
-        ) from error
-    if done < len(view):
-        raise CheckpointError(
-            f"{file} ends at byte {offset + done}; {len(view) - done} more were expected there. Convert or fetch it again."
-        )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON, or holds something else.
-    """
-    try:
-        values = json.loads(file.read_bytes().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}. Convert or fetch it again.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} holds a {type(values).__name__} where a JSON object was expected.")
-    return values
+    with CheckedFile(file) as opened:
+        opened.read_into(offset, out.data.cast("B"))
 
 
 def _files_of(folder: Path) -> dict[Path, set[str] | None]:
@@ -245,13 +212,14 @@ def _files_of(folder: Path) -> dict[Path, set[str] | None]:
         if not (folder / SINGLE_FILE).exists():
             raise CheckpointError(f"{folder} has neither {INDEX_FILE} nor {SINGLE_FILE}: no weights. Convert it again.")
         return {folder / SINGLE_FILE: None}
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    weight_map = read_json_object(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map. Convert it again.")
     files: dict[Path, set[str] | None] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", "..") or "\0" in file:
-            raise CheckpointError(f"{folder / INDEX_FILE} puts {name} in {file!r}, which is not a file of its folder.")
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
+            where = f"{folder / INDEX_FILE} puts {printable(name)} in {printable(file)!r}"
+            raise CheckpointError(f"{where}, which is not the name of a file of its folder.")
         names = files.setdefault(folder / file, set())
         assert names is not None, "a file with an index has a set of names"
         names.add(name)
@@ -272,11 +240,11 @@ def _entries_of(file: Path, indexed: set[str] | None) -> list[Entry]:
     if not isinstance(layouts, dict):
         raise CheckpointError(f"{file}: the metadata {LAYOUTS_KEY} is not an object.")
     if indexed is not None and indexed != set(tensors):
-        differing = ", ".join(sorted(indexed ^ set(tensors)))
+        differing = ", ".join(printable(name) for name in sorted(indexed ^ set(tensors)))
         raise CheckpointError(f"{file} and {INDEX_FILE} disagree about: {differing}. Convert it again.")
     without = sorted(set(layouts) - set(tensors))
     if without:
-        raise CheckpointError(f"{file} describes tensors that it does not hold: {', '.join(without)}.")
+        raise CheckpointError(f"{file} describes tensors that it does not hold: {printable(', '.join(without))}.")
     return [_entry(file, name, raw, layouts.get(name)) for name, raw in tensors.items()]
 
 

@@ -1,0 +1,282 @@
+"""A Hugging Face folder to a native one, streaming, and able to go on after a kill.
+
+Three moves: look the source over (`survey`), plan every byte of the result (`native_plan`), then make
+each tensor from its source tensors (`native_tensors`) and hand it to the writer (`output`). Tensors
+lie in the result in the order of the model and are made in the order of the source's files, so that
+a file of the source is used up early.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moss_jt.checkpoint import Checkpoint
+from moss_jt.config import FloatType, MossConfig
+from moss_jt.converters.journal import Workplace, copy_small_files
+from moss_jt.converters.names import source_names
+from moss_jt.converters.native_plan import KIND, Options, make_plan
+from moss_jt.converters.native_tensors import make_native
+from moss_jt.converters.output import TensorWriter, check_room, finish, verify_done
+from moss_jt.converters.plan import Plan, PlannedTensor
+from moss_jt.converters.shelf import Arrive, Shelf, check_deletable, delete_index
+from moss_jt.converters.survey import problems_of, wanted_tensors
+from moss_jt.errors import CheckpointError, ConfigError
+from moss_jt.layout import Layout, PlainLayout, TileLayout, layout_from_dict
+from moss_jt.progress import Progress, Quiet
+from moss_jt.tokenizer import TOKENIZER_FILES
+
+_FLOATS: dict[str, FloatType] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        path: the native folder.
+        config: of the model.
+        nbytes: of its weight files.
+        dropped: tensors of the source that a model does not need.
+        dropped_bytes: what they took.
+        resumed: tensors that an earlier run had finished.
+        deleted_bytes: of source files, where that was asked.
+    """
+
+    path: Path
+    config: MossConfig
+    nbytes: int
+    dropped: int = 0
+    dropped_bytes: int = 0
+    resumed: int = 0
+    deleted_bytes: int = 0
+
+
+def default_destination(src: Path) -> Path:
+    """Where the native form of SRC goes if nobody says: SRC-jittor beside it."""
+    source = Path(os.path.abspath(src))  # noqa: PTH100 (links are kept: the folder's own name matters)
+    return source.parent / f"{source.name if source.is_dir() else source.stem}-jittor"
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str] | None = None,
+    *,
+    dtype: FloatType | None = None,
+    resume: bool = False,
+    delete_source: bool = False,
+    name: str | None = None,
+    arrive: Arrive | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert a Hugging Face folder to the native format.
+
+    Args:
+        src: folder with config.json and weights, or one file of weights with config.json beside it.
+        dst: folder to make; `default_destination(src)` if not given.
+        dtype: of floating-point weights; None keeps the source's.
+        resume: go on with an interrupted conversion, to the same bytes.
+        delete_source: delete each weight file of the source as soon as it has been used up.
+        name: of the model, kept in its config; None takes the folder's.
+        arrive: brings a weight file that the source's index names and that is not there yet; one
+            file at least must be there from the start.
+        progress: told the bytes written.
+
+    Raises:
+        ConfigError: the destination is taken, or the options are not those of the interrupted run.
+        CheckpointError: the source is broken or not a MOSS checkpoint.
+        DiskError: not enough room, or the disk fails; the conversion can be resumed.
+    """
+    source = Path(os.path.abspath(src))  # noqa: PTH100
+    target = Path(os.path.abspath(dst if dst is not None else default_destination(source)))  # noqa: PTH100
+    options = Options(dtype, name or source.name)
+    report = progress or Quiet()
+    with Workplace(target, KIND, resume=resume) as workplace:
+        if workplace.whole:
+            opened = Checkpoint.open(target)
+            return Conversion(target, opened.config, _weight_bytes(opened), resumed=len(opened.entries))
+        done: dict[str, str] = {}
+        if workplace.plan is not None:
+            _check_options(workplace, options)
+            done = verify_done(workplace, report)
+        resumed = len(done)
+        deleted: dict[str, int] = {}
+        if workplace.plan is None or len(done) < len(workplace.plan.places()):
+            with Shelf(source, arrive=arrive, partial=workplace.plan is not None) as shelf:
+                if delete_source:
+                    check_deletable(source, shelf.source)
+                if workplace.plan is None:
+                    _begin(workplace, shelf, options, delete_source=delete_source)
+                else:
+                    _check_source(workplace, shelf, done)
+                _write(workplace, shelf, done, deleted, delete_source=delete_source, progress=report)
+        plan = workplace.plan
+        assert plan is not None, "the run has a plan"
+        finish(workplace, done, manifest=True)
+    if delete_source:
+        _delete_rest(source, plan, deleted)
+    config = MossConfig.from_file(target / "config.json")
+    dropped = plan.inputs["dropped"]
+    return Conversion(target, config, plan.nbytes, dropped["count"], dropped["nbytes"], resumed, sum(deleted.values()))
+
+
+def _begin(workplace: Workplace, shelf: Shelf, options: Options, *, delete_source: bool) -> None:
+    """Plan, see that there is room, copy the tokenizer, and write the plan down."""
+    plan = make_plan(shelf, options)
+    _check_room(workplace, plan, {}, delete_source=delete_source)
+    folder = shelf.source.path if shelf.source.path.is_dir() else shelf.source.path.parent
+    copy_small_files(folder, TOKENIZER_FILES, workplace.out)
+    workplace.start(plan)
+
+
+def _check_options(workplace: Workplace, options: Options) -> None:
+    """See that the interrupted run was asked for the same."""
+    assert workplace.plan is not None, "there is an interrupted run"
+    begun: dict[str, Any] = workplace.plan.inputs["options"]
+    differing = [
+        f"{key} {begun.get(key)!r}, now {value!r}"
+        for key, value in options.to_dict().items()
+        if begun.get(key) != value
+    ]
+    if differing:
+        raise ConfigError(
+            f"the unfinished conversion in {workplace.path} was begun with {'; '.join(differing)}. "
+            "Go on with the same options, or delete that folder."
+        )
+
+
+def _check_source(workplace: Workplace, shelf: Shelf, done: dict[str, str]) -> None:
+    """See that what is left of the source is what the plan was made from."""
+    plan = workplace.plan
+    assert plan is not None, "there is an interrupted run"
+    changed = [
+        name for name, print_ in shelf.fingerprints().items() if plan.inputs["files"].get(name, print_) != print_
+    ]
+    if shelf.source.config != plan.inputs["config"]:
+        changed.append("config.json")
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)} in {shelf.source.path} changed since the conversion began. "
+            f"Delete {workplace.path} and start again."
+        )
+    if not shelf.arriving:
+        there = {file.name for file in shelf.source.files}
+        lost = {file for name, files in plan.inputs["needs"].items() if name not in done for file in files} - there
+        if lost:
+            raise CheckpointError(
+                f"{shelf.source.path} lacks {', '.join(sorted(lost))}, not all of which has been converted. Fetch it again."
+            )
+
+
+def _write(
+    workplace: Workplace,
+    shelf: Shelf,
+    done: dict[str, str],
+    deleted: dict[str, int],
+    *,
+    delete_source: bool,
+    progress: Progress,
+) -> None:
+    """Make and write every tensor that is not done."""
+    plan = workplace.plan
+    assert plan is not None, "the run has a plan"
+    places = plan.places()
+    pending = [name for name in _working_order(plan) if name not in done]
+    if done:
+        _check_room(workplace, plan, done, delete_source=delete_source)
+    progress.begin(f"Converting to {workplace.dst.name}", sum(places[name][1].nbytes for name in pending), "B")
+    try:
+        with TensorWriter(workplace, plan, done, progress) as writer:
+            for name in pending:
+                if delete_source:
+                    _delete_used(shelf, plan, done, deleted)
+                layout = layout_of(places[name][1])
+                _bring(shelf, plan, name, layout)
+                writer.put(name, make_native(shelf.source, name, layout))
+    except CheckpointError:
+        if not deleted:
+            workplace.discard()  # the source is bad: going on could not help
+        raise
+    finally:
+        progress.end()
+
+
+def layout_of(tensor: PlannedTensor) -> Layout:
+    """The layout of a planned native tensor."""
+    return layout_from_dict(tensor.layout) if tensor.layout else PlainLayout(tensor.shape, _FLOATS[tensor.code])
+
+
+def _bring(shelf: Shelf, plan: Plan, name: str, layout: Layout) -> None:
+    """See that the source tensors of one of ours are there; what has just arrived is looked over."""
+    names = source_names(name, quantized=isinstance(layout, TileLayout))
+    if not shelf.fetch(names):
+        return
+    config = MossConfig.from_dict(plan.inputs["config"])
+    cast = plan.inputs["options"]["dtype"] is not None
+    wanted = wanted_tensors(config)
+    problems = [
+        problem
+        for n, shape in wanted.items()
+        if n in shelf.source.tensors
+        for problem in problems_of(shelf.source.tensors[n], shape, any_float=cast)
+    ]
+    found = shelf.source.tensors[name].dtype
+    if not problems and not cast and not isinstance(layout, TileLayout) and found != layout.dtype:
+        problems = [f"{name} is {found}, but {layout.dtype} was expected from the files before"]
+    if problems:
+        raise CheckpointError(f"{shelf.source.path} does not fit its config.json: {'; '.join(problems)}.")
+
+
+def _working_order(plan: Plan) -> list[str]:
+    """Tensors by the last source file that each needs, else in the order of the model."""
+    needs = plan.inputs["needs"]
+    return sorted(needs, key=lambda name: max(needs[name]))
+
+
+def _used_up(plan: Plan, done: dict[str, str]) -> list[str]:
+    """The source files that no tensor needs any more."""
+    waiting = {file for name, files in plan.inputs["needs"].items() if name not in done for file in files}
+    return [file for file in plan.inputs["files"] if file not in waiting]
+
+
+def _delete_used(shelf: Shelf, plan: Plan, done: dict[str, str], deleted: dict[str, int]) -> None:
+    for file in _used_up(plan, done):
+        if file not in deleted:
+            deleted[file] = shelf.delete(file)
+
+
+def _delete_rest(source: Path, plan: Plan, deleted: dict[str, int]) -> None:
+    """Delete what is left of the source's weights, once the result is visible."""
+    folder = source if source.is_dir() else source.parent
+    for file in {file for files in plan.inputs["needs"].values() for file in files} | set(plan.inputs["files"]):
+        path = folder / file
+        if file not in deleted and path.exists():
+            deleted[file] = path.stat().st_size
+            path.unlink()
+    delete_index(folder)
+
+
+def _check_room(workplace: Workplace, plan: Plan, done: dict[str, str], *, delete_source: bool) -> None:
+    """See that the result fits on the disk; deleting the source on the way counts."""
+    if not delete_source:
+        check_room(workplace, plan.nbytes, ", or add --delete-source")
+        return
+    places = plan.places()
+    sizes = {file: known["nbytes"] for file, known in plan.inputs["files"].items()}
+    written, freed, most = 0, 0, 0
+    finished = dict(done)
+    gone = set(_used_up(plan, finished))
+    for name in _working_order(plan):
+        written += places[name][1].nbytes
+        most = max(most, written - freed)
+        finished[name] = ""
+        for file in set(_used_up(plan, finished)) - gone:
+            gone.add(file)
+            freed += sizes[file]
+    check_room(workplace, most)
+
+
+def _weight_bytes(checkpoint: Checkpoint) -> int:
+    return sum(file.stat().st_size for file in {entry.file for entry in checkpoint.entries.values()})

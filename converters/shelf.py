@@ -1,0 +1,133 @@
+"""The source of a conversion while it is being used up: files may still be arriving, and may be deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moss_jt.checked_file import CheckedFile
+from moss_jt.converters.journal import disk_error
+from moss_jt.converters.source import Source, open_source
+from moss_jt.converters.weight_files import find_weight_files
+from moss_jt.errors import CheckpointError, ConfigError
+
+Arrive = Callable[[Path], None]
+
+_EDGE_BYTES = 1 << 20  # of a file's start and end, enough to know it again
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+class Shelf:
+    """A source whose files come and go; a context manager.
+
+    Attributes:
+        source: what is there now.
+    """
+
+    def __init__(self, path: Path, *, arrive: Arrive | None = None, partial: bool = False) -> None:
+        """Open what is there.
+
+        Args:
+            path: the source's folder or file.
+            arrive: called with the path of a missing file when it is needed; the file is there afterwards.
+            partial: files may have been deleted by an earlier run.
+        """
+        self._path = path
+        self._arrive = arrive
+        self._partial = partial or arrive is not None
+        self.source = open_source(path, partial=self._partial)
+        self._homes: Mapping[str, str] = {}
+        if self.source.missing_files:
+            self._homes = find_weight_files(path).index
+
+    def __enter__(self) -> Shelf:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.close()
+
+    @property
+    def arriving(self) -> bool:
+        """Whether missing files can be brought."""
+        return self._arrive is not None
+
+    def home_of(self, name: str) -> str:
+        """The name of the file that holds a tensor, there or not."""
+        tensor = self.source.tensors.get(name)
+        if tensor is not None:
+            return tensor.file.name
+        if name not in self._homes:
+            raise CheckpointError(f"{self._path} has no tensor {name}, and no index says where it will be.")
+        return self._homes[name]
+
+    def names(self) -> set[str]:
+        """Every tensor, there or promised by the index."""
+        return {*self.source.tensors, *self._homes}
+
+    def fetch(self, names: Iterable[str]) -> bool:
+        """Let the files arrive that hold these tensors; whether any was missing.
+
+        Raises:
+            CheckpointError: a file is missing and nobody brings it.
+        """
+        missing = sorted({self.home_of(name) for name in names if name not in self.source.tensors})
+        for file in missing:
+            if self._arrive is None:
+                raise CheckpointError(
+                    f"{self._path / file} is missing, and not all of it has been converted. Fetch it again."
+                )
+            self._arrive(self._path / file)
+        if missing:
+            self.source.close()
+            self.source = open_source(self._path, partial=self._partial)
+        return bool(missing)
+
+    def delete(self, file: str) -> int:
+        """Delete a file of weights that is used up; its bytes."""
+        path = next((known for known in self.source.files if known.name == file), None)
+        if path is None:
+            return 0
+        try:
+            nbytes = path.stat().st_size
+            self.source.release(path)
+            path.unlink()
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise disk_error(error, path) from error
+        return nbytes
+
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """What the files of weights are known by: size and a hash of their first and last bytes."""
+        return {file.name: _fingerprint(file) for file in self.source.files}
+
+
+def check_deletable(path: Path, source: Source) -> None:
+    """See that deleting the files of a source would give their room back.
+
+    Raises:
+        ConfigError: one is a symbolic link, as in the cache of huggingface_hub.
+    """
+    links = [file.name for file in source.files if file.is_symlink()]
+    if links:
+        raise ConfigError(
+            f"--delete-source would only delete links: {path / links[0]} is a symbolic link. Convert without it and delete the cache yourself."
+        )
+
+
+def delete_index(path: Path) -> None:
+    """Delete the index of a source that has lost all of its files."""
+    for name in _INDEX_FILES:
+        if path.is_dir():
+            (path / name).unlink(missing_ok=True)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with CheckedFile(path) as file:
+        edge = min(_EDGE_BYTES, file.size)
+        sha = hashlib.sha256(file.read(0, edge))
+        sha.update(file.read(file.size - edge, edge))
+        return {"nbytes": os.stat(path).st_size, "edges": sha.hexdigest()}  # noqa: PTH116
