@@ -26,6 +26,7 @@ Mask = npt.NDArray[np.bool_]
 History = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 _REMOVED = np.float32(-np.inf)
+_MAX = float(np.finfo(np.float32).max)
 _FIRST_LOOK = 256  # top-p rarely keeps more tokens than this
 _BLOCK = 64
 
@@ -89,8 +90,11 @@ def penalize_repetition(scores: Scores, history: History, penalty: float) -> Sco
         return scores
     ids = np.asarray(history, dtype=np.int64)
     ids = ids[(ids >= 0) & (ids < scores.size)]
-    seen = scores[ids]
-    scores[ids] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
+    ids = ids[scores[ids] > _REMOVED]
+    seen = scores[ids].astype(np.float64)
+    factor = float(np.float32(penalty)) or penalty  # rounded as transformers does
+    with np.errstate(over="ignore"):
+        scores[ids] = np.clip(np.where(seen < 0, seen * factor, seen / factor), -_MAX, _MAX)
     return scores
 
 
@@ -122,10 +126,10 @@ def keep_top_p(scores: Scores, top_p: float) -> Scores:
         return scores
     values = scores[scores > _REMOVED]
     best = values.max()
-    limit = top_p * float(np.exp(values - best).sum(dtype=np.float64))
+    limit = top_p * float(_weights(values, best).sum(dtype=np.float64))
     for count in (_FIRST_LOOK, values.size):
         head = _largest(values, min(count, values.size))
-        passed = np.cumsum(np.exp(head - best), dtype=np.float64) > limit
+        passed = np.cumsum(_weights(head, best), dtype=np.float64) > limit
         if passed.any():
             break
     kept = int(passed.argmax()) + 1 if passed.any() else head.size
@@ -135,6 +139,13 @@ def keep_top_p(scores: Scores, top_p: float) -> Scores:
     scores[scores < last] = _REMOVED
     scores[beyond] = _REMOVED
     return scores
+
+
+def _weights(scores: Scores, best: np.float32) -> Scores:
+    """Probabilities before they are divided by their sum; `best` is the largest score."""
+    with np.errstate(over="ignore"):
+        weights: Scores = np.exp(scores - best)
+    return weights
 
 
 def _largest(values: Scores, count: int) -> Scores:
@@ -162,7 +173,7 @@ def choose(scores: Scores, config: GenerationConfig, rng: np.random.Generator) -
     """
     best = int(scores.argmax())
     kept = np.flatnonzero(scores > _REMOVED)
-    weights = np.exp(scores[kept] - scores[best])
+    weights = _weights(scores[kept], scores[best])
     if config.greedy:
         return best, -math.log(weights.sum(dtype=np.float64))
     sums = np.cumsum(weights, dtype=np.float64)
