@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
 from moss_jt import paths
 from moss_jt.language import set_language
+
+if TYPE_CHECKING:
+    from moss_jt.runner import Model
 
 SHARED_CORE = paths.jittor_home().resolve()  # found before any test moves the home
 GOLDEN = Path(__file__).parent / "golden"
@@ -77,3 +82,22 @@ def english(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words in English, whatever the locale and whatever the test before chose."""
     monkeypatch.setenv("LC_ALL", "C.UTF-8")
     set_language(None)
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """Loads a golden checkpoint by its folder ("tiny-int4/g32"), converted once a run; exact compute."""
+    from moss_jt.converters.hf2jittor import hf2jittor
+    from moss_jt.load import load_model
+
+    folder = tmp_path_factory.mktemp("native")
+    loaded: dict[str, Model] = {}
+
+    def load(name: str) -> Model:
+        if name not in loaded:
+            target = folder / name.replace("/", "-")
+            hf2jittor(golden / name, target)
+            loaded[name] = load_model(target)
+        return loaded[name]
+
+    return load
