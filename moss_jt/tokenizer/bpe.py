@@ -152,7 +152,7 @@ def _build(
     ids = join_ids(vocab, added, folder / "added_tokens.json")
     names = control_names(added, specials) | ((specials.names | {*MARKERS, END_OF_TEXT}) & vocab.keys())
     control = frozenset(ids[name] for name in names)
-    values = {character: bytes([byte]) for byte, character in enumerate(alphabet)}
+    values = dict.fromkeys(range(256), 0xFFFF) | {ord(character): byte for byte, character in enumerate(alphabet)}
     pieces = {number: _piece(token, values) for token, number in vocab.items()}
     pieces |= {number: token.encode("utf-8") for token, number in added.items()}
     byte_ids = [vocab[character] for character in alphabet]
@@ -169,9 +169,12 @@ def _build(
     )
 
 
-def _piece(token: str, values: Mapping[str, bytes]) -> bytes:
-    """The bytes that a token of the vocabulary stands for; a character outside the alphabet is itself."""
-    return b"".join(values.get(character) or character.encode("utf-8") for character in token)
+def _piece(token: str, values: Mapping[int, int]) -> bytes:
+    """The bytes that a token of the vocabulary stands for; with characters outside the alphabet it is plain text."""
+    try:
+        return token.translate(values).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode("utf-8")
 
 
 def _spellings(pieces: Mapping[int, bytes], control: frozenset[int], byte_ids: list[int]) -> dict[int, list[int]]:

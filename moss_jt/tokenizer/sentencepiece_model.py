@@ -8,6 +8,7 @@ then treats them like the added tokens of any tokenizer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ _TEXT, _TYPE = 1, 3
 _DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPE_SPACES = 3, 4, 5
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _SPACE = "\u2581"  # written for a space in a piece
+_BYTE_NAME = re.compile("<0x[0-9A-Fa-f]{2}>")
 _REPLACEMENT = "\ufffd".encode()
 
 
@@ -154,9 +156,7 @@ def _bytes_of(piece: _Piece, escapes_spaces: bool) -> bytes:
         return bytes([int(piece.text[3:5], 16)])
     if piece.kind == _UNKNOWN:
         return _REPLACEMENT
-    if piece.kind == _NORMAL and escapes_spaces:
-        return piece.text.replace(_SPACE, " ").encode("utf-8")
-    if piece.kind == _USER_DEFINED and escapes_spaces:
+    if piece.kind in (_NORMAL, _USER_DEFINED) and escapes_spaces:
         return piece.text.replace(_SPACE, " ").encode("utf-8")
     return piece.text.encode("utf-8")
 
@@ -187,7 +187,7 @@ def _parse_piece(data: bytes, start: int, end: int) -> _Piece:
             text = data[first:last].decode("utf-8")
         elif field == _TYPE and value is not None:
             kind = value
-    if kind == _BYTE and not (len(text) == 6 and text.startswith("<0x") and text.endswith(">")):
+    if kind == _BYTE and not _BYTE_NAME.fullmatch(text):
         raise ValueError(f"the byte piece {text!r:.20} names no byte")
     return _Piece(text, kind, start, end)
 

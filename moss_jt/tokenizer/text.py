@@ -31,6 +31,7 @@ class TextStream:
         self._pieces = vocabulary.pieces
         self._control = vocabulary.control
         self._skipped = vocabulary.control if skip_special else frozenset()
+        self._bos_id = vocabulary.bos_id
         self._drops_space = vocabulary.drops_first_space
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -39,9 +40,9 @@ class TextStream:
         if token_id in self._skipped:
             return ""
         piece = self._pieces.get(token_id, _REPLACEMENT)
-        if self._drops_space and token_id not in self._control:
+        if self._drops_space and token_id != self._bos_id:
             self._drops_space = False
-            piece = piece.removeprefix(b" ")
+            piece = piece if token_id in self._control else piece.removeprefix(b" ")
         return self._decoder.decode(piece)
 
     def flush(self) -> str:
