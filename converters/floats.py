@@ -56,14 +56,15 @@ def cast_bits(bits: Bits, source: str, target: FloatType) -> Bits:
     if target == "bfloat16":
         return _to_bfloat16(wide)
     with np.errstate(over="ignore"):
-        return wide.astype("<f2" if target == "float16" else "<f4").view(_BITS[target])
+        narrow: Bits = wide.astype("<f2" if target == "float16" else "<f4").view(_BITS[target])
+    return narrow
 
 
 def _to_bfloat16(numbers: npt.NDArray[Any]) -> Bits:
     """The upper half of float32, rounded to nearest even."""
     with np.errstate(over="ignore"):
         wide = numbers.astype("<f4").view("<u4")
-    nearest = wide + (np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1)))
+    nearest: Bits = wide + (np.uint32(0x7FFF) + ((wide >> np.uint32(16)) & np.uint32(1)))
     return (nearest >> np.uint32(16)).astype("<u2")
 
 

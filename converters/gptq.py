@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from moss_jt.checkpoint import block_shapes, is_quantized_name
 from moss_jt.config import Bits, MossConfig, Quantization
 from moss_jt.converters.names import gptq_names
-from moss_jt.converters.source import SourceTensor
+from moss_jt.converters.source import Source, SourceTensor
 from moss_jt.errors import CheckpointError
+from moss_jt.packing import inputs_per_group, plain_groups
 
 _FLOAT_WBITS = (None, 16, 32)
 
@@ -50,6 +53,16 @@ def gptq_shapes(shape: tuple[int, ...], quantization: Quantization) -> dict[str,
     per = 32 // quantization.bits
     groups = _count_groups(k, quantization.group_size)
     return {"qweight": (k // per, n), "qzeros": (groups, n // per), "scales": (groups, n), "g_idx": (k,)}
+
+
+def count_act_order(config: MossConfig, source: Source) -> int:
+    """How many quantised matrices have their inputs permuted."""
+    if config.quantization is None:
+        return 0
+    names = [gptq_names(name)["g_idx"] for name, _, _ in _matrices(config, source.tensors)]
+    size = config.quantization.group_size
+    g_idx = {name: source.read(name) for name in names}
+    return sum(not np.array_equal(g, plain_groups(len(g), inputs_per_group(size, len(g)))) for g in g_idx.values())
 
 
 def _matrices(config: MossConfig, tensors: Mapping[str, SourceTensor]) -> list[tuple[str, int, int]]:

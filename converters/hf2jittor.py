@@ -60,7 +60,7 @@ def default_destination(src: Path) -> Path:
     return source.parent / f"{source.name if source.is_dir() else source.stem}-jittor"
 
 
-def convert(
+def hf2jittor(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str] | None = None,
     *,

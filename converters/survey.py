@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from math import prod
 from typing import Any
 
 from moss_jt.checkpoint import check_layer_count, expected_shapes, is_quantized_name
-from moss_jt.config import FloatType, MossConfig, Quantization
+from moss_jt.config import MossConfig, Quantization
 from moss_jt.converters.floats import FLOAT_BYTES
 from moss_jt.converters.gptq import find_quantization, gptq_shapes
 from moss_jt.converters.names import gptq_names, is_dropped
@@ -39,6 +39,11 @@ class Survey:
     def quantization(self) -> Quantization | None:
         """Bits and group size, None for floating point."""
         return self.config.quantization
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the model."""
+        return sum(prod(shape) for shape in expected_shapes(self.config).values())
 
 
 def survey(source: Source, *, any_float: bool) -> Survey:
@@ -104,13 +109,3 @@ def problems_of(tensor: SourceTensor, shape: tuple[int, ...], *, any_float: bool
     if tensor.dtype in FLOAT_BYTES:
         return [f"{tensor.name} is {tensor.dtype}, which needs --dtype"]
     return [f"{tensor.name} is {tensor.dtype}, not a floating-point type"]
-
-
-def common_float(dtypes: set[FloatType]) -> FloatType | None:
-    """The one type, None if there are several."""
-    return next(iter(dtypes)) if len(dtypes) == 1 else None
-
-
-def guess_name(source: Path) -> str:
-    """What to call a model: the name of its folder."""
-    return source.resolve().name
