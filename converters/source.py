@@ -21,6 +21,7 @@ import numpy.typing as npt
 from moss_jt.checked_file import CheckedFile, printable, read_json_object
 from moss_jt.converters.strided import StoredTensor, flat_bytes, read_tensor, row_major_stride
 from moss_jt.converters.torch_file import read_torch_file
+from moss_jt.converters.torch_zip import ZIP_MAGIC
 from moss_jt.converters.weight_files import WeightFiles, find_weight_files
 from moss_jt.errors import CheckpointError, ConfigError, ShapeError
 from moss_jt.safetensors_file import DTYPES, read_open_header
@@ -181,7 +182,8 @@ def open_source(path: Path, *, partial: bool = False) -> Source:
 def _list_tensors(file: CheckedFile) -> dict[str, StoredTensor]:
     """The tensors of one file, whose kind is told by its first bytes, not by its name."""
     head = file.head(9)
-    if file.path.suffix != ".safetensors" and not (len(head) == 9 and head[8:9] == b"{" and head[6:8] == b"\0\0"):
+    by_bytes = head[6:] == b"\0\0{"  # a length below 2**48, then JSON
+    if head.startswith(ZIP_MAGIC) or not (by_bytes or file.path.suffix == ".safetensors"):
         return read_torch_file(file)
     tensors, _ = read_open_header(file)
     return {

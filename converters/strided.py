@@ -113,6 +113,7 @@ def _gather(file: CheckedFile, start: int, stride: tuple[int, ...], out: npt.NDA
         return
     axis = steps.index(max(steps))
     half = out.shape[axis] // 2
-    rest = (slice(None),) * axis
-    _gather(file, start, stride, out[(*rest, slice(None, half))])
-    _gather(file, start + half * stride[axis] * out.itemsize, stride, out[(*rest, slice(half, None))])
+    before = (slice(None),) * axis
+    lower, upper = (*before, slice(None, half)), (*before, slice(half, None))
+    _gather(file, start, stride, out[lower])
+    _gather(file, start + half * stride[axis] * out.itemsize, stride, out[upper])

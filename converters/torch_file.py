@@ -144,24 +144,26 @@ def _find_state_dict(value: Any, where: str) -> dict[str, PickledTensor]:
     """The dict of tensors itself, or the one that a trainer wrapped in a larger dict."""
     for _ in range(_MAX_WRAPPERS):
         if not isinstance(value, dict):
-            raise CheckpointError(f"{where} holds a {_kind(value)} where a dict of tensors by name was expected.")
+            raise CheckpointError(
+                f"{where} holds a {_kind(value)} where a dict of tensors by name was expected. Is it a model's?"
+            )
         if any(isinstance(item, PickledTensor) for item in value.values()):
             return _only_tensors(value, where)
         wrapped = [key for key in _WRAPPERS if isinstance(value.get(key), dict)]
         if len(wrapped) != 1:
             found = f"candidates are {', '.join(wrapped)}" if wrapped else "it holds none"
-            raise CheckpointError(f"{where} does not say which of its parts is the dict of tensors: {found}.")
+            raise CheckpointError(
+                f"{where} does not say which of its parts is the dict of tensors: {found}. Save that dict alone."
+            )
         value = value[wrapped[0]]
-    raise CheckpointError(f"{where} hides its tensors too deeply in other dicts.")
+    raise CheckpointError(f"{where} hides its tensors too deeply in other dicts. Save the dict of tensors alone.")
 
 
 def _only_tensors(values: dict[Any, Any], where: str) -> dict[str, PickledTensor]:
     for name, value in values.items():
         check_name(name, where)
         if not isinstance(value, PickledTensor):
-            raise CheckpointError(
-                f"{where} holds {name}, a {_kind(value)}, among its tensors; only tensors were expected."
-            )
+            raise CheckpointError(f"{where} holds {name}, a {_kind(value)}, among its tensors. Save the tensors alone.")
     return values
 
 
@@ -183,7 +185,8 @@ def _place(name: str, tensor: PickledTensor, storage_start: int, where: str) -> 
 
 
 def _kind(value: Any) -> str:
-    return {PickledTensor: "lone tensor", Storage: "storage"}.get(type(value), type(value).__name__.lstrip("_"))
+    names = {PickledTensor: "lone tensor", Storage: "storage", int: "number", float: "number", str: "text"}
+    return names.get(type(value), type(value).__name__.strip("_").lower())
 
 
 def _big_endian(where: str) -> CheckpointError:

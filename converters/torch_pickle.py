@@ -315,7 +315,7 @@ class _Machine:
         self.steps += steps
         if self.steps > _MAX_STEPS:
             raise CheckpointError(
-                f"{self.where} has a pickle of over {_MAX_STEPS} instructions; no checkpoint of MOSS needs so many."
+                f"{self.where} has a pickle of over {_MAX_STEPS} instructions; no checkpoint of MOSS needs so many. Do not use this file."
             )
 
     def _broken(self, fault: str) -> NotAPickleError:

@@ -19,6 +19,15 @@ from moss_jt.errors import CheckpointError, DiskError, MossError
 
 MAX_JSON_BYTES = 16 << 20  # the index of a 16B checkpoint has 60 KB, its safetensors header 100 KB
 MAX_JSON_ITEMS = 1_000_000  # so that 16 MB of brackets do not become a gigabyte of lists
+_FAULTS = {
+    errno.ENOENT: "is missing. Is the path right and the folder complete?",
+    errno.ENOTDIR: "is missing: a part of its path is not a folder. Is the path right?",
+    errno.EACCES: "may not be read by this user. Change its permissions.",
+    errno.EPERM: "may not be read by this user. Change its permissions.",
+    errno.ELOOP: "is a symbolic link that leads back to itself. Fetch the file again.",
+    errno.ENAMETOOLONG: "has too long a name.",
+    errno.ENXIO: "is a device where a file was expected.",
+}
 _PIECE = 1 << 30  # one preadv moves at most 2 GiB
 _HTML_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")
 
@@ -83,22 +92,22 @@ class CheckedFile:
                     f"{printable(self.path)} cannot be read at byte {start + done}: {error.strerror}. Check the disk."
                 ) from error
             if not got:
-                raise CheckpointError(
-                    f"{printable(self.path)} is cut short: {len(out)} bytes were wanted at byte {start}, "
-                    f"the file ends at {start + done}. Fetch it again."
-                )
+                raise self._too_short(start, len(out), os.fstat(self._fd).st_size)
             done += got
 
     def read(self, start: int, count: int) -> bytearray:
         """`count` bytes from `start` on; raises as `read_into` does, before taking memory for bytes that are not there."""
         if start + count > self.size:
-            raise CheckpointError(
-                f"{printable(self.path)} is cut short: {count} bytes were wanted at byte {start}, "
-                f"the file ends at {self.size}. Fetch it again."
-            )
+            raise self._too_short(start, count, self.size)
         data = bytearray(count)
         self.read_into(start, memoryview(data))
         return data
+
+    def _too_short(self, start: int, count: int, size: int) -> CheckpointError:
+        return CheckpointError(
+            f"{printable(self.path)} is cut short: {count} bytes were wanted at byte {start}, "
+            f"the file ends at {size}. Fetch it again."
+        )
 
     def head(self, count: int) -> bytearray:
         """The first `count` bytes, fewer where the file is shorter."""
@@ -152,7 +161,9 @@ def parse_json_object(
 ) -> dict[str, Any]:
     """Parse one JSON object; `where` names it in messages. Raises `error` for anything else."""
     if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_JSON_ITEMS:
-        raise error(f"{where} holds more than {MAX_JSON_ITEMS} JSON values; no checkpoint needs so many.")
+        raise error(
+            f"{where} holds more than {MAX_JSON_ITEMS} JSON values; no checkpoint needs so many. Do not use it."
+        )
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object_without_repeats)
     except UnicodeDecodeError as problem:
@@ -162,7 +173,7 @@ def parse_json_object(
     except ValueError as problem:  # JSONDecodeError, a key twice, a number of thousands of digits
         raise error(f"{where} is not valid JSON: {printable(problem)}. Fetch it again.") from problem
     if not isinstance(value, dict):
-        raise error(f"{where} holds a JSON {type(value).__name__} where an object was expected.")
+        raise error(f"{where} holds a JSON {type(value).__name__} where an object was expected. Fetch it again.")
     return value
 
 
@@ -180,20 +191,17 @@ def _check_regular(path: Path, status: os.stat_result) -> None:
         return
     kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
     kind = next((name for test, name in kinds if test(status.st_mode)), "a device")
-    raise CheckpointError(f"{printable(path)} is {kind} where a file was expected.")
+    raise CheckpointError(f"{printable(path)} is {kind} where a file was expected. Fetch the file again.")
 
 
 def _opening_failed(path: Path, error: OSError | ValueError) -> MossError:
     """The error to raise when `path` could not be opened."""
     shown = printable(path)
-    if isinstance(error, FileNotFoundError):
-        return CheckpointError(f"{shown} is missing. Is the folder complete?")
-    if isinstance(error, PermissionError):
-        return CheckpointError(f"{shown} may not be read by this user. Change its permissions.")
     if isinstance(error, ValueError):
         return CheckpointError(f"{shown} is no name of a file: {error}.")
-    if error.errno == errno.ELOOP:
-        return CheckpointError(f"{shown} is a symbolic link that leads back to itself. Fetch the file again.")
-    if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENXIO):
-        return CheckpointError(f"{shown} cannot be opened: {error.strerror}.")
-    return DiskError(f"{shown} cannot be opened: {error.strerror}.")
+    if isinstance(error, FileNotFoundError) and path.is_symlink():
+        return CheckpointError(f"{shown} is a symbolic link to a file that is missing. Fetch the file again.")
+    fault = _FAULTS.get(error.errno or 0)
+    if fault is None:
+        return DiskError(f"{shown} cannot be opened: {error.strerror}.")
+    return CheckpointError(f"{shown} {fault}")

@@ -81,7 +81,7 @@ def read_open_header(file: CheckedFile) -> tuple[dict[str, RawTensor], dict[str,
         )
     text = file.read(_LENGTH_BYTES, length)
     if text[:1] != b"{":
-        raise CheckpointError(f"{where} is not a safetensors file: its header does not begin with {{.")
+        raise CheckpointError(f"{where} is not a safetensors file: its header does not begin with {{. Fetch it again.")
     header = parse_json_object(text, f"the header of {where}")
     metadata = _read_metadata(header.pop("__metadata__", {}), where)
     data_start = _LENGTH_BYTES + length
@@ -106,26 +106,28 @@ def check_name(name: object, where: str) -> str:
 
 def _read_metadata(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise CheckpointError(f"{where}: __metadata__ must be an object of texts.")
+        raise CheckpointError(f"{where}: __metadata__ must be an object of texts. Fetch it again.")
     return value
 
 
 def _read_entry(name: str, entry: Any, data_start: int, where: str) -> RawTensor:
     check_name(name, where)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: {name} must be described by dtype, shape and data_offsets and nothing else.")
+        raise CheckpointError(
+            f"{where}: {name} must be described by dtype, shape and data_offsets and nothing else. Fetch it again."
+        )
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise CheckpointError(f"{where}: {name} has the unknown dtype {_brief(code)}.")
+        raise CheckpointError(f"{where}: {name} has the unknown dtype {_brief(code)}. Fetch it again.")
     if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise CheckpointError(f"{where}: {name} has the impossible shape {_brief(shape)}.")
+        raise CheckpointError(f"{where}: {name} has the impossible shape {_brief(shape)}. Fetch it again.")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: {name} has the impossible data_offsets {_brief(offsets)}.")
+        raise CheckpointError(f"{where}: {name} has the impossible data_offsets {_brief(offsets)}. Fetch it again.")
     nbytes = offsets[1] - offsets[0]
     wanted = prod(shape) * DTYPES[code][1]
     if nbytes != wanted:
         raise CheckpointError(
-            f"{where}: {name} {tuple(shape)} {code} needs {wanted} bytes, its data_offsets give it {nbytes}."
+            f"{where}: {name} {tuple(shape)} {code} needs {wanted} bytes, its data_offsets give it {nbytes}. Fetch it again."
         )
     return RawTensor(code, tuple(shape), data_start + offsets[0], nbytes)
 
@@ -147,7 +149,9 @@ def _check_gapless(tensors: dict[str, RawTensor], data_start: int, size: int, wh
     for name, tensor in tensors.items():
         if tensor.start != position:
             fault = "overlap" if tensor.start < position else "leave a hole"
-            raise CheckpointError(f"{where} is damaged: {previous} and {name} {fault} at byte {position}.")
+            raise CheckpointError(
+                f"{where} is damaged: {previous} and {name} {fault} at byte {position}. Fetch it again."
+            )
         position, previous = tensor.start + tensor.nbytes, name
     if position > size:
         raise CheckpointError(f"{where} is cut short: it should have {position} bytes and has {size}. Fetch it again.")
