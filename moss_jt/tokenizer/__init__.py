@@ -49,11 +49,17 @@ def load_tokenizer(path: str | os.PathLike[str], *, strip_around_added: bool = F
         ConfigError: `strip_around_added` for a SentencePiece tokenizer.
     """
     folder = Path(path)
-    if (folder / "vocab.json").exists() or (folder / "merges.txt").exists():
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be read as the folder of a tokenizer: {error.strerror}. Is the path right?"
+        ) from error
+    if names & {"vocab.json", "merges.txt"}:
         from moss_jt.tokenizer.bpe import read_bpe
 
         return Tokenizer(read_bpe(folder), strip_around_added=strip_around_added)
-    if (folder / "tokenizer.model").exists():
+    if "tokenizer.model" in names:
         from moss_jt.tokenizer.sentencepiece_model import read_sentencepiece
 
         if strip_around_added:
@@ -62,12 +68,11 @@ def load_tokenizer(path: str | os.PathLike[str], *, strip_around_added: bool = F
                 " tokenizer. Leave the option out."
             )
         return Tokenizer(read_sentencepiece(folder))
-    if (folder / "tokenizer.json").exists():
+    if "tokenizer.json" in names:
         from moss_jt.tokenizer.bpe import read_tokenizer_json
 
         return Tokenizer(read_tokenizer_json(folder), strip_around_added=strip_around_added)
-    found = "nothing of these" if folder.is_dir() else "no such folder"
     raise CheckpointError(
         f"{folder} has no tokenizer: wanted are vocab.json with merges.txt, or tokenizer.model, or tokenizer.json;"
-        f" found {found}. Copy them from the model's page."
+        f" found {', '.join(sorted(names)[:5]) or 'nothing'}. Copy them from the model's page."
     )

@@ -149,7 +149,8 @@ def _build(
             f"{path} lacks {len(missing)} of the 256 byte tokens, the first for byte {missing[0]:#04x}; text with them"
             " could not be encoded. Is it the vocabulary of a byte-level tokenizer?"
         )
-    ids = join_ids(vocab, added, folder / "added_tokens.json")
+    beside = folder / "added_tokens.json"
+    ids = join_ids(vocab, added, beside if beside.exists() else path)
     names = control_names(added, specials) | ((specials.names | {*MARKERS, END_OF_TEXT}) & vocab.keys())
     control = frozenset(ids[name] for name in names)
     values = dict.fromkeys(range(256), 0xFFFF) | {ord(character): byte for byte, character in enumerate(alphabet)}

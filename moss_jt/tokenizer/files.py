@@ -8,6 +8,7 @@ names the file and the value.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,10 @@ def read_bytes(path: Path) -> bytes:
         CheckpointError: it is missing, cannot be read, or is far too large.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is not a file. Fetch the tokenizer's files again.")
+        if (size := status.st_size) > MAX_FILE_BYTES:
             raise CheckpointError(
                 f"{path} has {size} bytes; no tokenizer file has more than {MAX_FILE_BYTES}. Fetch the file again."
             )

@@ -86,7 +86,7 @@ class Tokenizer:
             allow_special: read `<eom>` and its like as the tokens that they name. Never for text
                 that comes from a user, a file or a tool.
             inside: the text continues earlier ids. It matters only to SentencePiece models that
-                put a space before every text; here they do not.
+                put a space before a text: in its middle they must not.
         """
         pattern, table = (self._every_pattern, self._every) if allow_special else (self._plain_pattern, self._plain)
         parts = [part for part in pattern.split(_whole_characters(text)) if part]
@@ -96,8 +96,10 @@ class Tokenizer:
         for part in parts:
             if part in table:
                 ids.append(table[part])
+                inside = inside or table[part] != self.bos_id  # a text begins after <s>
             elif part:
-                ids += self._vocabulary.encode_text(part, inside or bool(ids))
+                ids += self._vocabulary.encode_text(part, inside)
+                inside = True
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
