@@ -157,16 +157,43 @@ make_venv() { # PYTHON
     }
 }
 
-install() { # EXTRA or nothing
-    extra=${1:+[$1]}
-    say "installing moss-jt and what it needs into $VENV (once; some minutes)" \
-        "正在把 moss-jt 及其依赖装入 $VENV（仅一次，需几分钟）"
-    unset PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
-    logged pip "$VENV/bin/python" -m pip install --no-input --disable-pip-version-check -e "$ROOT$extra" || {
+pip_install() { # ARGUMENTS of pip install
+    logged pip "$VENV/bin/python" -m pip install --no-input --disable-pip-version-check "$@" || {
         show_log
         fail "pip failed; its last words are above. Without network it cannot work: check the connection, or point PIP_INDEX_URL at an index that answers, then run this again." \
             "pip 失败，最后的输出见上。没有网络无法安装：请检查网络，或用 PIP_INDEX_URL 指定可用的镜像，然后重新运行。"
     }
+}
+
+lacks_old_numpy() { # numpy 1.26, which Jittor asks for, has no wheels from Python 3.13 on
+    "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 13))'
+}
+
+list_requirements() { # EXTRA or nothing; ours and Jittor's, but for Jittor itself and its wish for an old numpy
+    "$VENV/bin/python" - "$1" <<'LIST'
+import sys
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+
+for name, left_out in (("moss-jt", "jittor"), ("jittor", "numpy")):
+    for need in map(Requirement, requires(name) or ()):
+        if need.name != left_out and (need.marker is None or need.marker.evaluate({"extra": sys.argv[1]})):
+            need.marker = None
+            print(need)
+LIST
+}
+
+install() { # EXTRA or nothing
+    say "installing moss-jt and what it needs into $VENV (once; some minutes)" \
+        "正在把 moss-jt 及其依赖装入 $VENV（仅一次，需几分钟）"
+    unset PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
+    if lacks_old_numpy; then # pip would compile numpy 1.26 for many minutes; moss-jt makes Jittor right with numpy 2
+        pip_install --no-deps -e "$ROOT" "$(grep -o 'jittor==[0-9.]*' "$ROOT/setup.py")"
+        list_requirements "$1" >"$VENV/requirements.txt"
+        pip_install -r "$VENV/requirements.txt"
+    else
+        pip_install -e "$ROOT${1:+[$1]}"
+    fi
     stamp >"$VENV/.moss-jt"
     [ -z "$1" ] || stamp >"$VENV/.moss-jt$1"
     [ -z "$LOG" ] || rm -f "$LOG"

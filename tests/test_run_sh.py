@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TOOLS = "sh cat cksum tail tr cut date mktemp rm sed sleep dirname env ln mkdir cp chmod flock touch"
+TOOLS = "sh cat cksum tail tr cut date mktemp rm sed sleep dirname env ln mkdir cp chmod flock touch grep"
 PYTHON = """#!/bin/sh
 printf 'python %s\\n' "$(printf '%s' "$*" | head -n 1)" >>"$CALLS"
 case "$*" in
 *"<= sys.version_info"*) exit "${UNSUPPORTED:-0}" ;;
 *"print("*) echo 3.9 ;;
+*"version_info < (3, 13)"*) exit "${BEFORE_3_13:-1}" ;;
+"- "*) echo "tqdm>=4" ;;
 -) cat >/dev/null; [ -e "$CALLS.apt" ] || printf '%s' "${MISSING:-}" ;;
 "-m venv --clear "*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
 "-m pip install"*)
@@ -102,6 +104,15 @@ def test_the_tests_need_their_extra_and_run_in_the_checkout(machine: Machine) ->
     assert done.stdout == f"in {machine.checkout}: -m pytest -k layout\n"
     assert f"-e {machine.checkout}[test]\n" in machine.called()
     assert "installing" not in machine.run("chat").stderr
+
+
+def test_where_old_numpy_has_no_wheel_it_is_not_compiled(machine: Machine) -> None:
+    done = machine.run("test", BEFORE_3_13="0")
+    assert done.returncode == 0, done.stderr
+    pip = [line.partition("version-check ")[2] for line in machine.called().splitlines() if "pip install" in line]
+    requirements = machine.checkout / ".venv" / "requirements.txt"
+    assert pip == [f"--no-deps -e {machine.checkout} jittor==1.3.11.0", f"-r {requirements}"]
+    assert requirements.read_text() == "tqdm>=4\n"
 
 
 @pytest.mark.parametrize("changed", ["setup.py", "pyproject.toml"])
