@@ -361,12 +361,10 @@ class ChatSession:
             if draft.before is None:
                 self._unanswered = draft.human
             return False
-        if draft.before is not None:
-            self._turns.pop()
         closing = tuple(self._template.close_turn(self._tokenizer, list(draft.passes[-1].generated)))
-        self._turns.append(
-            ChatTurn(draft.human, draft.answer, draft.reason, draft.passes, closing, draft.first, draft.attempt)
-        )
+        turn = ChatTurn(draft.human, draft.answer, draft.reason, draft.passes, closing, draft.first, draft.attempt)
+        older = self._turns[:-1] if draft.before is not None else self._turns
+        self._turns = [*older, turn]  # in one go: a second Ctrl-C finds the old turns or the new
         return True
 
 

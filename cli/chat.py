@@ -1,0 +1,78 @@
+"""`moss-jt chat`: options, one model, one conversation; the loop is in chat_loop."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal
+
+import click
+
+from moss_jt.cli.options import generation_config, model_options, sampling_options
+from moss_jt.language import pick
+
+
+@click.command(
+    help=pick(
+        "Talk to a model.\n\n"
+        "Answers go to stdout, everything else to stderr. In a pipe each line is a message. "
+        "/help in the chat lists its commands; stop or Ctrl-D leaves, Ctrl-C stops an answer.\n\n"
+        "Example: moss-jt chat --model fnlp/moss-moon-003-sft-int4",
+        "与模型对话。\n\n"
+        "回答输出到 stdout，其余输出到 stderr。通过管道使用时，每行为一条消息。"
+        "对话中输入 /help 查看命令；stop 或 Ctrl-D 退出，Ctrl-C 停止回答。\n\n"
+        "例如：moss-jt chat --model fnlp/moss-moon-003-sft-int4",
+    )
+)
+@model_options(model_required=False)
+@click.option(
+    "--template",
+    type=click.Choice(["auto", "readme", "fields"]),
+    default="auto",
+    show_default=True,
+    help=pick("Prompt format; auto asks the model's config.", "提示格式；auto 按模型配置选择。"),
+)
+@click.option(
+    "--system",
+    metavar="TEXT",
+    help=pick('System prompt in place of MOSS\'s own; "" is none.', "系统提示，替换 MOSS 默认提示；空字符串表示不用。"),
+)
+@sampling_options
+def command(
+    *,
+    model: str | None,
+    device: str,
+    compute: Literal["fast", "exact"],
+    template: Literal["auto", "readme", "fields"],
+    system: str | None,
+    **sampling: Any,
+) -> None:
+    """Talk to a model."""
+    from moss_jt.cli.chat_commands import COMMANDS, Talk
+    from moss_jt.cli.chat_input import PipeInput, TerminalInput
+    from moss_jt.cli.chat_loop import converse
+    from moss_jt.cli.chat_screen import Screen
+    from moss_jt.cli.loading import open_model
+
+    config = generation_config(sampling)
+    screen = Screen(interactive=sys.stdin.isatty() and sys.stdout.isatty())
+    loaded = open_model(model, device=device, compute=compute, screen=screen)
+
+    from moss_jt.chat import ChatSession
+    from moss_jt.engine import Engine
+    from moss_jt.template import choose_template
+
+    form = choose_template(template, loaded.config, tools=False)
+    session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config)
+    talk = Talk(session, screen)
+    if screen.interactive:
+        screen.note(_welcome())
+        converse(talk, TerminalInput(["clear", "stop", *(f"/{name}" for name in COMMANDS)]))
+    elif not converse(talk, PipeInput()):
+        sys.exit(1)
+
+
+def _welcome() -> str:
+    return pick(
+        "Type a message and press Enter. clear forgets everything, stop leaves, /help lists more.",
+        "输入消息后按回车。clear 清空对话，stop 退出，/help 查看更多命令。",
+    )

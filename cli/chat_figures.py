@@ -1,0 +1,93 @@
+"""The figures that /stats shows: the last answer, the context, the engine, the memory of this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moss_jt.language import pick
+
+if TYPE_CHECKING:
+    from moss_jt.chat import ReplyStats
+
+Figures = Mapping[str, "float | int | str"]
+
+
+def figures(stats: Figures, last: ReplyStats | None) -> list[tuple[str, str]]:
+    """Names and values, in the order in which a user asks for them."""
+    return [*_last_answer(last), *_context(stats), *_memory(stats)]
+
+
+def _last_answer(last: ReplyStats | None) -> list[tuple[str, str]]:
+    if last is None:
+        return []
+    return [
+        (
+            pick("last prompt", "上次提示"),
+            pick(
+                f"{last.prompt_tokens} tokens, {last.reused_tokens} of them known from before",
+                f"{last.prompt_tokens} 个词元，其中 {last.reused_tokens} 个已在缓存中",
+            ),
+        ),
+        (pick("first token", "首个词元"), pick(f"after {last.prefill_s:.2f} s", f"{last.prefill_s:.2f} 秒后")),
+        (
+            pick("last answer", "上次回答"),
+            pick(
+                f"{last.new_tokens} tokens, {last.tokens_per_s:.1f} tokens/s",
+                f"{last.new_tokens} 个词元，{last.tokens_per_s:.1f} 词元/秒",
+            ),
+        ),
+    ]
+
+
+def _context(stats: Figures) -> list[tuple[str, str]]:
+    turns = pick(f"{stats['turns']}", f"{stats['turns']} 轮")
+    if stats["dropped_turns"]:
+        turns += pick(
+            f", the oldest {stats['dropped_turns']} forgotten", f"，最早的 {stats['dropped_turns']} 轮已不再记住"
+        )
+    return [
+        (pick("turns", "对话"), turns),
+        (
+            pick("context", "上下文"),
+            pick(
+                f"{stats['context_tokens']} of {stats['context_size']} tokens",
+                f"{stats['context_tokens']} / {stats['context_size']} 个词元",
+            ),
+        ),
+    ]
+
+
+def _memory(stats: Figures) -> list[tuple[str, str]]:
+    rows = []
+    now, peak = resident_bytes()
+    if peak:
+        here = pick(f"{gigabytes(now)}, at most {gigabytes(peak)}", f"{gigabytes(now)}，峰值 {gigabytes(peak)}")
+        rows.append((pick("memory", "内存"), here))
+    if "cached_bytes" in stats:
+        rows.append((pick("cache", "缓存"), gigabytes(int(stats["cached_bytes"]))))
+    if "device" in stats:
+        rows.append((pick("computes", "计算"), f"{stats['device']}, {stats.get('compute', '')}".rstrip(", ")))
+    return rows
+
+
+def resident_bytes() -> tuple[int, int]:
+    """Physical memory of this process, (now, peak); zeros where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text("ascii", "replace").splitlines() if ":" in line)
+        now, peak = (int(lines.get(key, "0").split()[0]) << 10 for key in ("VmRSS", "VmHWM"))
+        return now, peak
+    if sys.platform == "win32":
+        return 0, 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak, peak if sys.platform == "darwin" else peak << 10
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,124 @@
+"""Where a chat's messages come from: a terminal with line editing and history, or a pipe.
+
+Several lines in one message: end a line with a backslash, press Esc then Enter (or Alt-Enter), or
+paste; pasted text is kept whole and sent by Enter.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+from moss_jt import paths
+from moss_jt.language import pick
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+HISTORY_FILE = "chat-history"
+
+
+class Input(Protocol):
+    """Somewhere messages come from."""
+
+    def read(self) -> str | None:
+        """The next message; None when there are no more. KeyboardInterrupt: Ctrl-C with nothing typed."""
+
+
+class PipeInput:
+    """One message a line from a stream; a backslash at its end joins the next line to it."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stdin
+
+    def read(self) -> str | None:
+        """The next message."""
+        lines: list[str] = []
+        while line := self._stream.readline():
+            text = line.removesuffix("\n").removesuffix("\r")
+            if not text.endswith("\\"):
+                return "\n".join([*lines, text])
+            lines.append(text[:-1])
+        return "\n".join(lines) if lines else None
+
+
+class TerminalInput:
+    """Line editing, history and completion of commands, through prompt_toolkit.
+
+    Args:
+        words: what Tab completes at the beginning of a message.
+    """
+
+    def __init__(self, words: Iterable[str]) -> None:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.completion import WordCompleter
+
+        self._session: PromptSession[str] = PromptSession(
+            history=_open_history(paths.state_dir() / HISTORY_FILE),
+            multiline=True,
+            key_bindings=_key_bindings(),
+            completer=WordCompleter(list(words), sentence=True),
+            complete_while_typing=False,
+            prompt_continuation=_continuation,
+        )
+
+    def read(self) -> str | None:
+        """The next message."""
+        try:
+            return self._session.prompt([("bold ansicyan", pick("You: ", "你："))])
+        except EOFError:
+            return None
+
+
+def _continuation(width: int, _line: int, _wrapped: int) -> str:
+    """What stands before the second and later lines of a message."""
+    return "… ".rjust(width)
+
+
+def _open_history(path: Path) -> History:
+    """The history in a file that only the user can read, or in memory where no file can be written."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        os.fchmod(handle, 0o600)
+        os.close(handle)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))
+
+
+def _key_bindings() -> KeyBindings:
+    """Enter sends, except after a backslash; Esc-Enter begins a line; Ctrl-C wipes what is typed, if anything."""
+    from prompt_toolkit.key_binding import KeyBindings
+
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    @bindings.add("c-c")
+    @bindings.add("<sigint>")
+    def _(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt())
+
+    return bindings

@@ -1,0 +1,127 @@
+"""The loop of a chat: a message comes in, a command is carried out or an answer is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from moss_jt.chat import Finished, Notice, Prefill, TextDelta
+from moss_jt.cli.chat_commands import Talk, execute, is_command, last_chat
+from moss_jt.cli.chat_input import Input
+from moss_jt.errors import MossError
+from moss_jt.language import pick
+
+if TYPE_CHECKING:
+    from moss_jt.chat import ChatEvent
+
+
+def converse(talk: Talk, source: Input) -> bool:
+    """Answer messages until there are no more; false if one of them could not be answered."""
+    good = True
+    warned = False  # Ctrl-C was pressed and nothing typed since: the next one leaves
+    while not talk.leaving:
+        try:
+            text = source.read()
+        except KeyboardInterrupt:
+            if warned or not talk.screen.interactive:
+                break
+            warned = True
+            talk.screen.note(pick("(Ctrl-C again leaves)", "（再按一次 Ctrl-C 退出）"))
+            continue
+        if text is None:
+            break
+        warned = False
+        if text.strip():
+            try:
+                warned = _take(talk, text)
+            except MossError as error:
+                talk.screen.end_answer()
+                talk.screen.error(str(error))
+                good = False
+    talk.session.close()
+    if talk.screen.interactive:
+        talk.screen.note(pick("Good-bye.", "再见。"))
+    return good
+
+
+def _take(talk: Talk, text: str) -> bool:
+    """Carry out a command or answer a message; true if Ctrl-C stopped the answer."""
+    if is_command(text):
+        events = execute(talk, text)
+    else:
+        events = talk.session.reply(text.removeprefix("/") if text.startswith("//") else text)
+    return events is not None and _show_answer(talk, events)
+
+
+def _show_answer(talk: Talk, events: Iterator[ChatEvent]) -> bool:
+    """Show an answer as it comes; true if Ctrl-C stopped it."""
+    interrupted = False
+    finished: Finished | None = None
+    while True:
+        try:
+            finished = _show_events(talk, events)
+            break
+        except KeyboardInterrupt:  # it struck between two events; the session closes the turn
+            interrupted = True
+            talk.session.cancel()
+    talk.screen.end_answer()
+    if finished is not None:
+        talk.last = finished.stats
+        _explain_end(talk, finished)
+        _keep(talk)
+    return interrupted or (finished is not None and finished.reason == "cancelled")
+
+
+def _show_events(talk: Talk, events: Iterator[ChatEvent]) -> Finished | None:
+    """Show events until the answer is over."""
+    begun = False
+    with talk.screen.waiting() as waiting:
+        for event in events:
+            if isinstance(event, Prefill):
+                waiting.update(event.done, event.total, event.reused)
+            elif isinstance(event, TextDelta):
+                waiting.over()
+                if not begun:
+                    talk.screen.tag("MOSS: ")
+                    begun = True
+                talk.screen.answer(event.text)
+            elif isinstance(event, Notice):
+                talk.screen.end_answer()
+                talk.screen.note(event.text)
+            else:
+                return event
+    return None
+
+
+def _explain_end(talk: Talk, finished: Finished) -> None:
+    """Say why an answer ended, where it did not end by itself."""
+    if not finished.kept:
+        talk.screen.note(
+            pick(
+                "(no answer; your message is taken back: press Up, or /retry, to send it again)",
+                "（没有回答，消息已收回；按向上键或用 /retry 可重新发送）",
+            )
+        )
+    elif finished.reason == "cancelled":
+        talk.screen.note(
+            pick("(stopped; /continue goes on, /retry answers anew)", "（已停止；/continue 继续，/retry 重新回答）")
+        )
+    elif finished.reason != "stop":
+        talk.screen.note(
+            pick(
+                f"(cut off after {finished.stats.new_tokens} tokens; /continue goes on)",
+                f"（已生成 {finished.stats.new_tokens} 个词元后截断；/continue 继续）",
+            )
+        )
+
+
+def _keep(talk: Talk) -> None:
+    """Write the conversation down after each answer, so that leaving or a crash loses nothing."""
+    if not talk.screen.interactive or not talk.keeping:
+        return
+    try:
+        last_chat().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        talk.session.save(last_chat())
+    except (MossError, OSError) as error:
+        talk.keeping = False  # said once
+        talk.screen.note(pick(f"The conversation is not being kept: {error}", f"对话未能自动保存：{error}"))

@@ -1,0 +1,77 @@
+"""Opening a model for a command: which one, with progress, and the line that says what is loaded."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from moss_jt import paths
+from moss_jt.cli.chat_screen import Screen
+from moss_jt.language import pick
+
+if TYPE_CHECKING:
+    from moss_jt.runner import Model
+
+PRACTICE_MODEL = "practice-tiny"
+
+
+def open_model(name: str | None, *, device: str, compute: Literal["fast", "exact"], screen: Screen) -> Model:
+    """Load a model by folder or name, the practice model if None, and say what was loaded.
+
+    Raises:
+        MossError: there is no such model, or it cannot be loaded.
+    """
+    from moss_jt.hub import resolve_model
+    from moss_jt.load import load_model
+
+    progress = screen.progress()
+    folder = _practice_model(screen) if name is None else resolve_model(name, progress=progress)
+    began = time.monotonic()
+    model = load_model(folder, device=device, compute=compute, progress=progress)
+    screen.note(_what_is_loaded(model, name or PRACTICE_MODEL, time.monotonic() - began))
+    licence = _licence(model.path)
+    if licence:
+        screen.note(pick(f"Licence of the weights: {licence}.", f"权重许可：{licence}。"))
+    return model
+
+
+def _practice_model(screen: Screen) -> Path:
+    """The folder of a small model of random weights, made at the first call."""
+    from moss_jt.checkpoint import is_native
+
+    folder = paths.models_dir() / PRACTICE_MODEL
+    if not is_native(folder):
+        from moss_jt.converters.synth import synthesize
+
+        synthesize(folder, preset="tiny", progress=screen.progress())
+    screen.note(
+        pick(
+            "No --model was given: this is a tiny model of random weights, and its answers are random. "
+            "For a real one: moss-jt pull fnlp/moss-moon-003-sft-int4",
+            "未指定 --model：当前是随机权重的微型模型，回答是随机的。获取真实模型：moss-jt pull fnlp/moss-moon-003-sft-int4",
+        )
+    )
+    return folder
+
+
+def _what_is_loaded(model: Model, name: str, seconds: float) -> str:
+    """One line: the name, the kind of weights, the size, where it computes, how long loading took."""
+    config = model.config
+    kind = f"int{config.quantization.bits}" if config.quantization else (config.dtype or "float")
+    size = f"{config.n_layer} x {config.n_embd}"
+    return pick(
+        f"{name}: {kind}, {size}, up to {model.max_tokens} tokens, on {model.device}; loaded in {seconds:.1f} s.",
+        f"{name}：{kind}，{size}，最多 {model.max_tokens} 个词元，运行于 {model.device}；加载用时 {seconds:.1f} 秒。",
+    )
+
+
+def _licence(folder: Path) -> str | None:
+    """What the record of where a model came from says, if there is one."""
+    try:
+        origin = json.loads((folder / "origin.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    licence = origin.get("license") if isinstance(origin, dict) else None
+    return licence if isinstance(licence, str) and licence else None

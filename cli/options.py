@@ -1,0 +1,105 @@
+"""Options that several commands share: which model, how it computes, how it chooses words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from moss_jt.language import pick
+
+if TYPE_CHECKING:
+    from moss_jt.config import GenerationConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SAMPLING = ("greedy", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens")
+
+
+def model_options(*, model_required: bool) -> Callable[[F], F]:
+    """Add --model, --device and --compute."""
+    return _all_of(
+        click.option(
+            "--model",
+            required=model_required,
+            metavar=pick("DIR|NAME", "目录|名称"),
+            help=pick(
+                "Folder of a model, native or Hugging Face, or the name of a stored one.",
+                "模型目录（本机格式或 Hugging Face 格式），或已保存模型的名称。",
+            ),
+        ),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            metavar="auto|cpu|cuda",
+            help=pick("Where to compute.", "计算设备。"),
+        ),
+        click.option(
+            "--compute",
+            type=click.Choice(["fast", "exact"]),
+            default="fast",
+            show_default=True,
+            help=pick(
+                "exact: float32 throughout; fast: smaller cache, faster arithmetic.",
+                "exact：全程 float32；fast：缓存更小、计算更快。",
+            ),
+        ),
+    )
+
+
+def sampling_options(function: F) -> F:
+    """Add the options of `generation_config`."""
+    add = _all_of(
+        click.option(
+            "--max-new-tokens", type=int, help=pick("Longest answer. [default: 512]", "回答的最大长度。[默认 512]")
+        ),
+        click.option("--temperature", type=float, help=pick("0 is greedy. [default: 0.7]", "0 即贪心。[默认 0.7]")),
+        click.option(
+            "--top-k",
+            type=int,
+            help=pick(
+                "Keep this many best tokens; 0: all. [default: 40]", "只保留最好的 k 个词元，0 为全部。[默认 40]"
+            ),
+        ),
+        click.option(
+            "--top-p",
+            type=float,
+            help=pick(
+                "Keep the best tokens up to this mass. [default: 0.8]", "只保留累计概率达到此值的词元。[默认 0.8]"
+            ),
+        ),
+        click.option(
+            "--repetition-penalty", type=float, help=pick("1.0: none. [default: 1.02]", "1.0 为不惩罚。[默认 1.02]")
+        ),
+        click.option(
+            "--seed", type=int, help=pick("Of the random draws, to repeat an answer.", "随机种子，用于复现回答。")
+        ),
+        click.option("--greedy", is_flag=True, help=pick("Always take the best token.", "总是选取最优词元。")),
+    )
+    return add(function)
+
+
+def generation_config(values: dict[str, Any]) -> GenerationConfig:
+    """Take the sampling options out of a command's values; what was not given keeps MOSS's default.
+
+    Raises:
+        ConfigError: a value cannot work.
+    """
+    from moss_jt.config import GenerationConfig
+
+    given = {name: values.pop(name) for name in SAMPLING}
+    greedy = given.pop("greedy")
+    return GenerationConfig(do_sample=not greedy, **{name: v for name, v in given.items() if v is not None})
+
+
+def _all_of(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    """One decorator for several options, shown in this order."""
+
+    def add(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
