@@ -230,4 +230,4 @@ def test_default_settings_are_quick_for_the_real_vocabulary() -> None:
         start = time.perf_counter()
         sampling.choose(sampling.process(logits, history, config), config, rng)
         taken.append(time.perf_counter() - start)
-    assert min(taken) < 0.004, f"{min(taken) * 1e3:.2f} ms; 0.7 ms was measured on a laptop's core"
+    assert min(taken) < 0.01, f"{min(taken) * 1e3:.2f} ms; 0.8 ms was measured, and sorting everything takes 20"
