@@ -1,8 +1,9 @@
 """Write a planned checkpoint: hash and write behind the back of whoever makes the numbers.
 
 Tensors come as iterators of contiguous arrays. Two threads take them up, one hashing and one
-writing; every 64 MiB or so what was written is forced to disk and noted in the journal. Memory is
-bounded by a small window of arrays under way.
+writing; a third forces to disk what was written, every 128 MiB or so, and notes it in the journal,
+so that the disk never waits for the numbers. Memory is bounded by a small window of arrays under
+way, and what the system holds back unwritten by the number of unfinished commits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from moss_jt.converters.plan import Plan, PlannedFile, PlannedTensor, dump_json
 from moss_jt.errors import CheckpointError, DiskError
 from moss_jt.progress import Progress
 
-COMMIT_BYTES = 64 << 20
+COMMIT_BYTES = 128 << 20
+OPEN_COMMITS = 2
 WINDOW_BYTES = 64 << 20
 PIECE_BYTES = 16 << 20
 _SPARE_BYTES = 4 << 20  # for the journal, manifest and the file system's own needs
@@ -93,8 +95,7 @@ class TensorWriter:
     """Writes tensors to their planned places; a context manager.
 
     Args:
-        done: digests of the tensors that are there already; new ones are added.
-        committed: called with the names of tensors once they are safe on disk.
+        done: digests of the tensors that are safe on disk already; new ones are added as they become so.
     """
 
     def __init__(
@@ -103,22 +104,22 @@ class TensorWriter:
         plan: Plan,
         done: dict[str, str],
         progress: Progress,
-        committed: Callable[[list[str]], None] = lambda names: None,
     ) -> None:
         self.done = done
         self._out = workplace.out
         self._journal = workplace.path / JOURNAL_FILE
         self._places = plan.places()
         self._progress = progress
-        self._committed = committed
         self._files: dict[str, int] = {}
         self._hasher = ThreadPoolExecutor(1, "hash")
         self._writer = ThreadPoolExecutor(1, "write")
+        self._syncer = ThreadPoolExecutor(1, "sync")
         self._window: deque[tuple[int, list[Future[None]]]] = deque()
         self._window_bytes = 0
         self._finished: list[tuple[str, Future[str]]] = []
         self._finished_bytes = 0
         self._commits: list[Future[None]] = []
+        self._broken = False  # a write failed: nothing after it may be called safe
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -129,10 +130,10 @@ class TensorWriter:
             if kind is None:
                 self._drain(0)
                 self._commit()
-                self._check_commits(wait=True)
+                self._check_commits(0)
         finally:
-            self._hasher.shutdown(wait=True, cancel_futures=True)
-            self._writer.shutdown(wait=True, cancel_futures=True)
+            for pool in (self._hasher, self._writer, self._syncer):
+                pool.shutdown(wait=True, cancel_futures=True)
             for fd in self._files.values():
                 os.close(fd)
             self._files.clear()
@@ -161,10 +162,10 @@ class TensorWriter:
 
     def _submit(self, file: PlannedFile, fd: int, sha: Any, data: memoryview, position: int) -> None:
         """Give one piece to both threads, waiting while too much is under way."""
-        self._check_commits(wait=False)
+        self._check_commits(OPEN_COMMITS)
         self._drain(max(0, WINDOW_BYTES - len(data)))
         hashed = self._hasher.submit(sha.update, data)
-        written = self._writer.submit(_write_at, self._out / file.name, fd, data, position)
+        written = self._writer.submit(self._write, self._out / file.name, fd, data, position)
         self._window.append((len(data), [hashed, written]))
         self._window_bytes += len(data)
 
@@ -190,17 +191,34 @@ class TensorWriter:
         return self._files[file.name]
 
     def _commit(self) -> None:
-        """Let the writing thread make all finished tensors safe, behind the writes that it has before it."""
+        """Let what is finished be made safe, once the writes before this moment are through."""
         if self._finished:
-            self._commits.append(self._writer.submit(self._make_safe, self._finished))
+            written = self._writer.submit(self._check_written)
+            self._commits.append(self._syncer.submit(self._make_safe, self._finished, written))
             self._finished, self._finished_bytes = [], 0
 
-    def _make_safe(self, finished: list[tuple[str, Future[str]]]) -> None:
-        """Force bytes to disk, then say so in the journal; runs in the writing thread."""
+    def _write(self, path: Path, fd: int, data: memoryview, position: int) -> None:
+        """Write one piece; runs in the writing thread."""
+        try:
+            _write_at(path, fd, data, position)
+        except DiskError:
+            self._broken = True
+            raise
+
+    def _check_written(self) -> None:
+        """A commit's place in the row of writes; runs in the writing thread."""
+        if self._broken:
+            raise DiskError(
+                f"{self._out} was not written: a piece before failed. --resume goes on from the last commit."
+            )
+
+    def _make_safe(self, finished: list[tuple[str, Future[str]]], written: Future[None]) -> None:
+        """Force bytes to disk, then say so in the journal; runs in the syncing thread."""
+        written.result()
         digests = {name: future.result() for name, future in finished}
         try:
-            for name in {self._places[name][0].name for name in digests}:
-                os.fdatasync(self._files[name])
+            for file in {self._places[name][0].name for name in digests}:
+                os.fdatasync(self._files[file])
             with self._journal.open("ab") as journal:
                 journal.write("".join(f"{digest} {name}\n" for name, digest in digests.items()).encode())
                 journal.flush()
@@ -208,11 +226,10 @@ class TensorWriter:
         except OSError as error:
             raise disk_error(error, self._journal) from error
         self.done.update(digests)
-        self._committed(list(digests))
 
-    def _check_commits(self, *, wait: bool) -> None:
-        """Let the trouble of a commit surface."""
-        while self._commits and (wait or self._commits[0].done()):
+    def _check_commits(self, limit: int) -> None:
+        """Wait until at most `limit` commits are unfinished, and let the trouble of any surface."""
+        while self._commits and (len(self._commits) > limit or self._commits[0].done()):
             self._commits.pop(0).result()
 
 

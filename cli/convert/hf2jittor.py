@@ -107,8 +107,8 @@ def _notes(done: Conversion) -> list[str]:
     if done.dropped:
         lines.append(
             pick(
-                f"Dropped: {done.dropped} causal_mask buffers ({done.dropped_bytes / 1e6:.1f} MB), which can be worked out",
-                f"已略去：{done.dropped} 个 causal_mask（{done.dropped_bytes / 1e6:.1f} MB），可由程序算出",
+                f"Dropped: {done.dropped} causal_mask buffers ({in_words(done.dropped_bytes)}), which can be worked out",
+                f"已略去：{done.dropped} 个 causal_mask（{in_words(done.dropped_bytes)}），可由程序算出",
             )
         )
     if done.resumed:
@@ -118,8 +118,8 @@ def _notes(done: Conversion) -> list[str]:
     if done.deleted_bytes:
         lines.append(
             pick(
-                f"Deleted from the source: {done.deleted_bytes / 1e9:.2f} GB",
-                f"已删除源文件 {done.deleted_bytes / 1e9:.2f} GB",
+                f"Deleted from the source: {in_words(done.deleted_bytes)}",
+                f"已删除源文件 {in_words(done.deleted_bytes)}",
             )
         )
     return lines
