@@ -34,7 +34,7 @@ fix:
 	$(PYTHON) -m ruff check --fix $(CODE)
 
 docs:  ## docs/cli.md from the --help texts
-	$(PYTHON) -m moss_jt.cli.docs > docs/cli.md
+	$(PYTHON) docs/make_cli.py
 
 bench:
 	$(PYTHON) benchmarks/import_time.py --save
