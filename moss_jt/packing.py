@@ -142,7 +142,7 @@ def pack(matrix: QuantMatrix, layout: TileLayout) -> Bytes:
     blob = np.zeros(layout.nbytes, dtype=np.uint8)
     perm = input_order(layout, matrix.groups)
     tiles = _tiles(blob, layout)
-    step = max(1, _CODES_AT_ONCE // (TILE_ROWS * layout.padded_in))
+    step = _tiles_at_once(layout)
     for first in range(0, layout.n_tiles, step):
         rows = slice(first * TILE_ROWS, (first + step) * TILE_ROWS)
         _pack_codes(matrix.codes[rows], perm, layout, tiles[first : first + step])
@@ -161,7 +161,7 @@ def unpack(blob: Bytes, layout: TileLayout) -> QuantMatrix:
     perm = read_perm(blob, layout)
     tiles = _tiles(blob, layout)
     codes = np.empty((n, k), dtype=np.uint8)
-    step = max(1, _CODES_AT_ONCE // (TILE_ROWS * layout.padded_in))
+    step = _tiles_at_once(layout)
     for first in range(0, layout.n_tiles, step):
         rows = slice(first * TILE_ROWS, min(n, (first + step) * TILE_ROWS))
         _unpack_codes(tiles[first : first + step], perm, layout, codes[rows])
@@ -187,11 +187,11 @@ def pack_gptq(words: GptqMatrix, layout: TileLayout) -> Bytes:
     tiles = _tiles(blob, layout)
     if layout.permuted:
         perm = input_order(layout, words.g_idx)
-        step = max(1, _CODES_AT_ONCE // (TILE_ROWS * layout.padded_in))
+        step = _tiles_at_once(layout)
         for first in range(0, layout.n_tiles, step):
             rows = slice(first * TILE_ROWS, (first + step) * TILE_ROWS)
-            codes = gptq_codes(words.qweight[:, rows], layout.bits).T
-            _pack_codes(codes, perm, layout, tiles[first : first + step])
+            moved = _to_positions(words.qweight[:, rows], perm, layout.bits)
+            _words_to_tiles(moved, layout, tiles[first : first + step])
         _write_perm(blob, layout, perm)
     else:
         _words_to_tiles(words.qweight, layout, tiles)
@@ -214,12 +214,12 @@ def unpack_gptq(blob: Bytes, layout: TileLayout) -> GptqMatrix:
     tiles = _tiles(blob, layout)
     qweight = np.empty((k // layout.block, n), dtype=np.int32)
     if layout.permuted:
-        step = max(1, _CODES_AT_ONCE // (TILE_ROWS * layout.padded_in))
+        step = _tiles_at_once(layout)
         for first in range(0, layout.n_tiles, step):
-            last = min(n, (first + step) * TILE_ROWS)
-            codes = np.empty((last - first * TILE_ROWS, k), dtype=np.uint8)
-            _unpack_codes(tiles[first : first + step], perm, layout, codes)
-            qweight[:, first * TILE_ROWS : last] = gptq_words(codes.T, layout.bits)
+            rows = slice(first * TILE_ROWS, min(n, (first + step) * TILE_ROWS))
+            moved = np.empty((layout.padded_in // layout.block, rows.stop - rows.start), dtype=np.int32)
+            _tiles_to_words(tiles[first : first + step], layout, moved)
+            qweight[:, rows] = _from_positions(moved, perm, layout)
     else:
         _tiles_to_words(tiles, layout, qweight)
     scales, zeros = _unpack_scales_zeros(layout, tiles)
@@ -228,21 +228,23 @@ def unpack_gptq(blob: Bytes, layout: TileLayout) -> GptqMatrix:
 
 def gptq_codes(words: Array, bits: Bits) -> Bytes:
     """Spread GPTQ words along the first axis: (R, N) int32 -> (R * 32 / bits, N) uint8."""
-    per = 32 // bits
-    unsigned = words.view(np.uint32) if words.dtype == np.int32 else words
-    shifts = (np.arange(per, dtype=np.uint32) * bits)[None, :, None]
-    codes = (unsigned[:, None, :] >> shifts) & np.uint32((1 << bits) - 1)
-    return codes.astype(np.uint8).reshape(words.shape[0] * per, words.shape[1])
+    rows, n = words.shape
+    in_bytes = np.ascontiguousarray(words).view(np.uint8).reshape(rows, n, 4).transpose(0, 2, 1)  # lowest byte first
+    codes = np.empty((rows, 4, 8 // bits, n), dtype=np.uint8)
+    if bits == 8:
+        codes[:, :, 0] = in_bytes
+    else:
+        np.bitwise_and(in_bytes, 15, out=codes[:, :, 0])
+        np.right_shift(in_bytes, 4, out=codes[:, :, 1])
+    return codes.reshape(rows * (32 // bits), n)
 
 
 def gptq_words(codes: Array, bits: Bits) -> npt.NDArray[np.int32]:
     """Pack codes along the first axis, lowest bits first: (K, N) uint8 -> (K * bits / 32, N) int32."""
-    per = 32 // bits
-    spread = codes.reshape(codes.shape[0] // per, per, codes.shape[1])
-    words = np.zeros((spread.shape[0], spread.shape[2]), dtype=np.uint32)
-    for i in range(per):
-        words |= spread[:, i].astype(np.uint32) << np.uint32(i * bits)
-    return words.view(np.int32)
+    k, n = codes.shape
+    spread = codes.reshape(k * bits // 32, 4, 8 // bits, n)
+    in_bytes = spread[:, :, 0] if bits == 8 else spread[:, :, 0] | spread[:, :, 1] << 4
+    return np.ascontiguousarray(in_bytes.transpose(0, 2, 1)).view("<i4")[:, :, 0]
 
 
 def gptq_zeros(qzeros: Array, bits: Bits) -> Bytes:
@@ -289,6 +291,31 @@ def _tiles(blob: Bytes, layout: TileLayout) -> Bytes:
         raise ShapeError(f"a blob is {blob.dtype} {blob.shape}; its layout needs uint8 ({layout.nbytes},).")
     tiles: Bytes = blob[: layout.perm_offset].reshape(layout.n_tiles, layout.tile_bytes)
     return tiles
+
+
+def _tiles_at_once(layout: TileLayout) -> int:
+    """Tiles whose codes, spread to bytes, are worked on at a time."""
+    return max(1, _CODES_AT_ONCE // (TILE_ROWS * layout.padded_in))
+
+
+def _to_positions(qweight: Array, perm: Array, bits: Bits) -> npt.NDArray[np.int32]:
+    """GPTQ words of inputs in their own order -> words of positions, padding included."""
+    codes = gptq_codes(qweight, bits)
+    real = perm >= 0
+    if real.all():
+        return gptq_words(codes[perm], bits)
+    moved = np.zeros((len(perm), codes.shape[1]), dtype=np.uint8)
+    moved[real] = codes[perm[real]]
+    return gptq_words(moved, bits)
+
+
+def _from_positions(words: Array, perm: Array, layout: TileLayout) -> npt.NDArray[np.int32]:
+    """The inverse of `_to_positions`."""
+    moved = gptq_codes(words, layout.bits)
+    codes = np.empty((layout.shape[1], moved.shape[1]), dtype=np.uint8)
+    real = perm >= 0
+    codes[perm[real]] = moved if real.all() else moved[real]
+    return gptq_words(codes, layout.bits)
 
 
 def _pack_codes(codes: Bytes, perm: Array, layout: TileLayout, tiles: Bytes) -> None:
@@ -361,9 +388,9 @@ def _groups_of(perm: Array, layout: TileLayout) -> npt.NDArray[np.int32]:
 
 def _words_to_tiles(qweight: Array, layout: TileLayout, tiles: Bytes) -> None:
     """GPTQ words (blocks, N) into the code sections, four bytes at a time."""
-    n = layout.shape[0]
+    n = qweight.shape[1]
     words = np.ascontiguousarray(qweight).view(np.uint32)
-    target = tiles[:, : layout.code_bytes].view(np.uint32).reshape(layout.n_tiles, -1, TILE_ROWS)
+    target = tiles[:, : layout.code_bytes].view(np.uint32).reshape(len(tiles), -1, TILE_ROWS)
     whole = n // TILE_ROWS
     rows_at_once = max(1, _WORDS_AT_ONCE // max(n, 1))
     for first in range(0, len(words), rows_at_once):
@@ -378,9 +405,9 @@ def _words_to_tiles(qweight: Array, layout: TileLayout, tiles: Bytes) -> None:
 
 def _tiles_to_words(tiles: Bytes, layout: TileLayout, qweight: npt.NDArray[np.int32]) -> None:
     """The code sections into GPTQ words (blocks, N)."""
-    n = layout.shape[0]
+    n = qweight.shape[1]
     words = qweight.view(np.uint32)
-    source = tiles[:, : layout.code_bytes].view(np.uint32).reshape(layout.n_tiles, -1, TILE_ROWS)
+    source = tiles[:, : layout.code_bytes].view(np.uint32).reshape(len(tiles), -1, TILE_ROWS)
     rows_at_once = max(1, _WORDS_AT_ONCE // max(n, 1))
     for first in range(0, len(words), rows_at_once):
         some = source[:, first : first + rows_at_once].transpose(1, 0, 2)
