@@ -67,7 +67,7 @@ def command(
     if screen.interactive:
         screen.note(_welcome())
         converse(talk, TerminalInput(["clear", "stop", *(f"/{name}" for name in COMMANDS)]))
-    elif not converse(talk, PipeInput()):
+    elif not converse(talk, PipeInput(ask=sys.stderr if sys.stdin.isatty() else None)):
         sys.exit(1)
 
 

@@ -68,11 +68,11 @@ def execute(talk: Talk, text: str) -> Iterator[ChatEvent] | None:
     Raises:
         ConversationError: there is no such command, or it cannot do what it should.
     """
-    name, _, argument = text.strip().removeprefix("/").partition(" ")
+    name, argument = [*text.strip().removeprefix("/").split(maxsplit=1), "", ""][:2]
     command = COMMANDS.get(ALIASES.get(name, name))
     if command is None:
         raise ConversationError(_unknown(name))
-    return command.action(talk, argument.strip())
+    return command.action(talk, argument)
 
 
 def last_chat() -> Path:

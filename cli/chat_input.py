@@ -31,13 +31,22 @@ class Input(Protocol):
 
 
 class PipeInput:
-    """One message a line from a stream; a backslash at its end joins the next line to it."""
+    """One message a line from a stream; a backslash at its end joins the next line to it.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    Args:
+        stream: stdin if not given.
+        ask: where to ask for a message, if somebody types them while stdout goes elsewhere.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, ask: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stdin
+        self._ask = ask
 
     def read(self) -> str | None:
         """The next message."""
+        if self._ask is not None:
+            self._ask.write(you())
+            self._ask.flush()
         lines: list[str] = []
         while line := self._stream.readline():
             text = line.removesuffix("\n").removesuffix("\r")
@@ -70,9 +79,14 @@ class TerminalInput:
     def read(self) -> str | None:
         """The next message."""
         try:
-            return self._session.prompt([("bold ansicyan", pick("You: ", "你："))])
+            return self._session.prompt([("bold ansicyan", you())])
         except EOFError:
             return None
+
+
+def you() -> str:
+    """What stands before a message."""
+    return pick("You: ", "你：")
 
 
 def _continuation(width: int, _line: int, _wrapped: int) -> str:

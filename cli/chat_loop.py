@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,33 +15,50 @@ from moss_jt.language import pick
 if TYPE_CHECKING:
     from moss_jt.chat import ChatEvent
 
+_log = logging.getLogger(__name__)
+
 
 def converse(talk: Talk, source: Input) -> bool:
-    """Answer messages until there are no more; false if one of them could not be answered."""
+    """Answer messages until there are no more; false if one of them could not be answered.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C where nobody sits at a terminal: it ends the program, not only the answer.
+    """
+    try:
+        good = _answer_all(talk, source)
+    finally:
+        talk.session.close()
+    if talk.screen.interactive:
+        talk.screen.note(pick("Good-bye.", "再见。"))
+    return good
+
+
+def _answer_all(talk: Talk, source: Input) -> bool:
+    """The loop itself."""
     good = True
     warned = False  # Ctrl-C was pressed and nothing typed since: the next one leaves
     while not talk.leaving:
         try:
             text = source.read()
         except KeyboardInterrupt:
-            if warned or not talk.screen.interactive:
+            if not talk.screen.interactive:
+                raise
+            if warned:
                 break
             warned = True
             talk.screen.note(pick("(Ctrl-C again leaves)", "（再按一次 Ctrl-C 退出）"))
             continue
         if text is None:
             break
-        warned = False
-        if text.strip():
-            try:
-                warned = _take(talk, text)
-            except MossError as error:
-                talk.screen.end_answer()
-                talk.screen.error(str(error))
-                good = False
-    talk.session.close()
-    if talk.screen.interactive:
-        talk.screen.note(pick("Good-bye.", "再见。"))
+        try:
+            warned = bool(text.strip()) and _take(talk, text)
+        except MossError as error:
+            _log.debug("a message could not be answered", exc_info=True)
+            talk.screen.end_answer()
+            talk.screen.error(str(error))
+            good = warned = False
+        if warned and not talk.screen.interactive:
+            raise KeyboardInterrupt
     return good
 
 

@@ -14,7 +14,7 @@ from moss_jt.language import pick
 if TYPE_CHECKING:
     from moss_jt.runner import Model
 
-PRACTICE_MODEL = "practice-tiny"
+PRACTICE_MODEL = "synth-tiny"
 
 
 def open_model(name: str | None, *, device: str, compute: Literal["fast", "exact"], screen: Screen) -> Model:
@@ -43,9 +43,9 @@ def _practice_model(screen: Screen) -> Path:
 
     folder = paths.models_dir() / PRACTICE_MODEL
     if not is_native(folder):
-        from moss_jt.converters.synth import synthesize
+        from moss_jt.converters.synth import preset_config, synthesize
 
-        synthesize(folder, preset="tiny", progress=screen.progress())
+        synthesize(preset_config("tiny"), folder, resume=True, progress=screen.progress())
     screen.note(
         pick(
             "No --model was given: this is a tiny model of random weights, and its answers are random. "

@@ -140,7 +140,7 @@ def make_group() -> click.Group:
 
 def language_of(args: Sequence[str]) -> str | None:
     """The value of `--lang` wherever it stands; help texts need it before click reads the options."""
-    for here, after in zip(args, [*args[1:], ""], strict=True):
+    for here, after in zip(args, [*args, ""][1:], strict=True):
         if here == "--lang":
             return after
         if here.startswith("--lang="):

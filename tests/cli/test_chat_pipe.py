@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from click.testing import CliRunner, Result
 from scripted_model import TOKENIZER, BlockingEngine, install, make_engine
 
 from moss_jt import paths
+from moss_jt.cli.chat_input import PipeInput
 from moss_jt.cli.main import exit_code_of, make_group
 from moss_jt.language import set_language
 
@@ -318,10 +321,10 @@ def test_bad_options_are_told_before_anything_is_loaded(
     assert asked == []
 
 
-def program_of(folder: Path, *answers: str) -> list[str]:
+def program_of(folder: Path, *answers: str, blocks: Sequence[tuple[int, int]] = ()) -> list[str]:
     """The command line of a chat with a model that gives these answers."""
     script = folder / "script.json"
-    script.write_text(json.dumps({"answers": answers}))
+    script.write_text(json.dumps({"answers": answers, "blocks": blocks}))
     return [sys.executable, str(Path(scripted_model.__file__)), str(script), "chat", "--model", str(TOKENIZER)]
 
 
@@ -346,3 +349,33 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, monkeypatch: pytest
         assert process.wait(60) == 1
     assert "Traceback" not in shown
     assert "Broken" not in shown
+
+
+def test_ctrl_c_ends_a_chat_in_a_pipe_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    line = program_of(tmp_path, "one two three", "never asked for", blocks=[(0, 3)])
+    pipe = subprocess.PIPE
+    with subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(b"hi\nhi\n")
+        process.stdin.close()
+        waiting = scripted_model.WAITS.encode()
+        shown = b""
+        while not shown.endswith(waiting):
+            shown += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        shown = process.stderr.read()
+        answer = process.stdout.read().decode()
+        assert process.wait(60) == 130
+    assert shown.endswith(b"Interrupted.\n")
+    assert b"Traceback" not in shown
+    assert answer.endswith("\n")
+    assert "one two three".startswith(answer.strip())
+
+
+def test_a_person_whose_answers_go_to_a_file_is_asked_on_stderr() -> None:
+    asked = io.StringIO()
+    source = PipeInput(io.StringIO("a\\\nb\n"), ask=asked)
+    assert source.read() == "a\nb"
+    assert source.read() is None
+    assert asked.getvalue() == "You: You: "
