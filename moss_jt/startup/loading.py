@@ -1,0 +1,68 @@
+"""The import of Jittor itself, in this process, after everything is in place."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from moss_jt.startup.isolation import contained
+from moss_jt.startup.plan import FOREIGN_VARIABLES, Plan
+
+RunCommands = Callable[[list[str], str, str, str], None]
+
+
+def load(
+    plan: Plan, run_commands: RunCommands | None = None, *, with_cache: Callable[[Path], None] | None = None
+) -> ModuleType:
+    """Import Jittor as planned and give the process back as it was.
+
+    Args:
+        plan: what to import and how; its files must be there.
+        run_commands: called with (commands, cache folder, jittor folder, title) in place of Jittor's pool of
+            forked processes; by default each command is run or found done, one after the other.
+        with_cache: called with Jittor's cache folder before any compiled code is loaded from it.
+    """
+    importlib.import_module("numpy")  # first, so that it does not see Jittor's environment
+    with (
+        contained(
+            plan.variables, without=FOREIGN_VARIABLES, executable=plan.tools.python, path_front=plan.source
+        ) as handlers,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # its sources warn when they are compiled; nobody here can mend them
+        utils: Any = importlib.import_module("jittor_utils")
+        utils.run_cmds = run_commands or _one_by_one
+        if with_cache is not None:
+            with_cache(Path(utils.cache_path))
+        with utils.import_scope(os.RTLD_NOW | os.RTLD_GLOBAL | os.RTLD_DEEPBIND):
+            utils.try_import_jit_utils_core()
+        handlers.restore()  # at once: with Jittor's handlers any killed child would end this process
+        jittor = importlib.import_module("jittor")
+    jittor.flags.use_cuda = 1 if plan.device == "cuda" else 0
+    _set_threads(plan)
+    return jittor
+
+
+def _one_by_one(commands: list[str], cache_path: str, jittor_path: str, title: str = "") -> None:
+    utils: Any = sys.modules["jittor_utils"]
+    for command in commands:
+        utils.do_compile([command, cache_path, jittor_path])
+
+
+def _set_threads(plan: Plan) -> None:
+    """Tell OpenMP directly: another library may have loaded it before our variables were set."""
+    wanted = plan.variables.get("OMP_NUM_THREADS")
+    if wanted is None:
+        return
+    try:
+        openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD)
+    except OSError:
+        return
+    openmp.omp_set_num_threads(ctypes.c_int(int(wanted)))
