@@ -23,8 +23,6 @@ CONFIG = {
     "rotary_dim": 2,
     "wbits": 32,
 }
-DATA = bytes(range(8))  # a storage of four float16
-
 
 CASES: list[Hostile] = [*RUNNING, *PICKLES, *TENSORS, *ZIPS, *OLD, *SAFETENSORS, *INDEXES, *FILES]
 
