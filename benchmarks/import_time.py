@@ -23,12 +23,14 @@ LIMIT_S = 0.5
 BARE = ["-c", "pass"]
 FIND_COMMANDS = """
 import click
-from moss_jt.cli import convert, main
-for module, group in (("moss_jt.cli", main.make_group()), ("moss_jt.cli.convert", convert.command)):
-    print(module)
-    with click.Context(group) as ctx:
-        for name in group.list_commands(ctx):
-            print(module, name)
+from moss_jt.cli.main import make_group
+def walk(command, words):
+    print(*words)
+    if isinstance(command, click.Group):
+        with click.Context(command) as ctx:
+            for name in command.list_commands(ctx):
+                walk(command.get_command(ctx, name), [*words, name])
+walk(make_group(), [])
 """
 
 
@@ -47,7 +49,8 @@ def find_calls() -> dict[str, list[str]]:
     done = subprocess.run([sys.executable, "-c", FIND_COMMANDS], cwd=ROOT, capture_output=True, text=True, check=True)
     calls = {"import moss_jt": ["-c", "import moss_jt"]}
     for line in done.stdout.splitlines():
-        calls[f"{line} --help"] = ["-m", *line.split(), "--help"]
+        words = line.split()
+        calls[" ".join(["moss-jt", *words, "--help"])] = ["-m", "moss_jt.cli", *words, "--help"]
     return calls
 
 
