@@ -1,0 +1,249 @@
+"""Pulling whole models from a fake hub, broken off in every way, and finding them by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_hub import FakeHub
+
+from moss_jt import fetch, paths, stored
+from moss_jt.checkpoint import Checkpoint, is_native
+from moss_jt.config import FloatType
+from moss_jt.converters.hf2jittor import hf2jittor
+from moss_jt.errors import CheckpointError, HubError
+from moss_jt.hub import find_pulled, pull, resolve_model
+from moss_jt.pull_plan import PullPlan, plan_pull
+
+FP = "fnlp/moss-tiny-sft"
+INT4 = "fnlp/moss-tiny-sft-int4"
+SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, golden: Path) -> Iterator[FakeHub]:
+    monkeypatch.setattr(fetch, "_pause", lambda seconds: None)
+    tokenizer = golden / "tokenizer" / "c-addedtoken-specials"
+    code = {
+        "modeling_moss.py": b"raise SystemExit('remote code ran')",
+        "README.md": b"# MOSS",
+        "training_args.bin": b"pickle",
+    }
+    with FakeHub() as server:
+        server.use(monkeypatch, tmp_path / "hf")
+        server.add(FP, golden / "tiny-fp" / "bin-2shards", tokenizer, extra=code)
+        server.add(INT4, golden / "tiny-int4" / "g32", tokenizer, extra=code)
+        yield server
+
+
+def fetch_model(name: str, *, delete_source: bool = False, dtype: FloatType | None = None) -> Path:
+    return pull(plan_pull(name, delete_source=delete_source, dtype=dtype))
+
+
+def tensors_of(path: Path) -> dict[str, bytes]:
+    checkpoint = Checkpoint.open(path)
+    return {name: checkpoint.read(name).tobytes() for name in checkpoint.entries}
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def files_asked_for(hub: FakeHub) -> set[str]:
+    return {request.split()[1].rsplit("/", 1)[-1] for request in hub.requests if "/resolve/" in request}
+
+
+@pytest.mark.parametrize("delete_source", [False, True])
+def test_pulled_model_is_the_converted_one(hub: FakeHub, golden: Path, tmp_path: Path, delete_source: bool) -> None:
+    path = fetch_model(FP, delete_source=delete_source)
+    assert path == paths.models_dir() / "fnlp--moss-tiny-sft"
+    hf2jittor(golden / "tiny-fp" / "bin-2shards", tmp_path / "expected")
+    assert tensors_of(path) == tensors_of(tmp_path / "expected")
+    assert {"vocab.json", "merges.txt", "added_tokens.json", "config.json", "origin.json"} <= names_in(path)
+    left = {"fnlp--moss-tiny-sft"} if delete_source else {"fnlp--moss-tiny-sft", "fnlp--moss-tiny-sft.source"}
+    assert names_in(paths.models_dir()) == left
+
+
+def test_only_what_is_needed_is_fetched(hub: FakeHub) -> None:
+    fetch_model(FP)
+    asked = files_asked_for(hub)
+    assert {*SHARDS, "config.json", "pytorch_model.bin.index.json", "vocab.json", "merges.txt"} <= asked
+    assert not asked & {"modeling_moss.py", "README.md", "training_args.bin"}
+    assert not list(paths.models_dir().rglob("*.py"))
+
+
+def test_int4_in_one_file(hub: FakeHub) -> None:
+    plan = plan_pull(INT4, delete_source=True)
+    assert [file.name for file in plan.weights] == ["pytorch_model.bin"]
+    assert not plan.one_by_one
+    path = pull(plan)
+    assert Checkpoint.open(path).config.quantization is not None
+    assert json.loads((path / "config.json").read_text())["moss_jt"]["name"] == INT4
+
+
+def test_dtype(hub: FakeHub) -> None:
+    assert Checkpoint.open(fetch_model(FP, dtype="float32")).config.dtype == "float32"
+
+
+def test_each_shard_is_gone_before_the_next_comes(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+    real = fetch.fetch_file
+
+    def watch(file: fetch.RemoteFile, url: str, folder: Path, **options: object) -> Path:
+        seen.append({name for name in names_in(folder) if name.endswith(".bin")})
+        return real(file, url, folder, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("moss_jt.hub.fetch_file", watch)
+    plan = plan_pull(FP, delete_source=True)
+    assert plan.one_by_one
+    fetch_model(FP, delete_source=True)
+    assert seen[-1] <= {SHARDS[0]}, "more than one shard lay there"
+
+
+def test_native_model_is_taken_as_it_is(hub: FakeHub, golden: Path, tmp_path: Path) -> None:
+    hf2jittor(golden / "tiny-int4" / "g32", tmp_path / "native")
+    hub.add("owner/native", tmp_path / "native")
+    path = fetch_model("owner/native")
+    assert tensors_of(path) == tensors_of(tmp_path / "native")
+    assert names_in(paths.models_dir()) == {"owner--native"}
+    with pytest.raises(HubError, match="native format already, which --dtype cannot change"):
+        plan_pull("owner/native@main", dtype="float32")
+
+
+@pytest.mark.parametrize("delete_source", [False, True])
+@pytest.mark.parametrize("file", [*SHARDS, "vocab.json", "config.json"])
+def test_broken_off_and_run_again(hub: FakeHub, golden: Path, tmp_path: Path, file: str, delete_source: bool) -> None:
+    hub.fail("break", file, after=100, times=1 if file == "config.json" else 8)
+    if file == "config.json":
+        hub.fail("break", file, after=100, times=7)
+    with pytest.raises(HubError, match=rf"{file}.* cannot be fetched from .*run the same command again"):
+        fetch_model(FP, delete_source=delete_source)
+    hub.faults.clear()
+    for model in stored.list_models():
+        assert (model.name, model.state) == (FP, "partial")
+    path = fetch_model(FP, delete_source=delete_source)
+    hf2jittor(golden / "tiny-fp" / "bin-2shards", tmp_path / "expected")
+    assert tensors_of(path) == tensors_of(tmp_path / "expected")
+
+
+def test_checksum_that_stays_wrong(hub: FakeHub) -> None:
+    hub.fail("corrupt", SHARDS[1], times=9)
+    with pytest.raises(HubError, match=f"{SHARDS[1]} from .* has another checksum"):
+        fetch_model(FP)
+    assert find_pulled(FP) is None
+
+
+def test_model_that_is_not_what_it_says(hub: FakeHub) -> None:
+    hub.repos[FP].files["config.json"] = hub.repos[FP].files["config.json"].replace(b'"n_layer": 3', b'"n_layer": 4')
+    with pytest.raises(CheckpointError, match=r"does not fit its config.json: .*transformer.h.3.* is missing"):
+        fetch_model(FP)
+    assert stored.list_models()[0].state == "partial"
+
+
+def run_pull(hub: FakeHub, *, delete_source: bool) -> subprocess.Popen[bytes]:
+    script = (
+        "from moss_jt.hub import pull; from moss_jt.pull_plan import plan_pull\n"
+        f"pull(plan_pull({FP!r}, delete_source={delete_source}))"
+    )
+    return subprocess.Popen([sys.executable, "-c", script], env=dict(os.environ), stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("delete_source", [False, True])
+def test_killed_while_fetching_the_second_shard(
+    hub: FakeHub, golden: Path, tmp_path: Path, delete_source: bool
+) -> None:
+    hub.fail("stall", SHARDS[1], after=20_000)
+    child = run_pull(hub, delete_source=delete_source)
+    try:
+        deadline = time.monotonic() + 30
+        while hub.sent[SHARDS[1]] < 20_000:
+            assert time.monotonic() < deadline, "the child never came to the second shard"
+            assert child.poll() is None, "the child has ended by itself"
+            time.sleep(0.02)
+        with pytest.raises(HubError, match=f"{FP} is being pulled by another process"):
+            fetch_model(FP, delete_source=delete_source)
+        with pytest.raises(HubError, match=f"{FP} is being pulled by another process"):
+            stored.remove_model(FP)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    hub.released.set()
+    sent = dict(hub.sent)
+    plan = plan_pull(FP, delete_source=delete_source)
+    assert plan.accepted, "what was accepted once is not asked again"
+    path = pull(plan)
+    assert hub.sent[SHARDS[0]] == sent[SHARDS[0]], "the first shard was fetched again"
+    hf2jittor(golden / "tiny-fp" / "bin-2shards", tmp_path / "expected")
+    assert tensors_of(path) == tensors_of(tmp_path / "expected")
+
+
+def test_unfinished_pull_stays_with_its_version_and_options(hub: FakeHub, golden: Path) -> None:
+    hub.fail("break", SHARDS[1], times=9)
+    with pytest.raises(HubError):
+        fetch_model(FP)
+    begun = hub.repos[FP]
+    with pytest.raises(
+        HubError,
+        match=rf"a pull of {FP} was begun with no --dtype, and now float32 is asked for.*moss-jt models rm {FP}",
+    ):
+        plan_pull(FP, dtype="float32")
+    assert plan_pull(FP).commit == begun.commit
+    assert f"GET /api/models/{FP}/revision/{begun.commit}" in hub.requests
+
+
+def test_kill_between_rename_and_tidying(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("moss_jt.hub._tidy", lambda work, path: None)
+        path = fetch_model(FP)
+    assert "fnlp--moss-tiny-sft.pull" in names_in(paths.models_dir())
+    assert find_pulled(FP) == path
+    assert names_in(paths.models_dir()) == {"fnlp--moss-tiny-sft", "fnlp--moss-tiny-sft.source"}
+
+
+def test_revision_has_a_name_of_its_own(hub: FakeHub) -> None:
+    commit = hub.repos[FP].commit
+    path = pull(plan_pull(FP, revision=commit))
+    assert path.name == f"fnlp--moss-tiny-sft@{commit}"
+    assert find_pulled(FP) is None
+    assert find_pulled(FP, commit) == find_pulled(f"{FP}@{commit}") == path
+    assert [m.name for m in stored.list_models()] == [f"{FP}@{commit}"]
+
+
+def test_resolve(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(tmp_path) == tmp_path
+    with pytest.raises(HubError, match=rf"^{FP} is not stored \(stored: nothing\)\. Fetch it with: moss-jt pull {FP}$"):
+        resolve_model(FP)
+    path = fetch_model(FP)
+    os.utime(path, (1, 1))
+    assert resolve_model(FP) == path
+    assert path.stat().st_mtime > 1_000_000, "its last use is noted"
+    (tmp_path / "file.bin").write_bytes(b"")
+    with pytest.raises(HubError, match=r"file\.bin is a file; what is wanted is the folder"):
+        resolve_model(tmp_path / "file.bin")
+    with pytest.raises(HubError, match=r"there is no folder \./absent/model/here"):
+        resolve_model("./absent/model/here")
+
+
+def test_resolve_of_a_partial_model(hub: FakeHub) -> None:
+    hub.fail("break", SHARDS[0], times=9)
+    with pytest.raises(HubError):
+        fetch_model(FP)
+    with pytest.raises(
+        HubError, match=rf"^{FP} is stored only in part\. Go on where it stopped with: moss-jt pull {FP}$"
+    ):
+        resolve_model(FP)
+
+
+def test_home_that_cannot_be_written(hub: FakeHub, own_home: Path) -> None:
+    plan: PullPlan = plan_pull(FP)
+    (own_home / "models").write_text("a file in the way")
+    with pytest.raises(Exception, match=r"models.* cannot be written: Not a directory.*MOSS_JT_HOME"):
+        pull(plan)
+    assert not is_native(plan.path)
