@@ -396,6 +396,4 @@ def _known_ids(model: Model) -> npt.NDArray[np.bool_] | None:
     """Which ids may be generated: those that the tokenizer has; None for all."""
     if not model.has_tokenizer:
         return None
-    return np.fromiter(
-        (model.tokenizer.is_known(i) for i in range(model.config.vocab_size)), bool, model.config.vocab_size
-    )
+    return model.tokenizer.known_mask(model.config.vocab_size)

@@ -24,7 +24,14 @@ Load = Callable[[str], Model]
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 FLOAT = ("tiny-fp/bin-2shards", "tiny-fp/safetensors-fp16", "tiny-fp-h8/bin-single")
-INT = ("tiny-int4/g32", "tiny-int4/g128", "tiny-int4/g32-actorder", "tiny-int8/g32", "tiny-int8/g128", "tiny-int8/g128-actorder")
+INT = (
+    "tiny-int4/g32",
+    "tiny-int4/g128",
+    "tiny-int4/g32-actorder",
+    "tiny-int8/g32",
+    "tiny-int8/g128",
+    "tiny-int8/g128-actorder",
+)
 ATOL = 1e-4  # the original's own runs differ by 1e-6 to 1e-5
 
 
@@ -81,7 +88,8 @@ def test_logits_of_bfloat16_weights(golden: Path, golden_model: Load) -> None:
 @pytest.mark.parametrize("name", INT)
 def test_logits_with_weights_rounded_to_half(name: str, golden: Path, golden_model: Load) -> None:
     """The original's GPU kernel rounds int x scale to half; our dequantised weights, rounded so, give its logits."""
-    from moss_jt.packing import dequantize
+    from moss_jt.layout import TileLayout
+    from moss_jt.packing import dequantize, unpack
 
     want, model = expected(golden, name), golden_model(name)
     rounded = WeightStore(_checkpoint(model))
@@ -89,7 +97,8 @@ def test_logits_with_weights_rounded_to_half(name: str, golden: Path, golden_mod
         for part in ("attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"):
             tensor = f"transformer.h.{layer}.{part}"
             with model.store.use(tensor + ".weight") as stored:
-                half = dequantize(stored.data, stored.layout).astype(np.float16)
+                assert isinstance(stored.layout, TileLayout)
+                half = dequantize(unpack(stored.data, stored.layout)).astype(np.float16)
             np.testing.assert_array_equal(half, want[f"deq_{tensor}"], err_msg=tensor)
             rounded.add(tensor + ".weight", half)
     other = Model(_checkpoint(model), rounded, compute="exact", device="cpu", max_tokens=None)
@@ -119,8 +128,18 @@ def test_every_step_of_the_first_block(name: str, golden: Path, golden_model: Lo
     want, model = expected(golden, name), golden_model(name)
     seen = Watcher(model).run(want["b0_ids"])
     block = "transformer.h.0"
-    steps = {"emb": "emb", "l0_ln1": f"{block}.ln_1", "l0_qkv": f"{block}.attn.qkv_proj", "l0_attn_merged": f"{block}.attn.merged"}
-    steps |= {"l0_attn_out": f"{block}.attn.out_proj", "l0_fc_in": f"{block}.mlp.fc_in", "l0_gelu": f"{block}.mlp.gelu", "l0_mlp_out": f"{block}.mlp.fc_out"}
+    steps = {
+        "emb": "emb",
+        "l0_ln1": f"{block}.ln_1",
+        "l0_qkv": f"{block}.attn.qkv_proj",
+        "l0_attn_merged": f"{block}.attn.merged",
+    }
+    steps |= {
+        "l0_attn_out": f"{block}.attn.out_proj",
+        "l0_fc_in": f"{block}.mlp.fc_in",
+        "l0_gelu": f"{block}.mlp.gelu",
+        "l0_mlp_out": f"{block}.mlp.fc_out",
+    }
     for key, step in steps.items():
         assert_near(seen[step], want["b0_" + key], key)
 
@@ -260,11 +279,15 @@ def test_greedy_tokens(name: str, golden: Path, golden_model: Load) -> None:
 def test_greedy_batch_and_end_token(name: str, golden: Path, golden_model: Load) -> None:
     want, model = expected(golden, name), golden_model(name)
     end = want["eos_out"].astype(int).tolist()
-    config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=64, stop_ids=(int(want["eos_eos"][0]),))
+    config = GenerationConfig(
+        do_sample=False, repetition_penalty=1.0, max_new_tokens=64, stop_ids=(int(want["eos_eos"][0]),)
+    )
     assert [token.id for token in generate(model, want["eos_prompt"].astype(int).tolist(), config)] == end
 
     steps = want["gb_out"].shape[1]
-    config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=steps, stop_ids=(int(want["gb_eos"][0]),))
+    config = GenerationConfig(
+        do_sample=False, repetition_penalty=1.0, max_new_tokens=steps, stop_ids=(int(want["gb_eos"][0]),)
+    )
     engine = Engine(model, slots=len(want["gb_ids"]), tokens=len(want["gb_ids"]) * model.config.n_positions)
     answers: dict[int, list[int]] = {}
     for ids, mask in zip(want["gb_ids"], want["gb_mask"], strict=True):
@@ -312,7 +335,12 @@ def test_block_with_real_head_geometry(golden: Path, jittor: object) -> None:
     y = network.execute(runner.ops, _batch(want["a_pos"]), want["a_x"].reshape(-1, 1024))  # type: ignore[arg-type]
     got = runner.ops.values(y)  # type: ignore[arg-type]
     assert_near(got.reshape(want["a_y"].shape), want["a_y"], "output")
-    for key, step in {"qkv": "attn.qkv_proj", "merged": "attn.merged", "attn_out": "attn.out_proj", "mlp_out": "mlp.fc_out"}.items():
+    for key, step in {
+        "qkv": "attn.qkv_proj",
+        "merged": "attn.merged",
+        "attn_out": "attn.out_proj",
+        "mlp_out": "mlp.fc_out",
+    }.items():
         assert_near(seen[f"transformer.h.0.{step}"].reshape(want[f"a_{key}"].shape), want[f"a_{key}"], key)
     for slot in range(2):
         runner.cache.commit(slot, 6)
@@ -343,7 +371,12 @@ def test_block_at_the_last_positions(golden: Path, jittor: object) -> None:
     runner.ops.observe = lambda name, values: seen.__setitem__(name, values.copy())
     y = network.execute(runner.ops, _batch(want["b_pos"] - first), new)  # type: ignore[arg-type]
     assert_near(runner.ops.values(y).reshape(want["b_y"].shape), want["b_y"], "output")  # type: ignore[arg-type]
-    for key, step in {"qkv": "attn.qkv_proj", "merged": "attn.merged", "attn_out": "attn.out_proj", "mlp_out": "mlp.fc_out"}.items():
+    for key, step in {
+        "qkv": "attn.qkv_proj",
+        "merged": "attn.merged",
+        "attn_out": "attn.out_proj",
+        "mlp_out": "mlp.fc_out",
+    }.items():
         assert_near(seen[f"transformer.h.0.{step}"].reshape(want[f"b_{key}"].shape), want[f"b_{key}"], key)
     for slot in range(2):
         runner.cache.commit(slot, 11)

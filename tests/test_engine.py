@@ -1,0 +1,233 @@
+"""Engine: batches change nothing, caches are reused, and whatever is broken off leaves no trace."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from moss_jt.config import GenerationConfig
+from moss_jt.engine import Engine, Event, FinishedEvent, PrefillEvent, Request, TokenEvent
+from moss_jt.errors import ConfigError, KernelError
+from moss_jt.generate import generate
+from moss_jt.runner import PASS_TOKENS, Model
+
+Load = Callable[[str], Model]
+GREEDY = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=12)
+
+
+@pytest.fixture
+def model(golden_model: Load) -> Model:
+    return golden_model("tiny-fp/safetensors-fp16")
+
+
+def drain(engine: Engine) -> list[Event]:
+    events: list[Event] = []
+    while engine.busy:
+        events += engine.step()
+    return events
+
+
+def tokens_of(events: list[Event], request: int) -> list[int]:
+    return [event.id for event in events if isinstance(event, TokenEvent) and event.request == request]
+
+
+def finished(events: list[Event], request: int) -> FinishedEvent:
+    (event,) = [event for event in events if isinstance(event, FinishedEvent) and event.request == request]
+    return event
+
+
+def alone(model: Model, ids: tuple[int, ...], config: GenerationConfig) -> list[int]:
+    return [token.id for token in generate(model, ids, config)]
+
+
+def prompts(model: Model, count: int) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(7)
+    sizes = rng.integers(1, 60, count)
+    return [tuple(rng.integers(model.config.vocab_size, size=size).tolist()) for size in sizes]
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_batch_answers_as_each_alone(model: Model, sample: bool) -> None:
+    """Joining and leaving in the middle, more requests than slots, long prompts cut over several passes."""
+    asked = [
+        Request(ids, replace(GREEDY, do_sample=sample, seed=100 + i, max_new_tokens=3 + i))
+        for i, ids in enumerate(prompts(model, 9))
+    ]
+    asked.append(Request(tuple([5, 9, 11] * (PASS_TOKENS // 6 + 1)), replace(GREEDY, do_sample=sample, seed=1)))
+    engine = Engine(model, slots=4, tokens=4 * model.config.n_positions)
+    events: list[Event] = []
+    numbers = [engine.submit(request) for request in asked[:5]]
+    for _ in range(3):
+        events += engine.step()
+    numbers += [engine.submit(request) for request in asked[5:]]
+    events += drain(engine)
+    for number, request in zip(numbers, asked, strict=True):
+        assert tokens_of(events, number) == alone(model, request.ids, request.config)
+    assert engine.stats()["cached_tokens"] == 0
+
+
+def test_the_same_seed_draws_the_same(model: Model) -> None:
+    config = replace(GREEDY, do_sample=True, temperature=1.5, top_k=0, top_p=1.0)
+    one, two = (alone(model, (1, 2, 3), replace(config, seed=11)) for _ in range(2))
+    assert one == two != alone(model, (1, 2, 3), replace(config, seed=12))
+
+
+def test_second_turn_computes_only_what_is_new(model: Model) -> None:
+    engine = Engine(model)
+    first = tuple(range(1, 31))
+    one = engine.submit(Request(first, GREEDY, "talk"))
+    events = drain(engine)
+    answer = tokens_of(events, one)
+    second = (*first, *answer, 7, 8, 9)
+    two = engine.submit(Request(second, GREEDY, "talk"))
+    events = drain(engine)
+    done = finished(events, two)
+    # the last token of the answer was never fed to the network, so it is new as well
+    assert done.reused_tokens == len(first) + len(answer) - 1
+    assert [e.done for e in events if isinstance(e, PrefillEvent)] == [done.reused_tokens, len(second)]
+    assert tokens_of(events, two) == alone(model, second, GREEDY)
+
+
+def test_an_edited_history_keeps_the_common_part(model: Model) -> None:
+    engine = Engine(model)
+    engine.submit(Request(tuple(range(1, 41)), GREEDY, "talk"))
+    drain(engine)
+    edited = (*range(1, 21), 99, 98)
+    number = engine.submit(Request(edited, GREEDY, "talk"))
+    events = drain(engine)
+    assert finished(events, number).reused_tokens == 20
+    assert tokens_of(events, number) == alone(model, edited, GREEDY)
+
+
+def test_asking_the_same_again_computes_one_token(model: Model) -> None:
+    engine = Engine(model)
+    ids = tuple(range(1, 41))
+    engine.submit(Request(ids, GREEDY, "talk"))
+    first = drain(engine)
+    number = engine.submit(Request(ids, GREEDY, "talk"))
+    events = drain(engine)
+    assert finished(events, number).reused_tokens == len(ids) - 1
+    assert tokens_of(events, number) == tokens_of(first, 0)
+
+
+def test_idle_conversations_give_way(model: Model) -> None:
+    engine = Engine(model, slots=2)
+    long = model.config.n_positions
+    for name in ("a", "b", "c"):
+        engine.submit(Request(tuple(range(1, 30)), GREEDY, name))
+        drain(engine)
+    number = engine.submit(Request(tuple([3] * (long - 2)), replace(GREEDY, max_new_tokens=50), None))
+    done = finished(drain(engine), number)
+    assert (done.reason, done.new_tokens) == ("length", 2)
+
+
+def test_ends_at_the_context_size(model: Model) -> None:
+    engine = Engine(model, tokens=64)
+    assert engine.context_size == 64
+    number = engine.submit(Request(tuple(range(1, 61)), replace(GREEDY, max_new_tokens=100)))
+    done = finished(drain(engine), number)
+    assert (done.reason, done.new_tokens) == ("length", 4)
+    with pytest.raises(ConfigError, match="65 tokens; the context holds 64"):
+        engine.submit(Request(tuple([1] * 65), GREEDY))
+
+
+def test_wrong_prompts_are_refused(model: Model) -> None:
+    engine = Engine(model)
+    with pytest.raises(ConfigError, match="empty"):
+        engine.submit(Request((), GREEDY))
+    with pytest.raises(ConfigError, match="320 is outside the vocabulary of 320"):
+        engine.submit(Request((1, 320), GREEDY))
+    with pytest.raises(ConfigError, match="has no tokenizer, so stop strings cannot be found"):
+        engine.submit(Request((1,), replace(GREEDY, stop_strings=("x",))))
+    assert not engine.busy
+
+
+def test_stop_ids_end_and_are_given(model: Model) -> None:
+    whole = alone(model, (1, 2, 3), GREEDY)
+    stopped = alone(model, (1, 2, 3), replace(GREEDY, stop_ids=(whole[4],)))
+    assert stopped == whole[: whole.index(whole[4]) + 1]
+
+
+def test_ctrl_c_in_the_middle_of_a_pass_leaves_no_trace(model: Model) -> None:
+    wanted = alone(model, (1, 2, 3), GREEDY)
+    engine = Engine(model)
+    number = engine.submit(Request((1, 2, 3), GREEDY, "talk"))
+    events = engine.step()
+    for layer in range(model.config.n_layer):
+        inner = engine._runner.ops.on_layer
+
+        def strike(at: int, layer: int = layer) -> None:
+            if at == layer:
+                raise KeyboardInterrupt
+
+        engine._runner.ops.on_layer = strike
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        engine._runner.ops.on_layer = inner
+        events += engine.step()
+    events += drain(engine)
+    assert tokens_of(events, number) == wanted
+
+
+def test_cancel_from_another_thread_stops_within_a_layer(model: Model) -> None:
+    engine = Engine(model)
+    number = engine.submit(Request((1, 2, 3), replace(GREEDY, max_new_tokens=200), "talk"))
+    engine.step()
+    layers: list[int] = []
+    inner = engine._runner.ops.on_layer
+
+    def watch(layer: int) -> None:
+        layers.append(layer)
+        thread = threading.Thread(target=engine.cancel, args=(number,))
+        thread.start()
+        thread.join()
+        assert inner is not None
+        inner(layer)
+
+    engine._runner.ops.on_layer = watch
+    events = engine.step()
+    assert layers == [0]
+    done = finished(events, number)
+    assert (done.reason, done.new_tokens) == ("cancelled", 1)
+    engine._runner.ops.on_layer = inner
+    again = engine.submit(Request((1, 2, 3), GREEDY, "talk"))
+    assert tokens_of(drain(engine), again) == alone(model, (1, 2, 3), GREEDY)
+
+
+def test_cancel_before_it_began(model: Model) -> None:
+    engine = Engine(model)
+    number = engine.submit(Request((1, 2), GREEDY))
+    engine.cancel(number)
+    assert finished(drain(engine), number).reason == "cancelled"
+
+
+def test_time_limit(model: Model) -> None:
+    engine = Engine(model)
+    number = engine.submit(Request((1, 2), replace(GREEDY, max_new_tokens=100_000, max_time=0.05)))
+    assert finished(drain(engine), number).reason in ("time", "length")
+    slow = engine.submit(Request((1, 2), replace(GREEDY, max_time=1e-9)))
+    assert finished(drain(engine), slow).reason == "time"
+
+
+def test_two_requests_of_one_conversation_wait_for_each_other(model: Model) -> None:
+    engine = Engine(model, slots=2, tokens=2 * model.config.n_positions)
+    one = engine.submit(Request((1, 2, 3), GREEDY, "talk"))
+    two = engine.submit(Request((1, 2, 3, 4), GREEDY, "talk"))
+    events = drain(engine)
+    assert tokens_of(events, one) == alone(model, (1, 2, 3), GREEDY)
+    assert tokens_of(events, two) == alone(model, (1, 2, 3, 4), GREEDY)
+    order = [event.request for event in events if isinstance(event, TokenEvent)]
+    assert order == sorted(order)
+
+
+def test_logits_that_are_not_numbers_are_an_error(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model)
+    engine.submit(Request((1, 2), GREEDY))
+    broken = np.full((1, model.config.vocab_size), np.nan, np.float32)
+    monkeypatch.setattr(engine._runner, "forward", lambda batch: broken)
+    with pytest.raises(KernelError, match="not numbers"):
+        engine.step()

@@ -1,0 +1,99 @@
+"""load_model: from a folder of either kind to a model that computes."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moss_jt
+from moss_jt import paths
+from moss_jt.errors import CheckpointError, ConfigError, ShapeError
+from moss_jt.runner import Model
+
+Load = Callable[[str], Model]
+
+
+def test_a_hugging_face_folder_is_converted_once(
+    golden: Path, tmp_path: Path, jittor: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "weights"
+    shutil.copytree(golden / "tiny-fp" / "bin-2shards", source)
+    want = dict(np.load(golden / "tiny-fp" / "expected.npz"))
+    with caplog.at_level(logging.WARNING):
+        model = moss_jt.load_model(source)
+    assert "converting it once to" in caplog.text and "GB" in caplog.text
+    assert np.abs(model.logits(want["b0_ids"]) - want["b0_logits"]).max() < 1e-4
+    caplog.clear()
+    assert moss_jt.load_model(str(source)).path == model.path
+    assert not caplog.text
+    assert [path.name for path in (paths.models_dir() / "converted").iterdir()] == [model.path.name]
+    assert not list(source.glob("*.partial"))
+
+
+def test_a_changed_folder_is_converted_again(golden: Path, tmp_path: Path, jittor: Any) -> None:
+    source = tmp_path / "weights"
+    shutil.copytree(golden / "tiny-fp" / "safetensors-fp16", source)
+    first = moss_jt.load_model(source).path
+    shutil.copy(golden / "tiny-fp" / "safetensors-bf16" / "model.safetensors", source)
+    assert moss_jt.load_model(source).path != first
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "cuda"}, "CUDA kernels are not in this version"),
+        ({"device": "cuda:1"}, "CUDA kernels are not in this version"),
+        ({"device": "tpu"}, 'known are "auto", "cpu" and "cuda"'),
+        ({"compute": "quick"}, "known are exact, fast"),
+        ({"max_tokens": 0}, "at least 1"),
+    ],
+)
+def test_arguments_are_checked(golden: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        moss_jt.load_model(golden / "tiny-fp" / "safetensors-fp16", **options)
+
+
+def test_no_model_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        moss_jt.load_model(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        moss_jt.load_model(tmp_path)
+
+
+def test_fast_compute_is_near(golden: Path, golden_model: Load) -> None:
+    exact = golden_model("tiny-fp/safetensors-fp16")
+    fast = moss_jt.load_model(exact.path, compute="fast")
+    ids = np.load(golden / "tiny-fp" / "expected.npz")["b3_ids"]
+    difference = np.abs(fast.logits(ids) - exact.logits(ids)).max()
+    assert 0 < difference < 2e-2  # keys and values rounded to half; an fp16 run of the original differs by 0.01
+
+
+def test_logits_at_the_door(golden_model: Load) -> None:
+    model = golden_model("tiny-fp/safetensors-fp16")
+    long = model.config.n_positions
+    assert model.logits([1, 2, 3]).shape == (1, 3, model.config.vocab_size)
+    with pytest.raises(ShapeError, match=f"{long + 1} tokens are more than the model's n_positions {long}"):
+        model.logits(np.zeros((1, long + 1), int))
+    with pytest.raises(ShapeError, match="token id -1 is outside"):
+        model.logits([[1, -1]])
+    with pytest.raises(ShapeError, match="must be the same"):
+        model.logits([[1, 2]], [[1]])
+    with pytest.raises(ShapeError, match="whole numbers"):
+        model.logits([[0.5]])
+    assert not model.logits([[400, 400]], [[0, 0]]).any()
+
+
+def test_no_compilation_at_any_length(golden_model: Load, jittor: Any) -> None:
+    """After `warm_up` no length, batch or position makes Jittor compile anything."""
+    model = golden_model("tiny-int8/g32")
+    folder = Path(jittor.flags.cache_path) / "jit"
+    before = {path.name for path in folder.glob("*.cc")}
+    for length in (1, 2, 3, 17, model.config.n_positions):
+        model.logits(np.ones((2, length), int))
+    assert {path.name for path in folder.glob("*.cc")} == before
