@@ -3,6 +3,7 @@
 A model NAME has a folder of that name ("/" written as "--"), which appears when it is whole. Beside
 it may lie NAME.pull (a pull that is not finished), NAME.source (the original files, kept when asked),
 NAME.removed (a removal that was interrupted) and .NAME.partial (a conversion that is not finished).
+What `load` converts on the fly lies in the folder "converted" and is named converted/FOLDER.
 Nothing here touches a path outside models_dir().
 """
 
@@ -27,6 +28,7 @@ from moss_jt.errors import ConfigError, DiskError, HubError
 PULL_SUFFIX = ".pull"
 SOURCE_SUFFIX = ".source"
 REMOVED_SUFFIX = ".removed"
+CONVERTED = "converted"
 CONVERSION_SUFFIX = ".partial"  # after a dot: made by converters.journal
 SUFFIXES = (PULL_SUFFIX, SOURCE_SUFFIX, REMOVED_SUFFIX)
 ORIGIN_FILE = "origin.json"  # in the model's folder: where it came from
@@ -73,9 +75,11 @@ class StoredModel:
 
 def is_model_name(text: str) -> bool:
     """Whether this can be the name of a model: NAME, OWNER/NAME, with @REVISION or not."""
-    return (
-        bool(_NAME.fullmatch(text)) and ".." not in text and not text.endswith((*SUFFIXES, CONVERSION_SUFFIX, ".git"))
-    )
+    owner, _, folder = text.partition("/")
+    if owner == CONVERTED:  # whatever the converted folder was called
+        return bool(folder) and folder.isprintable() and not folder.startswith(".") and "/" not in folder
+    well_formed = _NAME.fullmatch(text) is not None and text != CONVERTED
+    return well_formed and ".." not in text and not text.endswith((*SUFFIXES, CONVERSION_SUFFIX, ".git"))
 
 
 def folder_of(name: str) -> Path:
@@ -89,15 +93,20 @@ def folder_of(name: str) -> Path:
             f"{name!r} is not the name of a model. A name is OWNER/NAME or NAME, of letters, digits and . _ -, "
             "for example fnlp/moss-moon-003-sft-int4."
         )
+    owner, _, rest = name.partition("/")
+    if owner == CONVERTED:
+        return paths.models_dir() / CONVERTED / rest
     return paths.models_dir() / name.replace("/", "--")
 
 
 def list_models() -> list[StoredModel]:
     """Every stored model, whole or not, by name."""
-    groups: dict[str, list[Path]] = {}
-    for entry in _entries(paths.models_dir()):
-        groups.setdefault(_base_of(entry.name), []).append(entry)
-    return [_describe(paths.models_dir() / base, sorted(parts)) for base, parts in sorted(groups.items())]
+    groups: dict[Path, list[Path]] = {}
+    for folder in (paths.models_dir(), paths.models_dir() / CONVERTED):
+        for entry in _entries(folder):
+            if entry != paths.models_dir() / CONVERTED:
+                groups.setdefault(folder / _base_of(entry.name), []).append(entry)
+    return sorted((_describe(model, parts) for model, parts in groups.items()), key=lambda model: model.name)
 
 
 def find_model(name: str) -> StoredModel | None:
@@ -130,9 +139,14 @@ def path_of(name: str) -> Path:
         HubError: it is not stored, or not whole.
     """
     model = get_model(name)
-    if model.state != "complete":
+    if model.state == "complete":
+        return model.path
+    if beside(model.path, PULL_SUFFIX) in model.parts:
         raise HubError(f"{name} is stored only in part. Go on where it stopped with: moss-jt pull {name}")
-    return model.path
+    raise HubError(
+        f"the making of {name} has not finished. Repeat the command that makes it, or remove it with: "
+        f"moss-jt models rm {name}"
+    )
 
 
 def remove_model(name: str) -> int:
@@ -200,7 +214,7 @@ def _names() -> str:
 def _entries(folder: Path) -> list[Path]:
     """What lies in the folder of all models."""
     try:
-        return sorted(p for p in folder.iterdir() if p.is_dir() or p.is_symlink())
+        return sorted(entry for entry in folder.iterdir() if entry.is_dir() or entry.is_symlink())
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -235,6 +249,8 @@ def _describe(folder: Path, parts: list[Path]) -> StoredModel:
 
 def _name_of(folder: Path) -> str:
     """The name that was asked for when the model was pulled; else the folder's."""
+    if folder.parent != paths.models_dir():
+        return f"{CONVERTED}/{folder.name}"
     plain = folder.name.replace("--", "/")
     try:
         name = json.loads((folder / ORIGIN_FILE).read_text("utf-8"))["name"]

@@ -51,6 +51,8 @@ def test_path_of(models: Path) -> None:
     assert stored.path_of("tiny") == models / "tiny"
     with pytest.raises(HubError, match=r"fnlp/moss is stored only in part"):
         stored.path_of("fnlp/moss")
+    with pytest.raises(HubError, match=r"the making of halfway has not finished\. Repeat .*moss-jt models rm halfway$"):
+        stored.path_of("halfway")
     with pytest.raises(HubError, match=r"other is not stored \(stored: fnlp/moss, halfway, tiny\)"):
         stored.path_of("other")
 
@@ -62,6 +64,17 @@ def test_remove_takes_all_parts_and_nothing_else(models: Path, name: str) -> Non
     assert [model.name for model in stored.list_models()] == [other for other in before if other != name]
     left = {path for path in models.iterdir()}
     assert left == {part for model in before.values() if model.name != name for part in model.parts}
+
+
+def test_models_converted_on_the_fly(models: Path, golden: Path) -> None:
+    hf2jittor(golden / "tiny-int8" / "g32", models / "converted" / "my model-0123")
+    (models / "converted" / ".other-4567.partial").mkdir()
+    names = [model.name for model in stored.list_models()]
+    assert names == ["converted/my model-0123", "converted/other-4567", "fnlp/moss", "halfway", "tiny"]
+    assert stored.path_of("converted/my model-0123") == models / "converted" / "my model-0123"
+    stored.remove_model("converted/my model-0123")
+    stored.remove_model("converted/other-4567")
+    assert [model.name for model in stored.list_models()] == ["fnlp/moss", "halfway", "tiny"]
 
 
 def test_remove_goes_on_after_an_interruption(models: Path) -> None:
@@ -86,6 +99,7 @@ def test_remove_never_follows_a_link(models: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [
     "", ".", "..", "../tiny", "/tmp", "a/../b", "tiny/", "a//b", "a\\b", "a b", "a\0", "tiny.pull", "tiny.source", "x" * 200,
     "~", "-rf", "$HOME", "tiny\n", ".halfway.partial",
+    "converted", "converted/", "converted/..", "converted/a/b", "converted/.hidden",
 ])  # fmt: skip
 def test_names_that_are_none(models: Path, name: str) -> None:
     for function in (stored.folder_of, stored.find_model, stored.get_model, stored.path_of, stored.remove_model):
