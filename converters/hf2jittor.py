@@ -111,6 +111,7 @@ def hf2jittor(
                     _begin(workplace, shelf, options, delete_source=delete_source)
                 else:
                     _check_source(workplace, shelf, done)
+                    _check_room(workplace, workplace.plan, done, delete_source=delete_source)
                 _write(workplace, shelf, done, deleted, delete_source=delete_source, progress=report)
         plan = workplace.plan
         assert plan is not None, "the run has a plan"
@@ -184,8 +185,6 @@ def _write(
     assert plan is not None, "the run has a plan"
     places = plan.places()
     pending = [name for name in _working_order(plan) if name not in done]
-    if done:
-        _check_room(workplace, plan, done, delete_source=delete_source)
     progress.begin(f"Converting to {workplace.dst.name}", sum(places[name][1].nbytes for name in pending), "B")
     try:
         with TensorWriter(workplace, plan, done, progress) as writer:
@@ -196,11 +195,17 @@ def _write(
                 _bring(shelf, plan, name, layout)
                 writer.put(name, make_native(shelf.source, name, layout))
     except CheckpointError:
-        if not deleted:
-            workplace.discard()  # the source is bad: going on could not help
+        if _is_complete(shelf, plan):
+            workplace.discard()  # the source is bad and all there: going on could not help
         raise
     finally:
         progress.end()
+
+
+def _is_complete(shelf: Shelf, plan: Plan) -> bool:
+    """Whether every file that the plan was made from, or waits for, lies in the source now."""
+    needed = {file for files in plan.inputs["needs"].values() for file in files}
+    return needed <= {file.name for file in shelf.source.files if file.exists()}
 
 
 def layout_of(tensor: PlannedTensor) -> Layout:

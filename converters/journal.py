@@ -123,7 +123,7 @@ class Workplace:
         if exists:
             if self.out.exists():
                 raise ConfigError(
-                    f"{self.dst} exists, and so does an unfinished run for it. Delete one of it and {self.path}."
+                    f"{self.dst} exists, and so does an unfinished run for it in {self.path}. Delete one of them."
                 )
             self.discard()
             self._stop_at_existing()

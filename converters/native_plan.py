@@ -74,6 +74,8 @@ def native_config(config: MossConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
     values.update(config.to_dict())
     if config.dtype is not None:
         values["torch_dtype"] = config.dtype
+        if "dtype" in values:  # the same key in newer config files
+            values["dtype"] = config.dtype
     if config.quantization is not None:
         values.setdefault("wbits", config.quantization.bits)
         values.setdefault("groupsize", config.quantization.group_size)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moss_jt.checked_file import CheckedFile
-from moss_jt.checkpoint import MANIFEST_FILE
+from moss_jt.checkpoint import CONFIG_FILE, MANIFEST_FILE
 from moss_jt.config import FORMAT_NAME, FORMAT_VERSION
 from moss_jt.converters.journal import JOURNAL_FILE, Workplace, disk_error, sync_folder, write_safely
 from moss_jt.converters.plan import Plan, PlannedFile, PlannedTensor, dump_json
@@ -52,8 +52,8 @@ def check_room(workplace: Workplace, needed: int, hint: str = "") -> None:
     missing = needed + _SPARE_BYTES - held - free
     if missing > 0:
         raise DiskError(
-            f"{workplace.dst} needs {_gigabytes(needed - held)} more; {_gigabytes(free)} are free on its disk. "
-            f"Free {_gigabytes(missing)}{hint}."
+            f"{workplace.dst} needs {_in_words(needed - held)} more; {_in_words(free)} are free on its disk. "
+            f"Free {_in_words(missing)}{hint}."
         )
 
 
@@ -119,7 +119,7 @@ class TensorWriter:
         self._finished: list[tuple[str, Future[str]]] = []
         self._finished_bytes = 0
         self._commits: list[Future[None]] = []
-        self._broken = False  # a write failed: nothing after it may be called safe
+        self._broken: DiskError | None = None  # a write failed: nothing after it may be called safe
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -201,16 +201,14 @@ class TensorWriter:
         """Write one piece; runs in the writing thread."""
         try:
             _write_at(path, fd, data, position)
-        except DiskError:
-            self._broken = True
+        except DiskError as error:
+            self._broken = error
             raise
 
     def _check_written(self) -> None:
         """A commit's place in the row of writes; runs in the writing thread."""
-        if self._broken:
-            raise DiskError(
-                f"{self._out} was not written: a piece before failed. --resume goes on from the last commit."
-            )
+        if self._broken is not None:
+            raise self._broken
 
     def _make_safe(self, finished: list[tuple[str, Future[str]]], written: Future[None]) -> None:
         """Force bytes to disk, then say so in the journal; runs in the syncing thread."""
@@ -254,12 +252,12 @@ def finish(workplace: Workplace, done: dict[str, str], *, manifest: bool) -> Non
 
 
 def _manifest_text(workplace: Workplace, plan: Plan, done: dict[str, str]) -> str:
-    """Checksums: of every tensor, of the header of every file, and of the files that were copied."""
+    """Checksums: of every tensor, of the header of every file, and of the tokenizer; the config may be edited."""
     tensors = {name: _described(file, tensor, done[name]) for name, (file, tensor) in plan.places().items()}
     headers = {file.name: hashlib.sha256(file.header).hexdigest() for file in plan.files}
     others = {}
     for path in sorted(workplace.out.iterdir()):
-        if path.name not in {*headers, *plan.texts, plan.index_name, MANIFEST_FILE}:
+        if path.name not in {*headers, CONFIG_FILE, plan.index_name, MANIFEST_FILE}:
             others[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return dump_json(
         {"format": FORMAT_NAME, "version": FORMAT_VERSION, "tensors": tensors, "headers": headers, "others": others}
@@ -280,5 +278,5 @@ def _write_at(path: Path, fd: int, data: memoryview, position: int) -> None:
         raise disk_error(error, path) from error
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+def _in_words(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10**9 else f"{count / 1e6:.2f} MB"
