@@ -31,7 +31,7 @@ def overwrite(file: Path, offset: int, data: bytes) -> None:
 def rehash(folder: Path, name: str) -> None:
     """Make the manifest agree with a changed tensor, as somebody careless or wicked could."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    found = hashlib.sha256(Checkpoint.open(folder).read(name)).hexdigest()
+    found = hashlib.sha256(Checkpoint.open(folder).read(name).tobytes()).hexdigest()
     manifest["tensors"][name]["sha256"] = found
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
