@@ -31,6 +31,7 @@ COMMIT_BYTES = 128 << 20
 OPEN_COMMITS = 2
 WINDOW_BYTES = 64 << 20
 PIECE_BYTES = 16 << 20
+_WRITE_BYTES = 4 << 20  # in one call
 _SPARE_BYTES = 4 << 20  # for the journal, manifest and the file system's own needs
 
 Pieces = Iterator[npt.NDArray[Any]]
@@ -273,7 +274,7 @@ def _write_at(path: Path, fd: int, data: memoryview, position: int) -> None:
     done = 0
     try:
         while done < len(data):
-            done += os.pwrite(fd, data[done:], position + done)
+            done += os.pwrite(fd, data[done : done + _WRITE_BYTES], position + done)
     except OSError as error:
         raise disk_error(error, path) from error
 
