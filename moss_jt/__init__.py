@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moss_jt.config import GenerationConfig, MossConfig
     from moss_jt.errors import MossError
-    from moss_jt.generate import generate
+    from moss_jt.generation import generate
     from moss_jt.load import load_model
     from moss_jt.tokenizer import load_tokenizer
 
@@ -21,7 +21,7 @@ _HOMES = {
     "GenerationConfig": "moss_jt.config",
     "MossConfig": "moss_jt.config",
     "MossError": "moss_jt.errors",
-    "generate": "moss_jt.generate",
+    "generate": "moss_jt.generation",
     "load_model": "moss_jt.load",
     "load_tokenizer": "moss_jt.tokenizer",
 }

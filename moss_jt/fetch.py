@@ -28,7 +28,7 @@ from moss_jt.progress import Progress, Quiet
 ENDPOINT_VARIABLE = "HF_ENDPOINT"
 TIMEOUT_VARIABLE = "HF_HUB_DOWNLOAD_TIMEOUT"
 DEFAULT_TIMEOUT_S = 20.0
-CHUNK_BYTES = 64 << 10  # of the network: what a break may cost
+CHUNK_BYTES = 64 << 10  # of the network, where it does not decide itself: what a break may cost
 BLOCK_BYTES = 1 << 20  # of the disk
 MAX_JSON_BYTES = 64 << 20
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # after each failure in a row that brought no byte
@@ -391,7 +391,7 @@ def _open(url: str, headers: dict[str, str]) -> Iterator[_Answer]:
     try:
         if callable(getattr(session, "stream", None)):  # httpx; in requests it is a flag
             with session.stream("GET", url, headers=headers, timeout=_timeout_s(), follow_redirects=True) as response:
-                yield _Answer(response.status_code, response.headers, response.iter_bytes(CHUNK_BYTES))
+                yield _Answer(response.status_code, response.headers, response.iter_bytes())
         else:
             with session.get(url, headers=headers, timeout=_timeout_s(), stream=True) as response:
                 yield _Answer(response.status_code, response.headers, response.iter_content(CHUNK_BYTES))

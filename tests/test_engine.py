@@ -12,7 +12,7 @@ import pytest
 from moss_jt.config import GenerationConfig
 from moss_jt.engine import Engine, Event, FinishedEvent, PrefillEvent, Request, TokenEvent
 from moss_jt.errors import ConfigError, KernelError
-from moss_jt.generate import generate
+from moss_jt.generation import generate
 from moss_jt.runner import PASS_TOKENS, Model
 
 Load = Callable[[str], Model]

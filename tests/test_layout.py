@@ -23,7 +23,7 @@ ROWS = {
     1: "checked_file safetensors_file checkpoint packing tokenizer template kernels startup",
     2: "ops ops_grad batch cache sampling weights",
     3: "model",
-    4: "runner engine generate",
+    4: "runner engine generation",
     5: "chat chat_file load hub pull_plan fetch stored doctor converters",
     7: "cli",
 }

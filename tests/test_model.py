@@ -11,9 +11,10 @@ import pytest
 
 from moss_jt.batch import Batch, single_batch
 from moss_jt.cache import BLOCK
+from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import GenerationConfig, MossConfig
 from moss_jt.engine import Engine, FinishedEvent, Request, TokenEvent
-from moss_jt.generate import generate
+from moss_jt.generation import generate
 from moss_jt.layout import RowsLayout
 from moss_jt.model import Moss
 from moss_jt.ops import Buffer, InferenceOps, rotary_table
@@ -106,9 +107,7 @@ def test_logits_with_weights_rounded_to_half(name: str, golden: Path, golden_mod
         assert_near(other.logits(want[key + "_ids"]), want[key + "_logits_w16"], f"{name} {key} w16")
 
 
-def _checkpoint(model: Model):  # type: ignore[no-untyped-def]
-    from moss_jt.checkpoint import Checkpoint
-
+def _checkpoint(model: Model) -> Checkpoint:
     return Checkpoint.open(model.path)
 
 

@@ -23,7 +23,7 @@ class _Started:
     lock = threading.RLock()
 
 
-def import_jittor(device: DeviceWish = "auto", progress: Progress | None = None) -> ModuleType:
+def import_jittor(*, device: DeviceWish = "auto", progress: Progress | None = None) -> ModuleType:
     """Import Jittor safely; the first time on a computer it is compiled, which takes minutes.
 
     Afterwards the process is as it was: signal handlers, environment, recursion limit, https checks. May be

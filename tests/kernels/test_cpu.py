@@ -6,6 +6,7 @@ of K terms are off by about sqrt(K) * 6e-8.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -50,11 +51,21 @@ def near(got: Array, want: Array, tolerance: float) -> None:
     assert difference.max() <= limit, f"off by {difference.max():.2e} at {where}, allowed {limit:.2e}"
 
 
-def random_matrix(
-    rng: np.random.Generator, n: int, k: int, bits: Bits, group: int, act_order: bool
-) -> tuple[QuantMatrix, TileLayout]:
+@dataclass(frozen=True)
+class Case:
+    """A quantised matrix to make."""
+
+    n: int
+    k: int
+    bits: Bits
+    group: int
+    act_order: bool = False
+
+
+def random_matrix(rng: np.random.Generator, case: Case) -> tuple[QuantMatrix, TileLayout]:
+    n, k, bits, group = case.n, case.k, case.bits, case.group
     groups = (np.arange(k) // group).astype(np.int32)
-    if act_order:
+    if case.act_order:
         groups = rng.permutation(groups).astype(np.int32)
     count = -(-k // group)
     matrix = QuantMatrix(
@@ -68,23 +79,25 @@ def random_matrix(
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 127, 129])
 @pytest.mark.parametrize(
-    ("n", "k", "bits", "group", "act_order"),
+    "case",
     [
-        (16, 8, 4, 8, False),
-        (17, 128, 4, 128, False),
-        (1, 136, 4, 32, False),
-        (129, 256, 4, 32, True),
-        (127, 72, 4, 36, True),
-        (33, 1024, 4, 1024, False),
-        (16, 4, 8, 4, False),
-        (31, 132, 8, 64, False),
-        (129, 256, 8, 128, True),
-        (15, 36, 8, 9, True),
+        Case(16, 8, 4, 8),
+        Case(17, 128, 4, 128),
+        Case(1, 136, 4, 32),
+        Case(129, 256, 4, 32, act_order=True),
+        Case(127, 72, 4, 36, act_order=True),
+        Case(33, 1024, 4, 1024),
+        Case(16, 4, 8, 4),
+        Case(31, 132, 8, 64),
+        Case(129, 256, 8, 128, act_order=True),
+        Case(15, 36, 8, 9, act_order=True),
     ],
+    ids=str,
 )
-def test_linear_quantised(jittor: Any, tokens: int, n: int, k: int, bits: Bits, group: int, act_order: bool) -> None:
+def test_linear_quantised(jittor: Any, tokens: int, case: Case) -> None:
+    n, k = case.n, case.k
     rng = np.random.default_rng(n * k + tokens)
-    matrix, layout = random_matrix(rng, n, k, bits, group, act_order)
+    matrix, layout = random_matrix(rng, case)
     bench = Bench(width=max(8, 4 * k), inner=max(n, 4))
     bench.store._matrices["w.weight"] = Stored("w.weight", pack(matrix, layout), layout)
     bench.store._small["w.bias"] = rng.normal(size=n).astype(np.float32)
