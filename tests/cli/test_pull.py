@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,28 @@ def test_broken_off_then_resumed_without_asking_again(hub: FakeHub) -> None:
     second = moss_jt("pull", FP)
     assert second.returncode == 0, second.stderr
     assert " are here already)" in second.stderr
+
+
+def test_ctrl_c_keeps_what_has_arrived(hub: FakeHub) -> None:
+    shard = "pytorch_model-00002-of-00002.bin"
+    hub.fail("stall", shard, after=10_000)
+    arguments = ["-m", "moss_jt.cli", "pull", FP, "--yes"]
+    child = pexpect.spawn(sys.executable, arguments, timeout=30, encoding="utf-8", env=dict(os.environ))
+    child.expect("Limits:")
+    deadline = time.monotonic() + 20
+    while hub.sent[shard] < 10_000:
+        assert time.monotonic() < deadline, "the second shard was never asked for"
+        time.sleep(0.02)
+    child.sendintr()
+    child.expect("Interrupted")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 130
+    hub.released.set()
+    before = hub.sent["pytorch_model-00001-of-00002.bin"]
+    again = moss_jt("pull", FP)
+    assert again.returncode == 0, again.stderr
+    assert hub.sent["pytorch_model-00001-of-00002.bin"] == before
 
 
 def test_errors_are_one_line(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
