@@ -29,7 +29,11 @@ def open_model(name: str | None, *, device: str, compute: Literal["fast", "exact
     progress = screen.progress()
     folder = _practice_model(screen) if name is None else resolve_model(name, progress=progress)
     began = time.monotonic()
-    model = load_model(folder, device=device, compute=compute, progress=progress)
+    progress.begin(pick("Starting", "正在启动"), 0, "s")  # around what has progress of its own, and what has none
+    try:
+        model = load_model(folder, device=device, compute=compute, progress=progress)
+    finally:
+        progress.end()
     screen.note(_what_is_loaded(model, name or PRACTICE_MODEL, time.monotonic() - began))
     licence = _licence(model.path)
     if licence:

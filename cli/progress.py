@@ -7,6 +7,7 @@ end. Compilation (unit "files" or "kernels") is shown at once: its first seconds
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ class TerminalProgress:
 
     def __init__(self, stream: TextIO | None = None, *, delay_s: float = SHOW_AFTER_S) -> None:
         self._stream = stream if stream is not None else sys.stderr
+        self._own: TextIO | None = None
         self._delay_s = delay_s
         self._tasks: list[_Task] = []
         self._bar: tqdm[None] | None = None
@@ -56,6 +58,8 @@ class TerminalProgress:
         """Start a task; see `moss_jt.progress.Progress`."""
         with self._lock:
             self._wipe()
+            if self._own is None:
+                self._own = _duplicate(self._stream)
             self._tasks.append(_Task(task, total, unit, time.monotonic()))
             self._draw()
             if self._ticker is None:
@@ -82,9 +86,17 @@ class TerminalProgress:
             if not self._tasks:
                 self._over.set()
                 self._ticker = None
+                if self._own is not None:
+                    self._own.close()
+                    self._own = None
+
+    @property
+    def _out(self) -> TextIO:
+        """Where to draw: a descriptor of our own, since compilers' chatter is kept away by moving the usual one."""
+        return self._own if self._own is not None else self._stream
 
     def _is_terminal(self) -> bool:
-        return self._stream.isatty()
+        return self._out.isatty()
 
     def _tick(self, over: threading.Event) -> None:
         """Redraw twice a second until the last task is over."""
@@ -101,15 +113,15 @@ class TerminalProgress:
                 return
             task.shown = True
             if not self._is_terminal():
-                self._stream.write(pick(f"{task.name} …\n", f"{task.name}……\n"))
-                self._stream.flush()
+                self._out.write(pick(f"{task.name} …\n", f"{task.name}……\n"))
+                self._out.flush()
         if self._is_terminal():
             self._draw_bar(task)
 
     def _draw_bar(self, task: _Task) -> None:
         """Move tqdm's bar to the task's state."""
         if self._bar is None:
-            self._bar = _new_bar(task, self._stream)
+            self._bar = _new_bar(task, self._out)
         if task.done != self._bar.n:
             self._bar.update(task.done - self._bar.n)
         elif time.time() - self._bar.last_print_t >= REFRESH_S:
@@ -129,8 +141,17 @@ class TerminalProgress:
             line = pick(f"{task.name}: done in {seconds:.1f} s", f"{task.name}：完成，用时 {seconds:.1f} 秒")
         else:
             line = pick(f"{task.name}: stopped after {seconds:.1f} s", f"{task.name}：{seconds:.1f} 秒后停止")
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        self._out.write(line + "\n")
+        self._out.flush()
+
+
+def _duplicate(stream: TextIO) -> TextIO | None:
+    """The same file through another descriptor; None for a stream that is no file."""
+    try:
+        stream.flush()
+        return os.fdopen(os.dup(stream.fileno()), "w", encoding=stream.encoding, errors="replace")
+    except OSError:  # io.UnsupportedOperation is one
+        return None
 
 
 def _new_bar(task: _Task, stream: TextIO) -> tqdm[None]:
@@ -148,6 +169,7 @@ def _new_bar(task: _Task, stream: TextIO) -> tqdm[None]:
         dynamic_ncols=True,
         mininterval=0.1,
         miniters=0,
+        bar_format=None if task.total else "{desc}: {elapsed}",
         smoothing=0,  # the time left comes from the average since the task began
     )
     bar.n = task.done

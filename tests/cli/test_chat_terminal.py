@@ -3,87 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-import pexpect
 import pytest
 import scripted_model
+from terminal import CTRL_C, CTRL_D, ESC, PASTE, UP, Terminal
 
 from moss_jt import paths
-
-ROOT = Path(__file__).parent.parent.parent
-ESCAPES = re.compile(r"\x1b(\[[0-9;?>=]*[A-Za-z]|[()][A-Z0-9]|[=>])|\r")
-CTRL_C, CTRL_D, ESC, UP = "\x03", "\x04", "\x1b", "\x1b[A"
-PASTE = ("\x1b[200~", "\x1b[201~")
-READY, TAKEN = "\x1b[?2004h", "\x1b[?2004l"  # bracketed paste is switched on while a message is typed
-TIMEOUT_S = 30
-
-
-class Terminal:
-    """A chat that somebody types into."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *options: str,
-        answers: list[str],
-        blocks: Sequence[tuple[int, int]] = (),
-        environment: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        script = folder / "script.json"
-        script.write_text(json.dumps({"answers": answers, "blocks": blocks}))
-        variables = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "TERM": "xterm-256color",
-            "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody here answers where the cursor is
-            **environment,
-        }
-        arguments = [scripted_model.__file__, str(script), "chat", "--model", str(scripted_model.TOKENIZER)]
-        self.child: pexpect.spawn[str] = pexpect.spawn(
-            sys.executable,
-            [*arguments, "--system", "Be brief.", *options],
-            cwd=folder,
-            env=variables,
-            encoding="utf-8",
-            timeout=TIMEOUT_S,
-            dimensions=(40, 120),
-        )
-        self.child.delaybeforesend = None
-
-    def await_prompt(self) -> str:
-        """Everything shown until the program waits for a message, without escape codes."""
-        self.child.expect_exact(READY)
-        return ESCAPES.sub("", self.child.before or "")
-
-    def type(self, keys: str) -> None:
-        """Press keys."""
-        self.child.send(keys)
-
-    def say(self, text: str) -> str:
-        """Type a message, press Enter, and give what is shown until the next prompt."""
-        self.child.send(text + "\r")
-        self.child.expect_exact(TAKEN)
-        return self.await_prompt()
-
-    def see(self, text: str) -> None:
-        """Wait until this is shown."""
-        self.child.expect_exact(text)
-
-    def end(self) -> str:
-        """Wait until the program is over; its last words. It must leave with 0."""
-        self.child.expect(pexpect.EOF)
-        self.child.close()
-        assert self.child.exitstatus == 0
-        return ESCAPES.sub("", self.child.before or "")
-
 
 Start = Callable[..., Terminal]
 
@@ -93,8 +23,16 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Begin a chat and wait for its first prompt; it is ended with the test."""
     begun: list[Terminal] = []
 
-    def begin(*options: str, **script: Any) -> Terminal:
-        begun.append(Terminal(tmp_path, *options, **script))
+    def begin(
+        *options: str,
+        answers: list[str],
+        blocks: Sequence[tuple[int, int]] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> Terminal:
+        script = tmp_path / "script.json"
+        script.write_text(json.dumps({"answers": answers, "blocks": blocks}))
+        program = [scripted_model.__file__, str(script), "chat", "--model", str(scripted_model.TOKENIZER)]
+        begun.append(Terminal(tmp_path, [*program, "--system", "Be brief.", *options], environment))
         return begun[-1]
 
     yield begin

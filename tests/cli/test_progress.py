@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -121,7 +123,22 @@ def test_words_that_come_too_late_do_no_harm() -> None:
 def test_a_total_that_is_not_known() -> None:
     stream = Terminal()
     progress = TerminalProgress(stream, delay_s=0)
-    progress.begin("Listing", 0, "files")
-    progress.advance(3)
-    wait_until(lambda: "3 files" in stream.getvalue())
+    progress.begin("Waiting", 0, "s")
+    wait_until(lambda: "Waiting: 00:0" in stream.getvalue())
     progress.end()
+
+
+def test_the_bar_lives_on_while_a_library_moves_stderr_away(tmp_path: Path) -> None:
+    """Jittor's own chatter is kept off the screen by pointing descriptor 2 elsewhere."""
+    with (tmp_path / "screen").open("w") as screen:
+        progress = TerminalProgress(screen, delay_s=0)
+        progress.begin("Compiling", 2, "kernels")
+        saved, elsewhere = os.dup(screen.fileno()), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(elsewhere, screen.fileno())
+        progress.begin("Inner", 2, "kernels")
+        progress.end()
+        os.dup2(saved, screen.fileno())
+        progress.end()
+        os.close(saved)
+        os.close(elsewhere)
+    assert "Inner" in (tmp_path / "screen").read_text()
