@@ -46,6 +46,7 @@ def load(
         handlers.restore()  # at once: with Jittor's handlers any killed child would end this process
         jittor = importlib.import_module("jittor")
     jittor.flags.use_cuda = 1 if plan.device == "cuda" else 0
+    _keep_small_numbers(jittor)
     _set_threads(plan)
     return jittor
 
@@ -54,6 +55,16 @@ def _one_by_one(commands: list[str], cache_path: str, jittor_path: str, title: s
     utils: Any = sys.modules["jittor_utils"]
     for command in commands:
         utils.do_compile([command, cache_path, jittor_path])
+
+
+def _keep_small_numbers(jittor: Any) -> None:
+    """Compile kernels without -Ofast.
+
+    Loading a library that GCC linked with it sets the processor of this thread to flush subnormal numbers to
+    zero, for numpy too (which then warns), and for good. The parts of it that make sums fast stay.
+    """
+    fast_sums = "-O3 -fassociative-math -fno-signed-zeros -freciprocal-math -fno-trapping-math -fno-math-errno"
+    jittor.flags.cc_flags = jittor.flags.cc_flags.replace("-Ofast", fast_sums)
 
 
 def _set_threads(plan: Plan) -> None:

@@ -80,7 +80,8 @@ def make_plan(wish: DeviceWish) -> Plan:
     source = home / "src" / copy_name(distribution)
     tools = plan_tools(home / "tools", source=source, compiler=compiler, includes=includes, jittor_home=home)
     onednn = find_onednn()
-    variables = _variables(home, tools, compiler=compiler, has_onednn=onednn is not None, cuda=cuda)
+    has_onednn = onednn is not None or is_linked(home)  # another venv may have brought it
+    variables = _variables(home, tools, compiler=compiler, has_onednn=has_onednn, cuda=cuda)
     return Plan(
         device=device,
         reason=reason,
@@ -134,7 +135,8 @@ def cuda_state(home: Path, driver: Driver | None = None) -> tuple[str, CudaHome 
     weakest = min(driver.gpus, key=lambda gpu: gpu.capability)
     if not weakest.is_supported:
         oldest = "sm_{}{}".format(*OLDEST_CAPABILITY)
-        return f"{weakest.name} is {weakest.sm}, our kernels need {oldest} or newer", None
+        hint = "; hide it with CUDA_VISIBLE_DEVICES" if len(driver.gpus) > 1 else ""
+        return f"{weakest.name} is {weakest.sm}, our kernels need {oldest} or newer{hint}", None
     found = plan_cuda_home(home / "cuda", driver)
     return ("", found) if isinstance(found, CudaHome) else (found, None)
 

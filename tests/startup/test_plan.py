@@ -72,9 +72,21 @@ def test_stray_nvcc_without_a_device_is_not_used(monkeypatch: pytest.MonkeyPatch
 
 def test_nothing_reaches_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "find_onednn", lambda: None)
+    monkeypatch.setattr(plan, "is_linked", lambda home: False)
     variables = make_plan("cpu").variables
     assert {variables[name] for name in ("use_mkl", "use_cutlass", "use_cutt", "use_nccl", "use_mpi")} == {"0"}
     assert variables["HOME"] == variables["JITTOR_HOME"]
+
+
+def test_onednn_that_another_venv_brought_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "find_onednn", lambda: None)
+    monkeypatch.setattr(plan, "is_linked", lambda home: True)
+    assert make_plan("cpu").variables["use_mkl"] == "1"
+
+
+def test_several_devices_with_an_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Driver((12, 4), (*NEW.gpus, *OLD.gpus)), "not asked")
+    assert make_plan("auto").reason.endswith("our kernels need sm_75 or newer; hide it with CUDA_VISIBLE_DEVICES")
 
 
 def test_user_s_threads_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
