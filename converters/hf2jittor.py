@@ -9,6 +9,7 @@ a file of the source is used up early.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from moss_jt.converters.native_plan import KIND, Options, make_plan
 from moss_jt.converters.native_tensors import make_native
 from moss_jt.converters.output import TensorWriter, check_room, finish, verify_done
 from moss_jt.converters.plan import Plan, PlannedTensor
-from moss_jt.converters.shelf import Arrive, Shelf, check_deletable, delete_index
+from moss_jt.converters.shelf import Arrive, Shelf, check_deletable, delete_file, delete_index
 from moss_jt.converters.survey import problems_of, wanted_tensors
 from moss_jt.errors import CheckpointError, ConfigError
 from moss_jt.layout import Layout, PlainLayout, TileLayout, layout_from_dict
@@ -188,12 +189,16 @@ def _write(
     progress.begin(f"Converting to {workplace.dst.name}", sum(places[name][1].nbytes for name in pending), "B")
     try:
         with TensorWriter(workplace, plan, done, progress) as writer:
+            waiting = set(pending)
             for name in pending:
                 if delete_source:
-                    _delete_used(shelf, plan, done, deleted)
+                    for file in _used_up(plan, waiting) - deleted.keys():
+                        writer.flush()
+                        deleted[file] = shelf.delete(file)
                 layout = layout_of(places[name][1])
                 _bring(shelf, plan, name, layout)
                 writer.put(name, make_native(shelf.source, name, layout))
+                waiting.remove(name)
     except CheckpointError:
         if _is_complete(shelf, plan):
             workplace.discard()  # the source is bad and all there: going on could not help
@@ -240,26 +245,17 @@ def _working_order(plan: Plan) -> list[str]:
     return sorted(needs, key=lambda name: max(needs[name]))
 
 
-def _used_up(plan: Plan, done: dict[str, str]) -> list[str]:
-    """The source files that no tensor needs any more."""
-    waiting = {file for name, files in plan.inputs["needs"].items() if name not in done for file in files}
-    return [file for file in plan.inputs["files"] if file not in waiting]
-
-
-def _delete_used(shelf: Shelf, plan: Plan, done: dict[str, str], deleted: dict[str, int]) -> None:
-    for file in _used_up(plan, done):
-        if file not in deleted:
-            deleted[file] = shelf.delete(file)
+def _used_up(plan: Plan, waiting: Collection[str]) -> set[str]:
+    """The source files that none of the tensors still waiting needs."""
+    every: set[str] = {file for files in plan.inputs["needs"].values() for file in files} | plan.inputs["files"].keys()
+    return every - {file for name in waiting for file in plan.inputs["needs"][name]}
 
 
 def _delete_rest(source: Path, plan: Plan, deleted: dict[str, int]) -> None:
     """Delete what is left of the source's weights, once the result is visible."""
     folder = source if source.is_dir() else source.parent
-    for file in {file for files in plan.inputs["needs"].values() for file in files} | set(plan.inputs["files"]):
-        path = folder / file
-        if file not in deleted and path.exists():
-            deleted[file] = path.stat().st_size
-            path.unlink()
+    for file in _used_up(plan, ()) - deleted.keys():
+        deleted[file] = delete_file(folder / file)
     delete_index(folder)
 
 
@@ -271,15 +267,14 @@ def _check_room(workplace: Workplace, plan: Plan, done: dict[str, str], *, delet
     places = plan.places()
     sizes = {file: known["nbytes"] for file, known in plan.inputs["files"].items()}
     written, freed, most = 0, 0, 0
-    finished = dict(done)
-    gone = set(_used_up(plan, finished))
+    waiting = places.keys() - done.keys()
+    gone = _used_up(plan, waiting)
     for name in _working_order(plan):
         written += places[name][1].nbytes
         most = max(most, written - freed)
-        finished[name] = ""
-        for file in set(_used_up(plan, finished)) - gone:
-            gone.add(file)
-            freed += sizes[file]
+        waiting.discard(name)
+        freed += sum(sizes.get(file, 0) for file in _used_up(plan, waiting) - gone)
+        gone |= _used_up(plan, waiting)
     check_room(workplace, most)
 
 

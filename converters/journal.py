@@ -12,6 +12,7 @@ short by a crash has no line end and does not count.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -76,10 +77,13 @@ class Workplace:
 
     def start(self, plan: Plan) -> None:
         """Write down a new plan; from here on the run can be gone on with."""
+        try:
+            write_safely(self.path / JOURNAL_FILE, f"plan {plan.digest()}\n".encode())
+            write_safely(self.path / PLAN_FILE, plan.to_json().encode())
+            sync_folder(self.path)
+        except OSError as error:
+            raise disk_error(error, self.path) from error
         self.plan = plan
-        write_safely(self.path / JOURNAL_FILE, f"plan {plan.digest()}\n".encode())
-        write_safely(self.path / PLAN_FILE, plan.to_json().encode())
-        sync_folder(self.path)
 
     def read_journal(self) -> dict[str, str]:
         """The tensors that are safe on disk: name -> SHA-256. Cuts off a torn last line.
@@ -89,7 +93,7 @@ class Workplace:
         """
         assert self.plan is not None, "a journal has a plan"
         file = self.path / JOURNAL_FILE
-        raw = file.read_bytes()
+        raw = file.read_bytes() if file.exists() else b""
         kept = raw[: raw.rfind(b"\n") + 1]
         lines = kept.decode("utf-8", errors="replace").splitlines()
         if not lines or lines[0] != f"plan {self.plan.digest()}":
@@ -197,7 +201,10 @@ def copy_small_files(source: Path, names: Iterable[str], target: Path) -> None:
                 if file.size > MAX_SMALL_BYTES:
                     raise CheckpointError(f"{file.path} has {file.size} bytes; at most {MAX_SMALL_BYTES} are copied.")
                 data = file.read(0, file.size)
-            write_safely(target / name, data)
+            try:
+                write_safely(target / name, data)
+            except OSError as error:
+                raise disk_error(error, target) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -211,10 +218,12 @@ def sync_folder(folder: Path) -> None:
 
 def disk_error(error: OSError, where: Path) -> DiskError:
     """The error to raise when writing failed."""
-    reason = error.strerror or str(error)
-    return DiskError(
-        f"{error.filename or where} cannot be written: {reason}. Make room or mend the disk; --resume then goes on from here."
-    )
+    advice = "Check the disk; --resume then goes on from here."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        advice = "Make room; --resume then goes on from here."
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = "Give a folder that you may write to."
+    return DiskError(f"{error.filename or where} cannot be written: {error.strerror or error}. {advice}")
 
 
 def _is_empty_folder(path: Path) -> bool:

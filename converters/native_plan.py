@@ -46,7 +46,7 @@ def make_plan(shelf: Shelf, options: Options) -> Plan:
     """
     if any(name.endswith(".qweight") for name in shelf.names()):
         shelf.fetch(shelf.names())  # act-order is in the numbers: all of them are needed to plan
-    found = survey(shelf.source, any_float=options.dtype is not None)
+    found = survey(shelf.source, any_float=options.dtype is not None, promised=len(shelf.names()))
     layouts = {
         name: _layout(shelf, found, name, shape, options) for name, shape in expected_shapes(found.config).items()
     }

@@ -129,9 +129,7 @@ class TensorWriter:
         """Commit what is whole, unless there is trouble; stop the threads, close the files."""
         try:
             if kind is None:
-                self._drain(0)
-                self._commit()
-                self._check_commits(0)
+                self.flush()
         finally:
             for pool in (self._hasher, self._writer, self._syncer):
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -160,6 +158,12 @@ class TensorWriter:
         self._finished_bytes += tensor.nbytes
         if self._finished_bytes >= COMMIT_BYTES:
             self._commit()
+
+    def flush(self) -> None:
+        """Wait until every tensor that was put is safe on disk; raises as `put` does."""
+        self._drain(0)
+        self._commit()
+        self._check_commits(0)
 
     def _submit(self, file: PlannedFile, fd: int, sha: Any, data: memoryview, position: int) -> None:
         """Give one piece to both threads, waiting while too much is under way."""

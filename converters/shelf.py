@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moss_jt.checked_file import CheckedFile
-from moss_jt.converters.journal import disk_error
 from moss_jt.converters.source import Source, open_source
 from moss_jt.converters.weight_files import find_weight_files
-from moss_jt.errors import CheckpointError, ConfigError
+from moss_jt.errors import CheckpointError, ConfigError, DiskError
 
 Arrive = Callable[[Path], None]
 
@@ -90,15 +89,8 @@ class Shelf:
         path = next((known for known in self.source.files if known.name == file), None)
         if path is None:
             return 0
-        try:
-            nbytes = path.stat().st_size
-            self.source.release(path)
-            path.unlink()
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            raise disk_error(error, path) from error
-        return nbytes
+        self.source.release(path)
+        return delete_file(path)
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """What the files of weights are known by: size and a hash of their first and last bytes."""
@@ -116,6 +108,18 @@ def check_deletable(path: Path, source: Source) -> None:
         raise ConfigError(
             f"--delete-source would only delete links: {path / links[0]} is a symbolic link. Convert without it and delete the cache yourself."
         )
+
+
+def delete_file(path: Path) -> int:
+    """Delete a file; the bytes that it had, 0 if it was not there."""
+    try:
+        nbytes = path.stat().st_size
+        path.unlink()
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise DiskError(f"{path} cannot be deleted: {error.strerror}. Delete it yourself; the rest is done.") from error
+    return nbytes
 
 
 def delete_index(path: Path) -> None:

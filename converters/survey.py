@@ -46,12 +46,13 @@ class Survey:
         return sum(prod(shape) for shape in expected_shapes(self.config).values())
 
 
-def survey(source: Source, *, any_float: bool) -> Survey:
+def survey(source: Source, *, any_float: bool, promised: int = 0) -> Survey:
     """See that a source is a whole MOSS checkpoint.
 
     Args:
         source: opened; its missing files are passed over.
         any_float: also accept float64, because the numbers will be cast.
+        promised: tensors that its index names, where files are missing.
 
     Raises:
         ConfigError: config.json is not that of a MOSS model.
@@ -59,13 +60,15 @@ def survey(source: Source, *, any_float: bool) -> Survey:
             are named), or bits and groups are not those of the config.
     """
     where = source.path / "config.json"
+    if "moss_jt" in source.config:
+        raise ConfigError(f"{source.path} is in the native format already; there is nothing to convert.")
     try:
-        quantless = {key: value for key, value in source.config.items() if key not in ("wbits", "groupsize", "moss_jt")}
+        quantless = {key: value for key, value in source.config.items() if key not in ("wbits", "groupsize")}
         config = MossConfig.from_dict(quantless)
     except (MossError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error
     tensors = source.tensors
-    check_layer_count(config, len(tensors) if not source.missing_files else config.n_layer)
+    check_layer_count(config, max(promised, len(tensors)))
     try:
         quantization = find_quantization(config, source.config, tensors)
     except CheckpointError as error:
