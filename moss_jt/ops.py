@@ -161,7 +161,8 @@ def warm_up(progress: Progress | None = None) -> None:
     """
     progress = Quiet() if progress is None else progress
     jt = startup.import_jittor(device="cpu", progress=progress)
-    done = Path(jt.flags.cache_path) / f"moss_jt.{hashlib.sha256(_header().encode()).hexdigest()[:16]}"
+    made_of = hashlib.sha256((_header() + jt.flags.cc_flags).encode()).hexdigest()[:16]
+    done = Path(jt.flags.cache_path) / f"moss_jt.{made_of}"
     if done.is_file():
         return
     calls = _idle_calls()

@@ -18,7 +18,7 @@ from moss_jt.cache import BLOCK, KVCache, KVType
 from moss_jt.config import Bits, FloatType, MossConfig
 from moss_jt.kernels import reference
 from moss_jt.layout import RowsLayout, TileLayout
-from moss_jt.ops import InferenceOps, Linear, rotary_table
+from moss_jt.ops import InferenceOps, Linear, rotary_table, warm_up
 from moss_jt.packing import QuantMatrix, dequantize, pack, tile_layout
 from moss_jt.weights import Stored, WeightStore, widen
 
@@ -214,3 +214,9 @@ def test_rotary_table_is_that_of_the_formula() -> None:
     angles = np.arange(2048)[:, None] / 10000.0**exponents
     want = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     assert np.abs(rotary_table(config) - want).max() < 2048 * 2e-7  # float32 angles
+
+
+def test_subnormal_numbers_survive_the_kernels(jittor: Any) -> None:
+    """Libraries linked with -Ofast set the processor to flush them to zero, for numpy as well."""
+    warm_up()
+    assert np.float32(1e-40) * np.float32(1) != 0
