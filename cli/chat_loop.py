@@ -120,6 +120,8 @@ def _explain_end(talk: Talk, finished: Finished) -> None:
                 "（没有回答，消息已收回；按向上键或用 /retry 可重新发送）",
             )
         )
+    elif not talk.session.turns[-1].answer.strip():
+        talk.screen.note(pick("(an empty answer; /retry asks again)", "（回答为空；可用 /retry 重新回答）"))
     elif finished.reason == "cancelled":
         talk.screen.note(
             pick("(stopped; /continue goes on, /retry answers anew)", "（已停止；/continue 继续，/retry 重新回答）")

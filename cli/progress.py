@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from moss_jt.language import pick
 
@@ -49,7 +49,7 @@ class TerminalProgress:
         self._own: TextIO | None = None
         self._delay_s = delay_s
         self._tasks: list[_Task] = []
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[NoReturn] | None = None
         self._lock = threading.RLock()
         self._over = threading.Event()
         self._ticker: threading.Thread | None = None
@@ -154,7 +154,7 @@ def _duplicate(stream: TextIO) -> TextIO | None:
         return None
 
 
-def _new_bar(task: _Task, stream: TextIO) -> tqdm[None]:
+def _new_bar(task: _Task, stream: TextIO) -> tqdm[NoReturn]:
     """A tqdm bar that starts where the task is and counts from when it began."""
     from tqdm import tqdm as bar_class
 

@@ -104,6 +104,13 @@ def test_a_cut_answer_says_so_and_continues(chat: Chat, engine: BlockingEngine) 
     assert result.exit_code == 0
 
 
+def test_an_empty_answer_says_so(chat: Chat, engine: BlockingEngine) -> None:
+    engine.scripts[0] = (engine.last,)
+    result = chat("hi\nmore\n")
+    assert "(an empty answer; /retry asks again)" in result.stderr
+    assert result.stdout == "Second.\n"
+
+
 def test_system_shows_replaces_and_goes_back(chat: Chat, engine: BlockingEngine) -> None:
     result = chat("/system\n/system Be long.\nhi\n/system default\nagain\n")
     assert "Be brief." in result.stderr

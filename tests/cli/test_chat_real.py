@@ -99,7 +99,7 @@ def test_second_turn_computes_only_what_is_new(chat: Terminal) -> None:
 
 
 def test_without_a_model_it_says_that_answers_are_random() -> None:
-    done = moss_jt("chat", "--max-new-tokens", "5", typed="hi\nstop\n")
+    done = moss_jt("chat", "--greedy", "--max-new-tokens", "20", typed="hi\nstop\n")
     assert done.returncode == 0, done.stderr
     assert "this is a tiny model of random weights, and its answers are random" in done.stderr
     assert done.stdout.strip()
