@@ -13,14 +13,17 @@ from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub
+from moss_folders import float_tensors, gptq_tensors, write_shards
 
 from moss_jt import fetch, paths, stored
 from moss_jt.checkpoint import Checkpoint, is_native
 from moss_jt.config import FloatType
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.errors import CheckpointError, HubError
+from moss_jt.fetch import fetch_file
 from moss_jt.hub import find_pulled, pull, resolve_model
-from moss_jt.pull_plan import PullPlan, plan_pull
+from moss_jt.progress import Progress
+from moss_jt.pull_plan import HEADROOM_BYTES, PullPlan, plan_pull
 
 FP = "fnlp/moss-tiny-sft"
 INT4 = "fnlp/moss-tiny-sft-int4"
@@ -45,6 +48,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, golden: Path) -> Iterat
 
 def fetch_model(name: str, *, delete_source: bool = False, dtype: FloatType | None = None) -> Path:
     return pull(plan_pull(name, delete_source=delete_source, dtype=dtype))
+
+
+def break_for_good(hub: FakeHub, file: str, *, after: int = 0) -> None:
+    """Some bytes, then nothing but broken connections."""
+    hub.fail("break", file, after=after)
+    hub.fail("break", file, times=50)
 
 
 def tensors_of(path: Path) -> dict[str, bytes]:
@@ -92,19 +101,59 @@ def test_dtype(hub: FakeHub) -> None:
     assert Checkpoint.open(fetch_model(FP, dtype="float32")).config.dtype == "float32"
 
 
-def test_each_shard_is_gone_before_the_next_comes(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[set[str]] = []
-    real = fetch.fetch_file
+def weights_in(folder: Path) -> set[str]:
+    return {name for name in names_in(folder) if name.endswith((".bin", ".safetensors"))}
 
-    def watch(file: fetch.RemoteFile, url: str, folder: Path, **options: object) -> Path:
-        seen.append({name for name in names_in(folder) if name.endswith(".bin")})
-        return real(file, url, folder, **options)  # type: ignore[arg-type]
+
+def test_each_shard_is_gone_before_the_next_comes(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disk at its largest: the result and one shard."""
+    hub.add("owner/five", write_shards(tmp_path / "five", float_tensors(), 5))
+    there: list[set[str]] = []
+
+    def watch(file: fetch.RemoteFile, url: str, folder: Path, *, progress: Progress) -> Path:
+        there.append(weights_in(folder))
+        return fetch_file(file, url, folder, progress=progress)
 
     monkeypatch.setattr("moss_jt.hub.fetch_file", watch)
-    plan = plan_pull(FP, delete_source=True)
+    plan = plan_pull("owner/five", delete_source=True)
     assert plan.one_by_one
-    fetch_model(FP, delete_source=True)
-    assert seen[-1] <= {SHARDS[0]}, "more than one shard lay there"
+    path = pull(plan)
+    assert there == [set()] * (len(plan.small) + 5)
+    hf2jittor(tmp_path / "five", tmp_path / "expected")
+    assert tensors_of(path) == tensors_of(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("fallen", [2, 3, 5])
+def test_one_by_one_goes_on_at_the_shard_that_broke(hub: FakeHub, tmp_path: Path, fallen: int) -> None:
+    hub.add("owner/five", write_shards(tmp_path / "five", float_tensors(), 5))
+    shards = [f"model-{number:05d}-of-00005.safetensors" for number in range(1, 6)]
+    break_for_good(hub, shards[fallen - 1], after=3000)
+    with pytest.raises(HubError, match=shards[fallen - 1]):
+        fetch_model("owner/five", delete_source=True)
+    hub.faults.clear()
+    sent = dict(hub.sent)
+    plan = plan_pull("owner/five", delete_source=True)
+    assert 0 < plan.download_bytes <= sum(file.size for file in plan.weights[fallen - 1 :])
+    path = pull(plan)
+    assert {name: hub.sent[name] for name in shards[: fallen - 1]} == {
+        name: sent[name] for name in shards[: fallen - 1]
+    }
+    hf2jittor(tmp_path / "five", tmp_path / "expected")
+    assert tensors_of(path) == tensors_of(tmp_path / "expected")
+
+
+def test_quantised_shards_must_all_be_there(hub: FakeHub, tmp_path: Path) -> None:
+    """Only their numbers tell the layout of the result."""
+    source = write_shards(tmp_path / "four", gptq_tensors(4, act_order=True), 4, wbits=4, groupsize=32)
+    hub.add("owner/four", source)
+    plan = plan_pull("owner/four", delete_source=True)
+    assert not plan.one_by_one
+    assert plan.needed_bytes == plan.download_bytes + plan.native_bytes + HEADROOM_BYTES
+    path = pull(plan)
+    hf2jittor(source, tmp_path / "expected")
+    assert tensors_of(path) == tensors_of(tmp_path / "expected")
 
 
 def test_native_model_is_taken_as_it_is(hub: FakeHub, golden: Path, tmp_path: Path) -> None:
@@ -120,9 +169,7 @@ def test_native_model_is_taken_as_it_is(hub: FakeHub, golden: Path, tmp_path: Pa
 @pytest.mark.parametrize("delete_source", [False, True])
 @pytest.mark.parametrize("file", [*SHARDS, "vocab.json", "config.json"])
 def test_broken_off_and_run_again(hub: FakeHub, golden: Path, tmp_path: Path, file: str, delete_source: bool) -> None:
-    hub.fail("break", file, after=100, times=1 if file == "config.json" else 8)
-    if file == "config.json":
-        hub.fail("break", file, after=100, times=7)
+    break_for_good(hub, file, after=100)
     with pytest.raises(HubError, match=rf"{file}.* cannot be fetched from .*run the same command again"):
         fetch_model(FP, delete_source=delete_source)
     hub.faults.clear()
@@ -185,7 +232,7 @@ def test_killed_while_fetching_the_second_shard(
 
 
 def test_unfinished_pull_stays_with_its_version_and_options(hub: FakeHub, golden: Path) -> None:
-    hub.fail("break", SHARDS[1], times=9)
+    break_for_good(hub, SHARDS[1])
     with pytest.raises(HubError):
         fetch_model(FP)
     begun = hub.repos[FP]
@@ -232,7 +279,7 @@ def test_resolve(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_resolve_of_a_partial_model(hub: FakeHub) -> None:
-    hub.fail("break", SHARDS[0], times=9)
+    break_for_good(hub, SHARDS[0])
     with pytest.raises(HubError):
         fetch_model(FP)
     with pytest.raises(
