@@ -18,10 +18,10 @@ _MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"
 @click.command(
     help=pick(
         "Tell what this machine has, what works, and the one command that mends each problem.\n\n"
-        "Nothing is compiled and nothing is changed, unless --deep is given. Exit code 1 where moss-jt cannot start.\n\n"
+        "Nothing is compiled, unless --deep is given. Exit code 1 where moss-jt cannot start.\n\n"
         "Example: moss-jt doctor --json",
         "检查本机环境：有什么、能否使用，以及修复每个问题的命令。\n\n"
-        "除非使用 --deep，否则不编译也不改动任何东西。若 moss-jt 无法启动，退出码为 1。\n\n"
+        "除非使用 --deep，否则不编译任何东西。若 moss-jt 无法启动，退出码为 1。\n\n"
         "例如：moss-jt doctor --json",
     )
 )

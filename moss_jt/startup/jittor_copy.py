@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+import time
 from importlib.metadata import Distribution
 from pathlib import Path
 
 _PACKAGES = ("jittor", "jittor_utils")
+_PREFIX = ".new-"
+_STALE_S = 3600
 
 
 def copy_name(distribution: Distribution) -> str:
@@ -57,7 +60,8 @@ class staged:
     def __init__(self, target: Path) -> None:
         self._target = target
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._stage = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
+        _sweep(target.parent)
+        self._stage = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target.parent))
 
     def __enter__(self) -> Path:
         """The folder to fill."""
@@ -74,3 +78,10 @@ class staged:
                 raise
         finally:
             shutil.rmtree(self._stage, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left unfinished in a folder."""
+    for left in folder.glob(f"{_PREFIX}*"):
+        if time.time() - left.stat().st_mtime > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)

@@ -91,8 +91,9 @@ def _start(device: DeviceWish, progress: Progress) -> None:
     ensure_built(plan, progress)
     try:
         module = _load_and_check(plan)
-    except StartupError as error:
-        _Started.failure = str(error)  # half of Jittor is in memory now: a second try would see that
+    except BaseException as error:  # half of Jittor is in memory now: a second try would meet that
+        interrupted = "the start of Jittor was interrupted in this process: start a new one"
+        _Started.failure = str(error) if isinstance(error, StartupError) else interrupted
         raise
     _Started.module, _Started.device, _Started.reason = module, plan.device, plan.reason
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 from pathlib import Path
 
@@ -61,3 +62,13 @@ def test_staged_folder_when_another_was_faster(tmp_path: Path) -> None:
         (tmp_path / "made" / "theirs").write_text("", "ascii")
     assert {file.name for file in (tmp_path / "made").iterdir()} == {"mine", "theirs"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["made"]
+
+
+def test_remains_of_a_killed_process_are_swept_later(tmp_path: Path) -> None:
+    old, new = tmp_path / ".new-old", tmp_path / ".new-new"
+    for left in (old, new):
+        (left / "jittor").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    with staged(tmp_path / "made"):
+        pass
+    assert {entry.name for entry in tmp_path.iterdir()} == {".new-new", "made"}

@@ -243,6 +243,18 @@ def test_import_that_fails_is_told_and_not_tried_again(
     assert len(calls) == 1
 
 
+def test_interrupted_import_is_not_tried_again(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(plan: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(starting, "ensure_built", lambda plan, progress: None)
+    monkeypatch.setattr(starting, "load", load)
+    with pytest.raises(KeyboardInterrupt):
+        starting.import_jittor(device="cpu")
+    with pytest.raises(StartupError, match="the start of Jittor was interrupted in this process: start a new one"):
+        starting.import_jittor(device="cpu")
+
+
 def test_self_check_is_quick_once_warm(jittor: ModuleType) -> None:
     check(jittor)
     best = min(timed(jittor) for _ in range(5))
