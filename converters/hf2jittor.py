@@ -22,8 +22,9 @@ from moss_jt.converters.native_plan import KIND, Options, make_plan
 from moss_jt.converters.native_tensors import make_native
 from moss_jt.converters.output import TensorWriter, check_room, finish, verify_done
 from moss_jt.converters.plan import Plan, PlannedTensor
-from moss_jt.converters.shelf import Arrive, Shelf, check_deletable, delete_file, delete_index
+from moss_jt.converters.shelf import Arrive, Shelf, check_deletable
 from moss_jt.converters.survey import problems_of, wanted_tensors
+from moss_jt.converters.using_up import UsingUp, check_no_hole, delete_rest, most_bytes, read_note
 from moss_jt.errors import CheckpointError, ConfigError
 from moss_jt.layout import Layout, PlainLayout, TileLayout, layout_from_dict
 from moss_jt.progress import Progress, Quiet
@@ -112,13 +113,13 @@ def hf2jittor(
                     _begin(workplace, shelf, options, delete_source=delete_source)
                 else:
                     _check_source(workplace, shelf, done)
-                    _check_room(workplace, workplace.plan, done, delete_source=delete_source)
-                _write(workplace, shelf, done, deleted, delete_source=delete_source, progress=report)
+                    _check_room(workplace, shelf, workplace.plan, done, delete_source=delete_source)
+                _write(workplace, shelf, done, deleted if delete_source else None, progress=report)
         plan = workplace.plan
         assert plan is not None, "the run has a plan"
         finish(workplace, done, manifest=True)
     if delete_source:
-        _delete_rest(source, plan, deleted)
+        delete_rest(plan, source if source.is_dir() else source.parent, deleted)
     config = MossConfig.from_file(target / "config.json")
     dropped = plan.inputs["dropped"]
     return Conversion(target, config, plan.nbytes, dropped["count"], dropped["nbytes"], resumed, sum(deleted.values()))
@@ -127,7 +128,7 @@ def hf2jittor(
 def _begin(workplace: Workplace, shelf: Shelf, options: Options, *, delete_source: bool) -> None:
     """Plan, see that there is room, copy the tokenizer, and write the plan down."""
     plan = make_plan(shelf, options)
-    _check_room(workplace, plan, {}, delete_source=delete_source)
+    _check_room(workplace, shelf, plan, (), delete_source=delete_source)
     folder = shelf.source.path if shelf.source.path.is_dir() else shelf.source.path.parent
     copy_small_files(folder, TOKENIZER_FILES, workplace.out)
     workplace.start(plan)
@@ -173,34 +174,29 @@ def _check_source(workplace: Workplace, shelf: Shelf, done: dict[str, str]) -> N
 
 
 def _write(
-    workplace: Workplace,
-    shelf: Shelf,
-    done: dict[str, str],
-    deleted: dict[str, int],
-    *,
-    delete_source: bool,
-    progress: Progress,
+    workplace: Workplace, shelf: Shelf, done: dict[str, str], deleted: dict[str, int] | None, *, progress: Progress
 ) -> None:
-    """Make and write every tensor that is not done."""
+    """Make and write every tensor that is not done, using up the source where `deleted` counts that."""
     plan = workplace.plan
     assert plan is not None, "the run has a plan"
     places = plan.places()
     pending = [name for name in _working_order(plan) if name not in done]
+    using_up = UsingUp(workplace, shelf, pending, deleted) if deleted is not None else None
+    noted = read_note(workplace)
     progress.begin(f"Converting to {workplace.dst.name}", sum(places[name][1].nbytes for name in pending), "B")
     try:
         with TensorWriter(workplace, plan, done, progress) as writer:
-            waiting = set(pending)
+            if using_up:
+                using_up.before_start(writer)
             for name in pending:
-                if delete_source:
-                    for file in _used_up(plan, waiting) - deleted.keys():
-                        writer.flush()
-                        deleted[file] = shelf.delete(file)
                 layout = layout_of(places[name][1])
                 _bring(shelf, plan, name, layout)
+                check_no_hole(shelf, noted, source_names(name, quantized=isinstance(layout, TileLayout)))
                 writer.put(name, make_native(shelf.source, name, layout))
-                waiting.remove(name)
+                if using_up:
+                    using_up.after(name, writer)
     except CheckpointError:
-        if _is_complete(shelf, plan):
+        if _is_complete(shelf, plan) and not read_note(workplace):
             workplace.discard()  # the source is bad and all there: going on could not help
         raise
     finally:
@@ -245,37 +241,12 @@ def _working_order(plan: Plan) -> list[str]:
     return sorted(needs, key=lambda name: max(needs[name]))
 
 
-def _used_up(plan: Plan, waiting: Collection[str]) -> set[str]:
-    """The source files that none of the tensors still waiting needs."""
-    every: set[str] = {file for files in plan.inputs["needs"].values() for file in files} | plan.inputs["files"].keys()
-    return every - {file for name in waiting for file in plan.inputs["needs"][name]}
-
-
-def _delete_rest(source: Path, plan: Plan, deleted: dict[str, int]) -> None:
-    """Delete what is left of the source's weights, once the result is visible."""
-    folder = source if source.is_dir() else source.parent
-    for file in _used_up(plan, ()) - deleted.keys():
-        deleted[file] = delete_file(folder / file)
-    delete_index(folder)
-
-
-def _check_room(workplace: Workplace, plan: Plan, done: dict[str, str], *, delete_source: bool) -> None:
-    """See that the result fits on the disk; deleting the source on the way counts."""
-    if not delete_source:
+def _check_room(workplace: Workplace, shelf: Shelf, plan: Plan, done: Collection[str], *, delete_source: bool) -> None:
+    """See that the result fits on the disk; what the source gives back on the way counts."""
+    if delete_source:
+        check_room(workplace, most_bytes(shelf, plan, _working_order(plan), done, read_note(workplace)))
+    else:
         check_room(workplace, plan.nbytes, ", or add --delete-source")
-        return
-    places = plan.places()
-    sizes = {file: known["nbytes"] for file, known in plan.inputs["files"].items()}
-    written, freed, most = 0, 0, 0
-    waiting = places.keys() - done.keys()
-    gone = _used_up(plan, waiting)
-    for name in _working_order(plan):
-        written += places[name][1].nbytes
-        most = max(most, written - freed)
-        waiting.discard(name)
-        freed += sum(sizes.get(file, 0) for file in _used_up(plan, waiting) - gone)
-        gone |= _used_up(plan, waiting)
-    check_room(workplace, most)
 
 
 def _weight_bytes(checkpoint: Checkpoint) -> int:

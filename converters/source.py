@@ -123,6 +123,11 @@ class Source:
         self.read_into(name, start, out)
         return out.data
 
+    def place(self, name: str) -> tuple[int, int] | None:
+        """Where a tensor lies in its file, (start, bytes); None for one that is stored as a view."""
+        stored = self._find(name)
+        return (stored.start, stored.nbytes) if stored.contiguous else None
+
     def _find(self, name: str) -> StoredTensor:
         if name not in self._stored:
             raise CheckpointError(
