@@ -20,6 +20,8 @@ from urllib.parse import quote
 from moss_jt import paths, stored
 from moss_jt.checkpoint import expected_shapes
 from moss_jt.config import FloatType, MossConfig
+from moss_jt.converters.holes import can_punch
+from moss_jt.converters.using_up import RETURN_BYTES
 from moss_jt.errors import ConfigError, DiskError, HubError
 from moss_jt.fetch import RemoteFile, endpoint, fetched_bytes, get_json, hub_name
 from moss_jt.layout import ITEM_BYTES
@@ -60,6 +62,7 @@ class PullPlan:
         native_bytes: estimated size of the result, 0 if nothing is converted.
         can_arrive: each weight file can be converted by itself, before the others are there. Not those
             of a quantised model: the order of its inputs must be known to lay out the result.
+        can_punch: a weight file can be freed in parts while it is being converted.
         free_bytes: room on the disk when the plan was made.
         path: where the model will lie.
         accepted: the terms were accepted when this pull was begun.
@@ -78,6 +81,7 @@ class PullPlan:
     delete_source: bool
     native_bytes: int
     can_arrive: bool
+    can_punch: bool
     free_bytes: int
     path: Path
     accepted: bool
@@ -101,10 +105,23 @@ class PullPlan:
     @property
     def needed_bytes(self) -> int:
         """Room that the pull still takes at its largest."""
-        made = stored.size_on_disk(self.work) - stored.size_on_disk(self.work / SOURCE_FOLDER)
-        left = self._left(self.weights)
-        arriving = max(left) if self.one_by_one else sum(left)
-        return sum(self._left(self.small)) + arriving + max(self.native_bytes - made, 0) + HEADROOM_BYTES
+        rest = max(self._largest_bytes() - stored.size_on_disk(self.work), 0)
+        return rest + sum(self._left(self.small)) + HEADROOM_BYTES
+
+    def _largest_bytes(self) -> int:
+        """What the weights, the hub's and the result's, take up at the worst moment."""
+        source, largest = sum(file.size for file in self.weights), max(file.size for file in self.weights)
+        both = source + self.native_bytes
+        if self.native or not self.delete_source:
+            return both
+        if not self.can_punch:  # a weight file is freed as a whole, after the last of its tensors
+            return self.native_bytes + largest if self.one_by_one else both
+        tensor = max(prod(shape) for shape in expected_shapes(self.config).values())
+        delay = RETURN_BYTES + 2 * tensor * ITEM_BYTES[self.dtype or "float16"]  # freed somewhat later than converted
+        if self.one_by_one:
+            shrinking = largest - largest * self.native_bytes // source
+            return min(self.native_bytes + max(shrinking, 0) + delay, self.native_bytes + largest)
+        return min(max(source, self.native_bytes) + delay, both)
 
     @property
     def work(self) -> Path:
@@ -173,7 +190,8 @@ def plan_pull(
         delete_source=delete_source,
         native_bytes=0 if native else _native_bytes(config, weights, dtype),
         can_arrive=index is not None and config.quantization is None,
-        free_bytes=_free_bytes(paths.models_dir()),
+        can_punch=can_punch(_existing(paths.models_dir())),
+        free_bytes=shutil.disk_usage(_existing(paths.models_dir())).free,
         path=path,
         accepted=bool(record),
         arrived=frozenset(record.get("arrived", "").split()),
@@ -346,8 +364,8 @@ def _native_bytes(config: MossConfig, weights: tuple[RemoteFile, ...], dtype: Fl
     return sum(prod(shape) for shape in expected_shapes(config).values()) * ITEM_BYTES[dtype]
 
 
-def _free_bytes(folder: Path) -> int:
-    """Free room on the disk of a folder that may not exist yet."""
-    while not folder.exists():
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists already."""
+    while not folder.is_dir():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder

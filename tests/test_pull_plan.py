@@ -13,7 +13,9 @@ import pytest
 from fake_hub import FakeHub
 
 from moss_jt import fetch, paths
+from moss_jt.config import MossConfig
 from moss_jt.errors import ConfigError, DiskError, HubError
+from moss_jt.fetch import RemoteFile
 from moss_jt.pull_plan import HEADROOM_BYTES, PullPlan, check_room, gigabytes, plan_pull, stored_name
 
 FP = "fnlp/moss-tiny-sft"
@@ -54,15 +56,53 @@ def test_plan_names_version_licence_files_and_sizes(hub: FakeHub) -> None:
     assert not paths.models_dir().exists(), "planning writes nothing"
 
 
-def test_room_with_and_without_the_source(hub: FakeHub) -> None:
-    keep, delete = plan_pull(FP), plan_pull(FP, delete_source=True)
-    largest = max(file.size for file in keep.weights)
-    assert keep.needed_bytes == keep.download_bytes + keep.native_bytes + HEADROOM_BYTES
-    assert keep.needed_bytes - delete.needed_bytes == sum(file.size for file in keep.weights) - largest
+MOSS = MossConfig.from_dict({"vocab_size": 107008, "n_embd": 6144, "n_layer": 34, "n_head": 24})
+GB = 10**9
+
+
+def plan_for(plan: PullPlan, sizes: tuple[int, ...], native: int, **changes: Any) -> PullPlan:
+    """The plan with the sizes of a real model."""
+    weights = tuple(RemoteFile(f"w{i}.bin", size, "sha256", "0" * 64) for i, size in enumerate(sizes))
+    changes = {"config": MOSS, "small": (), "weights": weights, "native_bytes": native, "can_punch": True, **changes}
+    return replace(plan, **changes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "low", "high"),
+    [
+        ((9 * GB,) * 4, {}, 72.0, 72.1),  # the originals are kept
+        ((9 * GB,) * 4, {"delete_source": True}, 36.0, 39.0),  # one by one, each shrinking
+        ((9 * GB,) * 4, {"delete_source": True, "can_punch": False}, 45.0, 45.1),  # one by one, each as a whole
+        ((36 * GB,), {"can_arrive": False}, 72.0, 72.1),
+        ((36 * GB,), {"delete_source": True, "can_arrive": False}, 36.0, 39.0),  # one file, shrinking
+        ((36 * GB,), {"delete_source": True, "can_arrive": False, "can_punch": False}, 72.0, 72.1),
+    ],
+)
+def test_room(hub: FakeHub, sizes: tuple[int, ...], changes: dict[str, Any], low: float, high: float) -> None:
+    plan = plan_for(plan_pull(FP), sizes, sum(sizes), **changes)
+    assert low <= plan.needed_bytes / GB <= high
+
+
+def test_room_of_a_model_that_grows_or_shrinks(hub: FakeHub) -> None:
+    plan = plan_pull(FP, delete_source=True)
+    grows = plan_for(plan, (9 * GB,) * 4, 72 * GB, dtype="float32")
+    shrinks = plan_for(plan, (9 * GB,) * 4, 18 * GB)
+    assert 72 <= grows.needed_bytes / GB <= 78.5
+    assert 18 + 4.5 <= shrinks.needed_bytes / GB <= 27.1
+
+
+def test_room_counts_what_is_there(hub: FakeHub) -> None:
+    plan = plan_pull(FP)
+    assert plan.needed_bytes == plan.download_bytes + plan.native_bytes + HEADROOM_BYTES
+    (plan.work / "source").mkdir(parents=True)
+    first = plan.weights[0]
+    (plan.work / "source" / first.name).write_bytes(b"x" * first.size)
+    assert plan.download_bytes == plan.total_bytes - first.size
+    assert 0 <= plan.total_bytes + plan.native_bytes + HEADROOM_BYTES - plan.needed_bytes - first.size < 65536
 
 
 def test_too_small_a_disk_is_refused_with_a_way_out(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_pull(FP)
+    plan = replace(plan_pull(FP), can_punch=False)
     delete = replace(plan, delete_source=True)
     check_room(replace(plan, free_bytes=plan.needed_bytes))
     with pytest.raises(
