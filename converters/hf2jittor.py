@@ -119,7 +119,7 @@ def hf2jittor(
         assert plan is not None, "the run has a plan"
         finish(workplace, done, manifest=True)
     if delete_source:
-        delete_rest(plan, source if source.is_dir() else source.parent, deleted)
+        delete_rest(plan, source, deleted)
     config = MossConfig.from_file(target / "config.json")
     dropped = plan.inputs["dropped"]
     return Conversion(target, config, plan.nbytes, dropped["count"], dropped["nbytes"], resumed, sum(deleted.values()))

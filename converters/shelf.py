@@ -125,8 +125,7 @@ def delete_file(path: Path) -> int:
 def delete_index(path: Path) -> None:
     """Delete the index of a source that has lost all of its files."""
     for name in _INDEX_FILES:
-        if path.is_dir():
-            (path / name).unlink(missing_ok=True)
+        delete_file(path / name)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

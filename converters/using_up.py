@@ -54,11 +54,17 @@ def check_no_hole(shelf: Shelf, noted: Set[str], names: list[str]) -> None:
             )
 
 
-def delete_rest(plan: Plan, folder: Path, freed: dict[str, int]) -> None:
-    """Delete what is left of the source's weights, once the result is visible; adds to `freed`."""
+def delete_rest(plan: Plan, source: Path, freed: dict[str, int]) -> None:
+    """Delete what is left of the source's weights, once the result is visible; adds to `freed`.
+
+    Args:
+        source: the folder, which then loses its index too, or the single file.
+    """
+    folder = source if source.is_dir() else source.parent
     for file in used_up(plan, ()) - freed.keys():
         freed[file] = delete_file(folder / file)
-    delete_index(folder)
+    if source.is_dir():
+        delete_index(source)
 
 
 class UsingUp:

@@ -52,15 +52,12 @@ def command(
 ) -> None:
     """Convert a folder."""
     from moss_jt.cli.progress import TerminalProgress
-    from moss_jt.converters.hf2jittor import default_destination, hf2jittor
+    from moss_jt.converters.hf2jittor import hf2jittor
 
-    target = dst if dst is not None else default_destination(src)
-    if dst is None:
-        click.echo(pick(f"Converting to {target}", f"转换到 {target}"), err=True)
     try:
         done = hf2jittor(
             src,
-            target,
+            dst,
             dtype=DTYPES[dtype] if dtype is not None else None,
             resume=resume,
             delete_source=delete_source,

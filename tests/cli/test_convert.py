@@ -26,7 +26,7 @@ def one_line_error(done: subprocess.CompletedProcess[str]) -> str:
     """The single line of a command that failed as it should."""
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("Converting to")]
+    lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("moss-convert: ")
     return lines[0]
@@ -58,7 +58,6 @@ def test_json_of_a_conversion(tmp_path: Path) -> None:
     assert values["path"] == str(tmp_path / "hf-jittor")
     assert (values["bits"], values["group_size"], values["dtype"]) == (8, -1, "float16")
     assert values["deleted_source_bytes"] > 0
-    assert f"Converting to {tmp_path / 'hf-jittor'}" in done.stderr
     assert names_in(source) == ["config.json"]
     seen = json.loads(run("inspect", tmp_path / "hf-jittor", "--json").stdout)
     assert seen["tensors"]["lm_head.weight"] == [96, 64]

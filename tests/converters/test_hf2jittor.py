@@ -270,6 +270,14 @@ def test_the_source_is_deleted_file_by_file(tmp_path: Path, monkeypatch: pytest.
     assert read_folder(jittor2hf(done.path, tmp_path / "back").path).keys() == float_tensors().keys()
 
 
+def test_a_single_file_is_converted_and_deleted_alone(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "hf", float_tensors())
+    (source / "pytorch_model.bin.index.json").write_text("of somebody else")
+    done = hf2jittor(source / "model.safetensors", delete_source=True)
+    assert done.path == source / "model-jittor"
+    assert names_in(source) == ["config.json", "model-jittor", "pytorch_model.bin.index.json"]
+
+
 def test_links_are_not_deleted(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", float_tensors())
     (source / "model.safetensors").rename(tmp_path / "blob")
