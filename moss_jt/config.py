@@ -8,8 +8,9 @@ which is the same file with one more key, "moss_jt".
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,11 @@ FORMAT_NAME = "moss-jt"
 FORMAT_VERSION = 1
 QKV_SLICES = 4  # qkv_proj's rows come in this many equal slices, each query, value, key
 
+_KINDS = (  # of GenerationConfig's fields
+    (Integral, "a whole number", ("top_k", "max_new_tokens", "seed")),
+    (Real, "a number", ("temperature", "top_p", "repetition_penalty", "max_time")),
+    (Iterable, "a list", ("stop_ids", "stop_strings")),
+)
 _ALIASES = {
     "max_position_embeddings": "n_positions",
     "hidden_size": "n_embd",
@@ -232,10 +238,11 @@ class GenerationConfig:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         object.__setattr__(self, "stop_ids", tuple(int(i) for i in self.stop_ids))
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
-        if not self.temperature >= 0:
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or more.")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or more, and finite.")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; it must be 0 (keep all) or more.")
         if not 0 < self.top_p <= 1:
@@ -246,8 +253,23 @@ class GenerationConfig:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
         if self.max_time is not None and not self.max_time > 0:
             raise ConfigError(f"max_time is {self.max_time}; it must be above 0 seconds, or None.")
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be 0 or more, or None for one from the system.")
         if "" in self.stop_strings:
-            raise ConfigError("an empty stop string would end every answer at once.")
+            raise ConfigError("an empty stop string would end every answer at once; leave it out.")
+
+    def _check_kinds(self) -> None:
+        """Whole numbers, numbers and lists, also where the caller's types were never checked."""
+        for kind, words, names in _KINDS:
+            for name in names:
+                value = getattr(self, name)
+                optional = value is None and name in ("seed", "max_time")
+                if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
+                    raise ConfigError(f"{name} is {value!r}; it must be {words}.")
+        if isinstance(self.stop_strings, str) or not all(isinstance(text, str) for text in self.stop_strings):
+            raise ConfigError(f"stop_strings is {self.stop_strings!r}; it must be a list of texts.")
+        if not all(isinstance(number, Integral) for number in self.stop_ids):
+            raise ConfigError(f"stop_ids is {self.stop_ids!r}; it must be a list of token ids.")
 
     @property
     def greedy(self) -> bool:

@@ -1,0 +1,51 @@
+"""GenerationConfig: what cannot work is refused where it is written, not within a pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moss_jt.config import GenerationConfig
+from moss_jt.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"seed": -1}, "seed is -1; it must be 0 or more"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
+        ({"top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
+        ({"top_k": -1}, "top_k is -1; it must be 0"),
+        ({"max_new_tokens": "3"}, "max_new_tokens is '3'; it must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens is True; it must be a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"temperature": None}, "temperature is None; it must be a number"),
+        ({"temperature": float("nan")}, "temperature is nan; it must be 0"),
+        ({"temperature": float("inf")}, "temperature is inf; it must be 0 .greedy. or more, and finite"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0"),
+        ({"max_time": "1"}, "max_time is '1'; it must be a number"),
+        ({"stop_ids": 5}, "stop_ids is 5; it must be a list"),
+        ({"stop_ids": [1.5]}, "it must be a list of token ids"),
+        ({"stop_strings": "abc"}, "stop_strings is 'abc'; it must be a list of texts"),
+        ({"stop_strings": [5]}, "it must be a list of texts"),
+        ({"stop_strings": [""]}, "an empty stop string"),
+    ],
+)
+def test_what_cannot_work_is_refused(values: dict[str, Any], words: str) -> None:
+    """A negative seed was a traceback out of numpy, a text of stop strings was taken letter by letter."""
+    with pytest.raises(ConfigError, match=words):
+        GenerationConfig(**values)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = GenerationConfig(
+        seed=np.int64(4),  # type: ignore[arg-type]
+        top_k=np.int32(2),  # type: ignore[arg-type]
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        stop_ids=np.array([1, 2]),  # type: ignore[arg-type]
+    )
+    assert config.stop_ids == (1, 2)
+    assert config.temperature == 0.5
