@@ -12,7 +12,9 @@ committed before it has run.
 from __future__ import annotations
 
 import time
+import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -124,7 +126,7 @@ class Engine:
     def __init__(self, model: Model, *, slots: int = 1, tokens: int | None = None) -> None:
         self.model = model
         self._runner = model.runner(slots=slots, tokens=tokens)
-        self._runner.ops.on_layer = self._after_layer
+        self._runner.ops.on_layer = _weakly(self)
         self.context_size = min(model.config.n_positions, tokens or model.max_tokens)
         self._waiting: OrderedDict[int, tuple[Request, float]] = OrderedDict()
         self._running: OrderedDict[int, _Running] = OrderedDict()
@@ -216,7 +218,8 @@ class Engine:
             "compute": self.model.compute,
         }
 
-    def _after_layer(self, _layer: int) -> None:
+    def after_layer(self) -> None:
+        """Break a pass off if nobody waits for it any more."""
         if self._in_pass and all(running.cancelled for running in self._in_pass):
             raise _BrokenOff
 
@@ -365,6 +368,18 @@ class Engine:
     def _release(self, slot: int) -> None:
         self._runner.cache.release(slot)
         self._free.append(slot)
+
+
+def _weakly(engine: Engine) -> Callable[[int], None]:
+    """What the ops call after a layer. It does not hold the engine, whose gigabytes of cache thus go at once."""
+    reference = weakref.ref(engine)
+
+    def after_layer(_layer: int) -> None:
+        alive = reference()
+        if alive is not None:
+            alive.after_layer()
+
+    return after_layer
 
 
 def _common_prefix(a: list[int], b: tuple[int, ...]) -> int:

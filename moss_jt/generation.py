@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import index
+from typing import SupportsIndex
 
 from moss_jt.config import GenerationConfig
 from moss_jt.engine import Engine, FinishedEvent, Request, TokenEvent
+from moss_jt.errors import ShapeError
 from moss_jt.runner import Model
 
 
@@ -18,7 +21,7 @@ class Token:
     logprob: float
 
 
-def generate(model: Model, ids: Sequence[int], config: GenerationConfig | None = None) -> Iterator[Token]:
+def generate(model: Model, ids: Iterable[SupportsIndex], config: GenerationConfig | None = None) -> Iterator[Token]:
     """Continue a sequence.
 
     Stops only at the stop ids and strings of the config, its limits of length and time, or where
@@ -32,10 +35,23 @@ def generate(model: Model, ids: Sequence[int], config: GenerationConfig | None =
 
     Raises:
         ConfigError: the prompt is empty, too long, or holds an id outside the vocabulary.
+        ShapeError: `ids` is not one sequence of whole numbers.
     """
+    prompt = _whole_numbers(ids)
     engine = Engine(model)
-    request = engine.submit(Request(tuple(int(i) for i in ids), config or GenerationConfig()))
+    request = engine.submit(Request(prompt, config or GenerationConfig()))
     return _tokens(engine, request)
+
+
+def _whole_numbers(ids: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """The prompt as ints, whatever kind of whole numbers it holds."""
+    try:
+        return tuple(index(i) for i in ids)
+    except TypeError:
+        shown = " ".join(repr(ids)[:80].split())
+        raise ShapeError(
+            f"ids is {shown}; wanted is one sequence of whole numbers, such as tokenizer.encode gives."
+        ) from None
 
 
 def _tokens(engine: Engine, request: int) -> Iterator[Token]:

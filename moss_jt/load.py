@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from numbers import Integral
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -63,7 +64,9 @@ def native_folder(path: Path, progress: Progress) -> Path:
     if is_native(path):
         return path
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json, so it is not the folder of a model.")
+        raise CheckpointError(
+            f"{path} has no config.json, so it is not the folder of a model. Give the folder with config.json and weights."
+        )
     from moss_jt.converters.hf2jittor import hf2jittor
 
     target = paths.models_dir() / "converted" / f"{path.resolve().name}-{_fingerprint(path)}"
@@ -90,11 +93,11 @@ def _fingerprint(path: Path) -> str:
 
 
 def _check_arguments(device: str, compute: str, max_tokens: int | None) -> None:
-    if device == "cuda" or device.startswith("cuda:"):
+    if device == "cuda" or str(device).startswith("cuda:"):
         raise ConfigError(f'device is "{device}"; the CUDA kernels are not in this version. Use "auto" or "cpu".')
     if device not in ("auto", "cpu"):
         raise ConfigError(f'device is "{device}"; known are "auto", "cpu" and "cuda".')
     if compute not in get_args(Compute):
         raise ConfigError(f'compute is "{compute}"; known are {", ".join(get_args(Compute))}.')
-    if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1.")
+    if max_tokens is not None and not (isinstance(max_tokens, Integral) and max_tokens >= 1):
+        raise ConfigError(f"max_tokens is {max_tokens!r}; it must be a whole number from 1, or None.")

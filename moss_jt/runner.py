@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +68,7 @@ class Model:
         self.compute: Compute = compute
         self.device = device
         self.max_tokens = min(max_tokens or self.config.n_positions, self.config.n_positions)
+        self._lock = threading.Lock()  # `logits` has one cache, whatever the number of threads
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -108,13 +110,14 @@ class Model:
         Raises:
             ShapeError: wrong shape, an id outside the vocabulary, or more than n_positions tokens.
         """
-        table = np.atleast_2d(np.asarray(ids))
-        mask = np.ones(table.shape, bool) if attention_mask is None else np.atleast_2d(np.asarray(attention_mask)) != 0
+        table = _table("ids", ids)
+        mask = np.ones(table.shape, bool) if attention_mask is None else _table("attention_mask", attention_mask) != 0
         self._check_ids(table, mask)
         result = np.zeros((*table.shape, self.config.vocab_size), np.float32)
         for row, (tokens, real) in enumerate(zip(table, mask, strict=True)):
             if real.any():
-                result[row, real] = self._sequence_logits(tokens[real])
+                with self._lock:
+                    result[row, real] = self._sequence_logits(tokens[real])
         return result
 
     def _check_ids(self, table: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> None:
@@ -143,3 +146,14 @@ class Model:
             parts.append(runner.forward(single_batch(piece, start=start, wanted=np.arange(len(piece)))))
             runner.cache.commit(0, len(piece))
         return np.concatenate(parts)
+
+
+def _table(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """A (B, T) array of what was given, a single row included."""
+    try:
+        table: npt.NDArray[Any] = np.atleast_2d(np.asarray(values))
+    except ValueError:  # rows of different lengths
+        raise ShapeError(
+            f"the rows of {name} are not of one length; pad them, and give an attention_mask that is 0 at the padding."
+        ) from None
+    return table if table.size else table.astype(np.int64)  # numpy takes an empty list for floats

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from moss_jt.config import GenerationConfig
 from moss_jt.engine import Engine, Event, FinishedEvent, PrefillEvent, Request, TokenEvent
-from moss_jt.errors import ConfigError, KernelError
+from moss_jt.errors import ConfigError, KernelError, ShapeError
 from moss_jt.generation import generate
 from moss_jt.runner import PASS_TOKENS, Model
 
@@ -144,6 +147,34 @@ def test_wrong_prompts_are_refused(model: Model) -> None:
     with pytest.raises(ConfigError, match="has no tokenizer, so stop strings cannot be found"):
         engine.submit(Request((1,), replace(GREEDY, stop_strings=("x",))))
     assert not engine.busy
+
+
+def test_an_engine_that_nobody_needs_gives_its_memory_back(model: Model) -> None:
+    """A cycle through the ops kept the cache, gigabytes for a large model, until Python looked for cycles."""
+    engine = Engine(model)
+    engine.submit(Request((1, 2), GREEDY))
+    drain(engine)
+    reference = weakref.ref(engine)
+    gc.disable()
+    try:
+        del engine
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("ids", [[1.5, 2.0], [[1, 2]], "12", None, 3, np.zeros((2, 2), int)])
+def test_generate_wants_one_row_of_whole_numbers(model: Model, ids: Any) -> None:
+    """Fractions were cut off in silence; other things were a bare TypeError."""
+    with pytest.raises(ShapeError, match="wanted is one sequence of whole numbers"):
+        generate(model, ids, GREEDY)
+
+
+def test_whole_numbers_of_any_kind_are_a_prompt(model: Model) -> None:
+    wanted = alone(model, (1, 2), GREEDY)
+    kinds: list[Any] = [np.array([1, 2], np.uint8), [np.int64(1), np.int32(2)], iter([1, 2])]
+    for ids in kinds:
+        assert [token.id for token in generate(model, ids, GREEDY)] == wanted
 
 
 def test_stop_ids_end_and_are_given(model: Model) -> None:

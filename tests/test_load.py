@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def test_a_changed_folder_is_converted_again(golden: Path, tmp_path: Path, jitto
         ({"device": "cuda:1"}, "CUDA kernels are not in this version"),
         ({"device": "tpu"}, 'known are "auto", "cpu" and "cuda"'),
         ({"compute": "quick"}, "known are exact, fast"),
-        ({"max_tokens": 0}, "at least 1"),
+        ({"device": None}, 'device is "None"; known are'),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number from 1"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5; it must be a whole number"),
     ],
 )
 def test_arguments_are_checked(golden: Path, options: dict[str, Any], words: str) -> None:
@@ -86,7 +89,21 @@ def test_logits_at_the_door(golden_model: Load) -> None:
         model.logits([[1, 2]], [[1]])
     with pytest.raises(ShapeError, match="whole numbers"):
         model.logits([[0.5]])
+    with pytest.raises(ShapeError, match="the rows of ids are not of one length; pad them"):
+        model.logits([[1, 2], [3]])
+    assert model.logits([]).shape == (1, 0, model.config.vocab_size)
+    assert model.logits([[], []]).shape == (2, 0, model.config.vocab_size)
     assert not model.logits([[400, 400]], [[0, 0]]).any()
+
+
+def test_logits_from_several_threads(golden_model: Load) -> None:
+    """Threads shared one cache without knowing of each other, and got each other's logits."""
+    model = golden_model("tiny-fp/safetensors-fp16")
+    prompts = [[1, 2, 3, 4, 5] * 20, [9, 8, 7] * 10]
+    wanted = [model.logits(ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for i, logits in enumerate(pool.map(model.logits, prompts * 10)):
+            assert np.array_equal(logits, wanted[i % 2])
 
 
 def test_no_compilation_at_any_length(golden_model: Load, jittor: Any) -> None:
