@@ -8,6 +8,7 @@ exit code 1, Ctrl-C into 130, and stays quiet when the reader of a pipe has gone
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import os
 import sys
@@ -179,6 +180,12 @@ def exit_code_of(command: click.Command, args: Sequence[str], prog_name: str = "
     except BrokenPipeError:
         _forget_stdout()
         return 1
+    except OSError as error:
+        if "--debug" in args or not _is_full(error):
+            raise
+        _forget_stdout()
+        click.echo(f"{prog_name}: {_full(error)}", err=True)
+        return 1
     return code if isinstance(code, int) else 0
 
 
@@ -187,11 +194,31 @@ def one_line(message: str) -> str:
     return "".join(c if c.isprintable() else " " for c in " ".join(message.split()))
 
 
+def _is_full(error: OSError) -> bool:
+    """Whether the disk behind stdout is full; where the library writes files, it says so itself, with their names."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None
+
+
+def _full(error: OSError) -> str:
+    return pick(
+        f"standard output cannot be written: {error.strerror}. Make room, or send it elsewhere.",
+        f"无法写入标准输出：{error.strerror}。请腾出空间，或输出到别处。",
+    )
+
+
 def _forget_stdout() -> None:
     """Point stdout at nothing, so that the last flush at exit does not complain about the closed pipe."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, sys.stdout.fileno())
     os.close(nothing)
+
+
+def _open_missing_streams() -> None:
+    """Put the null device where the caller closed a standard stream (`<&-`): Python has None there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: the closed one
+            setattr(sys, name, os.fdopen(handle, mode, encoding="utf-8", closefd=False))
 
 
 def _soften_streams() -> None:
@@ -203,6 +230,7 @@ def _soften_streams() -> None:
 
 def _prepare(args: Sequence[str]) -> None:
     """What comes before any help text is written: streams that cannot fail, the language, the log."""
+    _open_missing_streams()
     _soften_streams()
     asked = language_of(args)
     if asked is not None:

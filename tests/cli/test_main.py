@@ -172,6 +172,35 @@ def test_a_closed_pipe_is_quiet() -> None:
     assert shown == b""
 
 
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    """It was a traceback."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "moss_jt.cli", "models", "list", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "moss-jt: standard output cannot be written: No space left on device. Make room, or send it elsewhere."
+    ]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_error(closed: str) -> None:
+    """Python puts None there, and each use of it was a traceback."""
+    line = f'"{sys.executable}" -m moss_jt.cli models list --json {closed}'
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=variables, timeout=60, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout == ("" if " >&-" in f" {closed}" else "[]\n")
+
+
 def test_other_errors_of_the_system_are_not_hidden() -> None:
     def fail() -> None:
         raise OSError(errno.EIO, "the disk is on fire")
