@@ -45,6 +45,11 @@ def resolve_model(name_or_path: str | os.PathLike[str], *, progress: Progress | 
         raise HubError(f"{text} is a file; what is wanted is the folder that holds config.json and the weights.")
     if not stored.is_model_name(text):
         raise HubError(f"there is no folder {text}. Check the path; `moss-jt models list` tells what is stored.")
+    if stored.find_model(text) is None:
+        raise HubError(
+            f"there is neither a folder {text} nor a stored model of that name (stored: {stored.names()}). "
+            f"Check the path, or fetch it with: moss-jt pull {text}"
+        )
     found = stored.path_of(text)
     stored.mark_used(found)
     return found

@@ -128,7 +128,7 @@ def get_model(name: str) -> StoredModel:
     """
     model = find_model(name)
     if model is None:
-        raise HubError(f"{name} is not stored (stored: {_names()}). Fetch it with: moss-jt pull {name}")
+        raise HubError(f"{name} is not stored (stored: {names()}). Fetch it with: moss-jt pull {name}")
     return model
 
 
@@ -206,7 +206,7 @@ def size_on_disk(path: Path) -> int:
     return total
 
 
-def _names() -> str:
+def names() -> str:
     """What is stored, for an error."""
     return ", ".join(model.name for model in list_models()) or "nothing"
 

@@ -265,7 +265,10 @@ def test_revision_has_a_name_of_its_own(hub: FakeHub) -> None:
 
 def test_resolve(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_model(tmp_path) == tmp_path
-    with pytest.raises(HubError, match=rf"^{FP} is not stored \(stored: nothing\)\. Fetch it with: moss-jt pull {FP}$"):
+    with pytest.raises(
+        HubError,
+        match=rf"^there is neither a folder {FP} nor a .* \(stored: nothing\)\. .* fetch it with: moss-jt pull {FP}$",
+    ):
         resolve_model(FP)
     path = fetch_model(FP)
     os.utime(path, (1, 1))
