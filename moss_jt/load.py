@@ -14,6 +14,7 @@ from moss_jt.checkpoint import Checkpoint, is_native
 from moss_jt.errors import CheckpointError, ConfigError
 from moss_jt.progress import Progress, Quiet
 from moss_jt.runner import Compute, Model
+from moss_jt.tokenizer import TOKENIZER_FILES
 from moss_jt.weights import WeightStore
 
 Device = Literal["auto", "cpu"] | str  # "cuda", "cuda:1"
@@ -76,7 +77,22 @@ def native_folder(path: Path, progress: Progress) -> Path:
             "%s is in the Hugging Face format: converting it once to %s (about %.1f GB).", path, target, size / 1e9
         )
         hf2jittor(path, target, resume=True, progress=progress)
+    _renew_tokenizer(path, target)
     return target
+
+
+def _renew_tokenizer(path: Path, target: Path) -> None:
+    """Take over a tokenizer that was put beside the weights, or changed, after they were converted."""
+    from moss_jt.converters.journal import copy_small_files
+
+    new = [name for name in TOKENIZER_FILES if _is_newer(path / name, target / name)]
+    if new:
+        _log.info("copying %s from %s to %s.", ", ".join(new), path, target)
+        copy_small_files(path, new, target)
+
+
+def _is_newer(file: Path, copy: Path) -> bool:
+    return file.is_file() and (not copy.is_file() or file.stat().st_mtime_ns > copy.stat().st_mtime_ns)
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -45,6 +45,23 @@ def test_a_changed_folder_is_converted_again(golden: Path, tmp_path: Path, jitto
     assert moss_jt.load_model(source).path != first
 
 
+def test_a_tokenizer_that_comes_later_is_found(golden: Path, tmp_path: Path, jittor: Any) -> None:
+    """The converted copy went on without one, whatever was put beside the weights."""
+    source = tmp_path / "weights"
+    shutil.copytree(golden / "tiny-fp" / "safetensors-fp16", source)
+    first = moss_jt.load_model(source)
+    assert not first.has_tokenizer
+    for file in (golden / "tokenizer" / "a-plain-added").iterdir():
+        shutil.copy(file, source)
+    second = moss_jt.load_model(source)
+    assert second.path == first.path
+    assert second.tokenizer.decode(second.tokenizer.encode("你好")) == "你好"
+    assert not (second.path / "expected.json").exists()
+    (source / "added_tokens.json").write_text("{}")
+    assert moss_jt.load_model(source).path == first.path
+    assert (first.path / "added_tokens.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
