@@ -242,7 +242,7 @@ class GenerationConfig:
         object.__setattr__(self, "stop_ids", tuple(int(i) for i in self.stop_ids))
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
         if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or more, and finite.")
+            raise ConfigError(f"temperature is {self.temperature}; it must be a finite number, 0 (greedy) or more.")
         if self.top_k < 0:
             raise ConfigError(f"top_k is {self.top_k}; it must be 0 (keep all) or more.")
         if not 0 < self.top_p <= 1:

@@ -183,7 +183,7 @@ def test_set_shows_and_changes_how_words_are_chosen(chat: Chat, engine: Blocking
         ("/set colour red", "there is no setting colour; there are: greedy, temperature"),
         ("/set top_k many", "top_k takes a whole number, not many."),
         ("/set temperature hot", "temperature takes a number, not hot."),
-        ("/set temperature -1", "temperature is -1.0; it must be 0 (greedy) or more."),
+        ("/set temperature -1", "temperature is -1.0; it must be a finite number, 0 (greedy) or more."),
         ("/set top_p nan", "top_p is nan"),
         ("/set greedy maybe", "greedy is on or off, not maybe."),
         (
