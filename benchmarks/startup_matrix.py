@@ -215,7 +215,7 @@ def numpy_2(matrix: Matrix, row: Row) -> None:
 def no_python_config(matrix: Matrix, row: Row) -> None:
     """Compile from nothing in an environment without python3.x-config."""
     python = matrix.venv("turn1", matrix.turn(1), "numpy>=1.26,<3")
-    named = [place for place in python.parent.iterdir() if place.name.endswith("-config")]
+    named = list(python.parent.glob("python*-config"))
     fresh(matrix, "no-python-config")
     judge(row, matrix.probe(python, "no-python-config"))
     row.good = row.good and not named
