@@ -49,8 +49,9 @@ class KVCache:
         # zeros are not touched: the system gives memory as blocks are first written
         self.keys = {layer: np.zeros(shape, kind) for layer in self.layers}
         self.values = {layer: np.zeros(shape, kind) for layer in self.layers}
+        self._blocks = blocks
+        # Which blocks are free follows from who has them, so that an interrupt can nowhere lose one or give it twice.
         self._slots = [_Slot() for _ in range(slots)]
-        self._free = list(range(blocks - 1, -1, -1))
 
     @property
     def token_bytes(self) -> int:
@@ -70,7 +71,7 @@ class KVCache:
     def room(self, slot: int) -> int:
         """How many more tokens `reserve` would grant this slot now."""
         own = self._slots[slot]
-        blocks = len(own.blocks) + len(self._free)
+        blocks = len(own.blocks) + self._blocks - sum(len(other.blocks) for other in self._slots)
         return min(blocks * BLOCK, self.limit) - own.length
 
     def reserve(self, slot: int, count: int) -> None:
@@ -85,8 +86,11 @@ class KVCache:
                 f"the KV cache has no room for {count} more tokens after {own.length} (room for {self.room(slot)}). "
                 "Shorten the prompt or free a conversation."
             )
-        while len(own.blocks) * BLOCK < own.length + count:
-            block = self._free.pop()
+        missing = -(-(own.length + count) // BLOCK) - len(own.blocks)
+        if missing <= 0:
+            return
+        taken = {block for other in self._slots for block in other.blocks}
+        for block in [block for block in range(self._blocks) if block not in taken][:missing]:
             self.table[slot, len(own.blocks)] = block
             own.blocks.append(block)
 
@@ -101,9 +105,16 @@ class KVCache:
         own = self._slots[slot]
         assert 0 <= length <= own.length, f"cannot truncate {own.length} tokens to {length}"
         own.length = length
-        keep = -(-length // BLOCK)
-        self._free.extend(reversed(own.blocks[keep:]))
-        del own.blocks[keep:]
+        del own.blocks[-(-length // BLOCK) :]
+
+    def drop_block(self, slot: int) -> bool:
+        """Give back a slot's last block and forget the tokens in it; False where it has none."""
+        own = self._slots[slot]
+        if not own.blocks:
+            return False
+        own.length = min(own.length, (len(own.blocks) - 1) * BLOCK)
+        own.blocks.pop()
+        return True
 
     def release(self, slot: int) -> None:
         """Forget a slot's tokens and give its blocks back."""

@@ -80,6 +80,16 @@ def test_what_is_reserved_and_not_committed_does_not_exist() -> None:
     assert cache.room(0) == CONFIG.n_positions - 3
 
 
+def test_dropping_blocks_one_by_one() -> None:
+    cache = KVCache(CONFIG, slots=1, tokens=4 * BLOCK)
+    fill(cache, 0, BLOCK + 3, 1.0)
+    cache.reserve(0, BLOCK)  # the third block holds nothing yet
+    lengths = [cache.length(0) for _ in range(3) if cache.drop_block(0)]
+    assert lengths == [BLOCK + 3, BLOCK, 0]
+    assert not cache.drop_block(0)
+    assert cache.room(0) == 4 * BLOCK
+
+
 def test_a_copy_lives_on_its_own() -> None:
     cache = KVCache(CONFIG, slots=2, tokens=8 * BLOCK)
     fill(cache, 0, BLOCK + 5, 1.0)
