@@ -5,17 +5,20 @@
 Messages are plain data, so an engine can run in another process. One step is one pass of the
 network: a token for every request that is answering, and pieces of the prompts that wait. The
 cache of a named conversation is kept when its request ends, and the next request of that name
-computes only what is new. A pass that is broken off (Ctrl-C, cancel) leaves no trace: nothing is
-committed before it has run.
+computes only what is new. A pass that is broken off (Ctrl-C, cancel, an error) leaves no trace:
+nothing is committed before it has run, and events that had no chance to be given are given by the next step.
+When the cache is full, idle conversations give way first, then the youngest requests: these lose
+the end of what they have cached and compute it again when there is room. No answer changes by it.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -24,7 +27,7 @@ import numpy.typing as npt
 from moss_jt import sampling
 from moss_jt.batch import Batch
 from moss_jt.config import GenerationConfig
-from moss_jt.errors import ConfigError, DeviceMemoryError, KernelError
+from moss_jt.errors import ConfigError, KernelError
 from moss_jt.runner import Model
 from moss_jt.tokenizer import TextStream
 
@@ -68,7 +71,13 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class FinishedEvent:
-    """A request is over. Counts in tokens, times in seconds."""
+    """A request is over.
+
+    Attributes:
+        reused_tokens: of the prompt, found in the cache.
+        prefill_s: from `submit` to the first token (to the end, where there was none), waiting included.
+        decode_s: from the first token to the end.
+    """
 
     request: int
     reason: Reason
@@ -83,15 +92,17 @@ Event = PrefillEvent | TokenEvent | FinishedEvent
 
 
 @dataclass
-class _Running:
+class _Task:
+    """A request that waits (no slot yet) or runs."""
+
     id: int
     request: Request
     tokens: list[int]  # prompt and answer
-    slot: int
-    reused: int
-    rng: np.random.Generator
-    started: float
+    seed: int
     stream: TextStream | None
+    submitted: float
+    slot: int | None = None
+    reused: int = 0
     first_token_at: float | None = None
     text: str = ""
     cancelled: bool = False
@@ -101,10 +112,22 @@ class _Running:
         return len(self.tokens) - len(self.request.ids)
 
 
-@dataclass
-class _Kept:
+@dataclass(frozen=True)
+class _Row:
+    """A task's share of a pass: its next `count` tokens in `slot`; `complete` if the last known one is among them."""
+
+    task: _Task
     slot: int
-    tokens: list[int] = field(default_factory=list)
+    count: int
+    complete: bool
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An idle conversation: its slot, and the tokens cached there."""
+
+    slot: int
+    tokens: list[int]
 
 
 class _BrokenOff(Exception):
@@ -120,28 +143,39 @@ class Engine:
         tokens: positions of the cache over all of them; None for one full context.
 
     Attributes:
+        model: what computes.
+        runner: its cache and buffers, which are this engine's alone.
         context_size: tokens that one conversation may have, prompt and answer together.
+
+    Raises:
+        ConfigError: no slots, or no tokens.
     """
 
     def __init__(self, model: Model, *, slots: int = 1, tokens: int | None = None) -> None:
+        if slots < 1 or (tokens is not None and tokens < 1):
+            raise ConfigError(
+                f"an engine of {slots} slots over {tokens} tokens can do nothing; both must be at least 1."
+            )
         self.model = model
-        self._runner = model.runner(slots=slots, tokens=tokens)
-        self._runner.ops.on_layer = _weakly(self)
+        self.runner = model.runner(slots=slots, tokens=tokens)
+        self.runner.ops.on_layer = _weakly(self)
         self.context_size = min(model.config.n_positions, tokens or model.max_tokens)
-        self._waiting: OrderedDict[int, tuple[Request, float]] = OrderedDict()
-        self._running: OrderedDict[int, _Running] = OrderedDict()
+        # Which slots are free follows from these two, so that an interrupt can nowhere lose one.
+        self._tasks: dict[int, _Task] = {}  # by id, which is by age
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self._free = list(range(slots))[::-1]
+        self._events: list[Event] = []  # not given yet
+        self._slots = range(slots)
         self._next = 0
-        self._in_pass: list[_Running] = []
+        self._in_pass: list[_Task] = []
         self._allowed = _known_ids(model)
         self._counts = {"prompt_tokens": 0, "reused_tokens": 0, "new_tokens": 0, "passes": 0}
-        self._seconds = {"prefill_s": 0.0, "decode_s": 0.0}
+        self._pass_tokens = {"prefill": 0, "decode": 0}
+        self._pass_seconds = {"prefill": 0.0, "decode": 0.0}
 
     @property
     def busy(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self._waiting or self._running)
+        return bool(self._tasks or self._events)
 
     def submit(self, request: Request) -> int:
         """Queue a request; its id names it in events.
@@ -149,6 +183,59 @@ class Engine:
         Raises:
             ConfigError: the prompt is empty, too long, or holds an id outside the vocabulary.
         """
+        self._check(request)
+        number = self._next
+        self._next += 1
+        stream = self.model.tokenizer.stream() if request.config.stop_strings else None
+        seed = secrets.randbits(63) if request.config.seed is None else request.config.seed
+        self._tasks[number] = _Task(number, request, list(request.ids), seed, stream, time.perf_counter())
+        return number
+
+    def cancel(self, request: int) -> None:
+        """End a request; it finishes with "cancelled" at the next step. May be called from another thread."""
+        task = self._tasks.get(request)
+        if task is not None:
+            task.cancelled = True
+
+    def forget(self, conversation: str) -> None:
+        """Give back the cache of a conversation that is not answering."""
+        kept = self._kept.pop(conversation, None)
+        if kept is not None:
+            self.runner.cache.release(kept.slot)
+
+    def step(self) -> list[Event]:
+        """One pass of the network over everything that waits or answers; an empty list when idle.
+
+        Raises:
+            KernelError: the model gave a request (named in the message) logits that are not numbers.
+                No request has changed; cancel that one, and the others go on.
+        """
+        self._end_some()
+        self._admit()
+        rows = self._choose_rows()
+        if rows:
+            self._pass(rows)
+        events, self._events = self._events, []
+        return events
+
+    def stats(self) -> dict[str, float | int | str]:
+        """Counts and rates since the start, and what the cache holds.
+
+        Seconds are those of passes; one that computes both prompts and answers counts as prefill.
+        """
+        tokens, seconds, cache = self._pass_tokens, self._pass_seconds, self.runner.cache
+        return {
+            **self._counts,
+            **{f"{kind}_s": seconds[kind] for kind in seconds},
+            **{f"{kind}_tokens_per_s": tokens[kind] / seconds[kind] if seconds[kind] else 0.0 for kind in seconds},
+            "cached_tokens": cache.used_tokens,
+            "cached_bytes": cache.used_tokens * cache.token_bytes,
+            "context_size": self.context_size,
+            "device": self.model.device,
+            "compute": self.model.compute,
+        }
+
+    def _check(self, request: Request) -> None:
         if not request.ids:
             raise ConfigError("the prompt is empty; give at least one token.")
         if len(request.ids) > self.context_size:
@@ -160,214 +247,172 @@ class Engine:
             raise ConfigError(f"token id {wrong[0]} is outside the vocabulary of {self.model.config.vocab_size}.")
         if request.config.stop_strings and not self.model.has_tokenizer:
             raise ConfigError(f"{self.model.path} has no tokenizer, so stop strings cannot be found. Use stop_ids.")
-        number = self._next
-        self._next += 1
-        self._waiting[number] = (request, time.perf_counter())
-        return number
-
-    def cancel(self, request: int) -> None:
-        """End a request; it finishes with "cancelled" at the next step. May be called from another thread."""
-        if request in self._running:
-            self._running[request].cancelled = True
-        elif request in self._waiting:
-            waiting, started = self._waiting[request]
-            self._waiting[request] = (waiting, -started)  # negative: cancelled before it began
-
-    def forget(self, conversation: str) -> None:
-        """Give back the cache of a conversation that is not answering."""
-        kept = self._kept.pop(conversation, None)
-        if kept is not None:
-            self._release(kept.slot)
-
-    def step(self) -> list[Event]:
-        """One pass of the network over everything that waits or answers; an empty list when idle."""
-        events = self._end_some()
-        self._admit(events)
-        batch, rows = self._assemble(events)
-        if batch is None:
-            return events
-        self._in_pass = [running for running, _, _ in rows]
-        try:
-            logits = self._runner.forward(batch)
-        except _BrokenOff:
-            return events + self._end_some()
-        finally:
-            self._in_pass = []
-        self._counts["passes"] += 1
-        answers = iter(logits)
-        for running, count, complete in rows:
-            picked = self._pick(running, next(answers)) if complete else None
-            self._runner.cache.commit(running.slot, count)
-            events += self._advance(running, count, picked)
-        return events
-
-    def stats(self) -> dict[str, float | int | str]:
-        """Counts and rates since the start, and what the cache holds."""
-        prefill, decode = self._seconds["prefill_s"], self._seconds["decode_s"]
-        computed = self._counts["prompt_tokens"] - self._counts["reused_tokens"]
-        cache = self._runner.cache
-        return {
-            **self._counts,
-            **self._seconds,
-            "prefill_tokens_per_s": computed / prefill if prefill else 0.0,
-            "decode_tokens_per_s": self._counts["new_tokens"] / decode if decode else 0.0,
-            "cached_tokens": cache.used_tokens,
-            "cached_bytes": cache.used_tokens * cache.token_bytes,
-            "context_size": self.context_size,
-            "device": self.model.device,
-            "compute": self.model.compute,
-        }
 
     def after_layer(self) -> None:
         """Break a pass off if nobody waits for it any more."""
-        if self._in_pass and all(running.cancelled for running in self._in_pass):
+        if self._in_pass and all(task.cancelled for task in self._in_pass):
             raise _BrokenOff
 
-    def _end_some(self) -> list[Event]:
+    def _end_some(self) -> None:
         """Finish what was cancelled or has run out of time."""
-        events: list[Event] = []
-        for running in list(self._running.values()):
-            limit = running.request.config.max_time
-            if running.cancelled:
-                events.append(self._finish(running, "cancelled"))
-            elif limit is not None and time.perf_counter() - running.started > limit:
-                events.append(self._finish(running, "time"))
-        for number, (request, started) in list(self._waiting.items()):
-            if started < 0:
-                del self._waiting[number]
-                events.append(FinishedEvent(number, "cancelled", len(request.ids), 0, 0, 0.0, 0.0))
-        return events
+        for task in list(self._tasks.values()):
+            limit = task.request.config.max_time
+            if task.cancelled:
+                self._finish(task, "cancelled")
+            elif limit is not None and time.perf_counter() - task.submitted > limit:
+                self._finish(task, "time")
 
-    def _admit(self, events: list[Event]) -> None:
+    def _admit(self) -> None:
         """Give waiting requests a slot each, oldest first, as long as there are any."""
-        answering = {running.request.conversation for running in self._running.values()} - {None}
-        for number, (request, started) in list(self._waiting.items()):
-            if request.conversation in answering:
+        free = self._free_slots()
+        answering = {task.request.conversation for task in self._tasks.values() if task.slot is not None} - {None}
+        for task in list(self._tasks.values()):
+            name = task.request.conversation
+            if task.slot is not None or name in answering:
                 continue  # one answer at a time in a conversation
-            slot, reused = self._find_slot(request)
-            if slot is None:
-                return
-            del self._waiting[number]
-            answering.add(request.conversation)
-            stream = self.model.tokenizer.stream() if request.config.stop_strings else None
-            rng = np.random.default_rng(request.config.seed)
-            self._running[number] = _Running(number, request, list(request.ids), slot, reused, rng, started, stream)
-            events.append(PrefillEvent(number, reused, len(request.ids), reused))
+            kept = self._kept.pop(name, None) if name is not None else None
+            if kept is not None:
+                # the last token must be computed for its logits
+                task.reused = _common_prefix(kept.tokens, task.request.ids[:-1])
+                self.runner.cache.truncate(kept.slot, task.reused)
+                task.slot = kept.slot
+            else:
+                if not free and self._kept:
+                    self._forget_oldest()
+                    free = self._free_slots()
+                if not free:
+                    return
+                task.reused = 0
+                task.slot = free.pop()
+            answering.add(name)
+            self._events.append(PrefillEvent(task.id, task.reused, len(task.request.ids), task.reused))
 
-    def _find_slot(self, request: Request) -> tuple[int | None, int]:
-        """A slot, and how many tokens of the prompt it holds already."""
-        kept = self._kept.pop(request.conversation, None) if request.conversation is not None else None
-        if kept is not None:
-            common = _common_prefix(kept.tokens, request.ids[:-1])  # the last one must be computed for its logits
-            self._runner.cache.truncate(kept.slot, common)
-            return kept.slot, common
-        if not self._free and self._kept:
-            self.forget(next(iter(self._kept)))  # the one not used for the longest time
-        return (self._free.pop(), 0) if self._free else (None, 0)
+    def _free_slots(self) -> list[int]:
+        """Slots that neither a request nor a kept conversation has, emptied."""
+        owned = {task.slot for task in self._tasks.values()} | {kept.slot for kept in self._kept.values()}
+        free = [slot for slot in self._slots if slot not in owned]
+        for slot in free:
+            self.runner.cache.release(slot)
+        return free
 
-    def _assemble(self, events: list[Event]) -> tuple[Batch | None, list[tuple[_Running, int, bool]]]:
-        """Choose the tokens of the next pass: answers first, then prompts, up to the capacity.
+    def _forget_oldest(self) -> None:
+        """Give up the idle conversation that was not used for the longest time."""
+        self.forget(next(iter(self._kept)))
 
-        Each row is (request, its tokens in this pass, whether its last known token is among them).
-        """
-        cache = self._runner.cache
-        rows: list[tuple[_Running, int, bool]] = []
-        left = self._runner.capacity
-        for running in sorted(self._running.values(), key=lambda r: r.new_tokens == 0):
-            known = len(running.tokens)
-            if cache.length(running.slot) == known:  # an interrupted step had committed it
-                cache.truncate(running.slot, known - 1)
-            pending = known - cache.length(running.slot)
-            count = min(pending, left)
+    def _choose_rows(self) -> list[_Row]:
+        """The tokens of the next pass: answers first, then prompts, each oldest first, up to the capacity."""
+        rows: list[_Row] = []
+        left = self.runner.capacity
+        pending = {task.id: self._pending(task) for task in self._tasks.values() if task.slot is not None}
+        for number in sorted(pending, key=lambda number: (pending[number] > 1, number)):
+            task, count = self._tasks[number], min(pending[number], left)
             if not count:
                 break
-            if not self._reserve(running, count):
-                events.append(self._finish(running, "length"))
+            assert task.slot is not None
+            if self._reserve(task, task.slot, count, rows):
+                rows.append(_Row(task, task.slot, count, count == pending[number]))
+                left -= count
+            elif pending[number] > 1:
+                break  # a younger prompt would only take what this one waits for
+        return rows
+
+    def _pending(self, task: _Task) -> int:
+        """Tokens of a request that are not in the cache."""
+        assert task.slot is not None
+        cache, known = self.runner.cache, len(task.tokens)
+        if cache.length(task.slot) == known:  # a step was interrupted after it had committed
+            cache.truncate(task.slot, known - 1)
+        return known - cache.length(task.slot)
+
+    def _reserve(self, task: _Task, slot: int, count: int, rows: list[_Row]) -> bool:
+        """Room for `count` tokens; who must give way is told at the head of this file. False: not now.
+
+        The oldest request can always have it, so something always goes on.
+        """
+        cache = self.runner.cache
+        in_pass = {row.task.id for row in rows}
+        while cache.room(slot) < count:
+            if self._kept:
+                self._forget_oldest()
                 continue
-            rows.append((running, count, count == pending))
-            left -= count
-        return (_flatten(rows, cache.length) if rows else None), rows
+            younger = [t.slot for t in self._tasks.values() if t.id > task.id and t.id not in in_pass]
+            if not any(cache.drop_block(other) for other in reversed(younger) if other is not None):
+                return False
+        cache.reserve(slot, count)
+        return True
 
-    def _reserve(self, running: _Running, count: int) -> bool:
-        """Room for `count` tokens; idle conversations give way."""
-        while True:
-            try:
-                self._runner.cache.reserve(running.slot, count)
-                return True
-            except DeviceMemoryError:
-                if not self._kept:
-                    return False
-                self.forget(next(iter(self._kept)))
+    def _pass(self, rows: list[_Row]) -> None:
+        """Run the network over the rows, and take up what it gives."""
+        began = time.perf_counter()
+        self._in_pass = [row.task for row in rows]
+        try:
+            logits = self.runner.forward(_flatten(rows, self.runner.cache.length))
+        except _BrokenOff:
+            self._end_some()
+            return
+        finally:
+            self._in_pass = []
+        # Nothing has changed until every token is picked: an error leaves all requests as they were.
+        answers = iter(logits)
+        picked = [self._pick(row.task, next(answers)) if row.complete else None for row in rows]
+        kind = "prefill" if any(row.count > 1 or not row.task.new_tokens for row in rows) else "decode"
+        for row, choice in zip(rows, picked, strict=True):
+            self.runner.cache.commit(row.slot, row.count)
+            self._advance(row, choice)
+        self._counts["passes"] += 1
+        self._pass_tokens[kind] += sum(row.count for row in rows)
+        self._pass_seconds[kind] += time.perf_counter() - began
 
-    def _pick(self, running: _Running, logits: npt.NDArray[np.float32]) -> tuple[int, float]:
+    def _pick(self, task: _Task, logits: npt.NDArray[np.float32]) -> tuple[int, float]:
         if not np.isfinite(logits).all():
             raise KernelError(
-                f"the model gave logits that are not numbers for request {running.id}; `moss-convert verify {self.model.path}` checks the weights."
+                f"the model gave logits that are not numbers for request {task.id}; `moss-convert verify {self.model.path}` checks the weights."
             )
-        config = running.request.config
-        scores = sampling.process(logits, running.tokens, config, allowed=self._allowed)
-        return sampling.choose(scores, config, running.rng)
+        config = task.request.config
+        scores = sampling.process(logits, task.tokens, config, allowed=self._allowed)
+        return sampling.choose(scores, config, sampling.step_rng(task.seed, task.new_tokens))
 
-    def _advance(self, running: _Running, count: int, picked: tuple[int, float] | None) -> list[Event]:
+    def _advance(self, row: _Row, picked: tuple[int, float] | None) -> None:
         """Take up the result of a pass for one request."""
-        events: list[Event] = []
-        if not running.new_tokens:
-            done = self._runner.cache.length(running.slot)
-            events.append(PrefillEvent(running.id, done, len(running.request.ids), running.reused))
+        task = row.task
+        if not task.new_tokens:
+            done = self.runner.cache.length(row.slot)
+            self._events.append(PrefillEvent(task.id, done, len(task.request.ids), task.reused))
         if picked is None:
-            return events
-        token, logprob = picked
-        running.tokens.append(token)
-        running.first_token_at = running.first_token_at or time.perf_counter()
-        events.append(TokenEvent(running.id, token, logprob))
-        reason = self._reason_to_stop(running, token)
+            return
+        task.first_token_at = task.first_token_at or time.perf_counter()
+        task.tokens.append(picked[0])
+        self._events.append(TokenEvent(task.id, *picked))
+        reason = self._reason_to_stop(task, picked[0])
         if reason is not None:
-            events.append(self._finish(running, reason))
-        return events
+            self._finish(task, reason)
 
-    def _reason_to_stop(self, running: _Running, token: int) -> Reason | None:
-        config = running.request.config
+    def _reason_to_stop(self, task: _Task, token: int) -> Reason | None:
+        config = task.request.config
         if token in config.stop_ids:
             return "stop"
-        if running.stream is not None:
-            running.text += running.stream.push(token)
-            if any(stop in running.text for stop in config.stop_strings):
+        if task.stream is not None:
+            task.text += task.stream.push(token)
+            if any(stop in task.text for stop in config.stop_strings):
                 return "stop"
-        if running.new_tokens >= config.max_new_tokens or len(running.tokens) >= self.context_size:
+        if task.new_tokens >= config.max_new_tokens or len(task.tokens) >= self.context_size:
             return "length"
         return None
 
-    def _finish(self, running: _Running, reason: Reason) -> FinishedEvent:
-        del self._running[running.id]
+    def _finish(self, task: _Task, reason: Reason) -> None:
         now = time.perf_counter()
-        first = running.first_token_at or now
-        done = FinishedEvent(
-            running.id,
-            reason,
-            len(running.request.ids),
-            running.reused,
-            running.new_tokens,
-            first - running.started,
-            now - first,
-        )
-        self._keep_or_release(running)
-        for key in ("prompt_tokens", "reused_tokens", "new_tokens"):
-            self._counts[key] += getattr(done, key)
-        self._seconds["prefill_s"] += done.prefill_s
-        self._seconds["decode_s"] += done.decode_s
-        return done
-
-    def _keep_or_release(self, running: _Running) -> None:
-        name = running.request.conversation
-        if name is None:
-            self._release(running.slot)
-            return
-        self.forget(name)
-        self._kept[name] = _Kept(running.slot, running.tokens[: self._runner.cache.length(running.slot)])
-
-    def _release(self, slot: int) -> None:
-        self._runner.cache.release(slot)
-        self._free.append(slot)
+        first, prompt = task.first_token_at or now, len(task.request.ids)
+        times = (first - task.submitted, now - first)
+        name, slot = task.request.conversation, task.slot
+        if name is not None and slot is not None:
+            self._kept[name] = _Kept(slot, task.tokens[: self.runner.cache.length(slot)])
+        self._events.append(FinishedEvent(task.id, reason, prompt, task.reused, task.new_tokens, *times))
+        del self._tasks[task.id]
+        if name is None and slot is not None:
+            self.runner.cache.release(slot)
+        counted = {"prompt_tokens": prompt, "reused_tokens": task.reused, "new_tokens": task.new_tokens}
+        for key, count in counted.items():
+            self._counts[key] += count
 
 
 def _weakly(engine: Engine) -> Callable[[int], None]:
@@ -390,19 +435,18 @@ def _common_prefix(a: list[int], b: tuple[int, ...]) -> int:
     return min(len(a), len(b))
 
 
-def _flatten(rows: list[tuple[_Running, int, bool]], length: object) -> Batch:
+def _flatten(rows: list[_Row], length: Callable[[int], int]) -> Batch:
     """The batch of a pass."""
-    assert callable(length)
     ids: list[int] = []
     slots: list[int] = []
     positions: list[int] = []
     wanted: list[int] = []
-    for running, count, complete in rows:
-        start = length(running.slot)
-        ids += running.tokens[start : start + count]
-        slots += [running.slot] * count
-        positions += range(start, start + count)
-        if complete:
+    for row in rows:
+        start = length(row.slot)
+        ids += row.task.tokens[start : start + row.count]
+        slots += [row.slot] * row.count
+        positions += range(start, start + row.count)
+        if row.complete:
             wanted.append(len(ids) - 1)
     return Batch(*(np.array(values, np.int32) for values in (ids, slots, positions, wanted)))
 

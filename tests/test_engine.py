@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moss_jt.batch import Batch
 from moss_jt.config import GenerationConfig
 from moss_jt.engine import Engine, Event, FinishedEvent, PrefillEvent, Request, TokenEvent
 from moss_jt.errors import ConfigError, KernelError, ShapeError
 from moss_jt.generation import generate
-from moss_jt.runner import PASS_TOKENS, Model
+from moss_jt.runner import PASS_TOKENS, Floats, Model
 
 Load = Callable[[str], Model]
 GREEDY = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=12)
@@ -128,6 +132,24 @@ def test_idle_conversations_give_way(model: Model) -> None:
     assert (done.reason, done.new_tokens) == ("length", 2)
 
 
+def test_requests_that_share_a_small_cache_answer_as_each_alone(model: Model) -> None:
+    """Whoever found the cache full was cut short with "length", however much its own context still held."""
+    asked = [Request(tuple(range(1 + i, 30 + i)), replace(GREEDY, max_new_tokens=60 + i)) for i in range(4)]
+    engine = Engine(model, slots=4, tokens=model.config.n_positions)
+    numbers = [engine.submit(request) for request in asked]
+    events = drain(engine)
+    for number, request in zip(numbers, asked, strict=True):
+        assert tokens_of(events, number) == alone(model, request.ids, request.config)
+        assert finished(events, number).new_tokens == request.config.max_new_tokens
+    assert engine.stats()["cached_tokens"] == 0
+
+
+def test_an_engine_needs_slots_and_tokens(model: Model) -> None:
+    for options in ({"slots": 0}, {"tokens": 0}):
+        with pytest.raises(ConfigError, match="both must be at least 1"):
+            Engine(model, **options)
+
+
 def test_ends_at_the_context_size(model: Model) -> None:
     engine = Engine(model, tokens=64)
     assert engine.context_size == 64
@@ -189,19 +211,67 @@ def test_ctrl_c_in_the_middle_of_a_pass_leaves_no_trace(model: Model) -> None:
     number = engine.submit(Request((1, 2, 3), GREEDY, "talk"))
     events = engine.step()
     for layer in range(model.config.n_layer):
-        inner = engine._runner.ops.on_layer
+        inner = engine.runner.ops.on_layer
 
         def strike(at: int, layer: int = layer) -> None:
             if at == layer:
                 raise KeyboardInterrupt
 
-        engine._runner.ops.on_layer = strike
+        engine.runner.ops.on_layer = strike
         with pytest.raises(KeyboardInterrupt):
             engine.step()
-        engine._runner.ops.on_layer = inner
+        engine.runner.ops.on_layer = inner
         events += engine.step()
     events += drain(engine)
     assert tokens_of(events, number) == wanted
+
+
+def test_ctrl_c_at_any_line_of_a_step_leaves_no_trace(model: Model) -> None:
+    """Books and events too: those made before an interrupt used to be lost, with the tokens in them."""
+    asked = [Request(ids, replace(GREEDY, do_sample=True, seed=i), "talk") for i, ids in enumerate(prompts(model, 2))]
+    asked += [Request(ids, replace(GREEDY, do_sample=True, seed=i)) for i, ids in enumerate(prompts(model, 3))]
+    engine = Engine(model, slots=3, tokens=96)
+    numbers = [engine.submit(request) for request in asked]
+    events: list[Event] = []
+    line, struck = 0, 0
+    while engine.busy:
+        line = (line + 3) % 500
+        with _struck_at(line):
+            try:
+                events += engine.step()
+            except KeyboardInterrupt:
+                struck += 1
+                events += engine.step()
+    assert struck > 20
+    for number, request in zip(numbers, asked, strict=True):
+        assert tokens_of(events, number) == alone(model, request.ids, request.config)
+        assert finished(events, number).new_tokens == len(tokens_of(events, number))
+    engine.forget("talk")
+    assert engine.stats()["cached_tokens"] == 0
+
+
+@contextmanager
+def _struck_at(line: int) -> Iterator[None]:
+    """KeyboardInterrupt at the n-th line that the package executes, once."""
+    left = line
+
+    def trace(frame: FrameType, _event: str, _value: object) -> Any:
+        return count if "moss_jt" in frame.f_code.co_filename else None
+
+    def count(_frame: FrameType, event: str, _value: object) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left == 0:
+            left = -1
+            raise KeyboardInterrupt
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def test_cancel_from_another_thread_stops_within_a_layer(model: Model) -> None:
@@ -209,7 +279,7 @@ def test_cancel_from_another_thread_stops_within_a_layer(model: Model) -> None:
     number = engine.submit(Request((1, 2, 3), replace(GREEDY, max_new_tokens=200), "talk"))
     engine.step()
     layers: list[int] = []
-    inner = engine._runner.ops.on_layer
+    inner = engine.runner.ops.on_layer
 
     def watch(layer: int) -> None:
         layers.append(layer)
@@ -219,19 +289,21 @@ def test_cancel_from_another_thread_stops_within_a_layer(model: Model) -> None:
         assert inner is not None
         inner(layer)
 
-    engine._runner.ops.on_layer = watch
+    engine.runner.ops.on_layer = watch
     events = engine.step()
     assert layers == [0]
     done = finished(events, number)
     assert (done.reason, done.new_tokens) == ("cancelled", 1)
-    engine._runner.ops.on_layer = inner
+    engine.runner.ops.on_layer = inner
     again = engine.submit(Request((1, 2, 3), GREEDY, "talk"))
     assert tokens_of(drain(engine), again) == alone(model, (1, 2, 3), GREEDY)
 
 
 def test_cancel_before_it_began(model: Model) -> None:
+    """Twice, which used to undo it."""
     engine = Engine(model)
     number = engine.submit(Request((1, 2), GREEDY))
+    engine.cancel(number)
     engine.cancel(number)
     assert finished(drain(engine), number).reason == "cancelled"
 
@@ -242,6 +314,28 @@ def test_time_limit(model: Model) -> None:
     assert finished(drain(engine), number).reason in ("time", "length")
     slow = engine.submit(Request((1, 2), replace(GREEDY, max_time=1e-9)))
     assert finished(drain(engine), slow).reason == "time"
+
+
+def test_time_passes_while_waiting_for_a_slot(model: Model) -> None:
+    engine = Engine(model)
+    engine.submit(Request((1, 2), GREEDY))
+    engine.step()
+    late = engine.submit(Request((1, 2), replace(GREEDY, max_time=1e-9)))
+    assert finished(engine.step(), late).reason == "time"
+
+
+def test_rates_count_what_passes_computed(model: Model) -> None:
+    """One token after a prompt was a decode rate of millions a second."""
+    engine = Engine(model)
+    engine.submit(Request((1, 2, 3), replace(GREEDY, max_new_tokens=1)))
+    drain(engine)
+    stats = engine.stats()
+    assert stats["decode_tokens_per_s"] == stats["decode_s"] == 0
+    assert stats["prefill_tokens_per_s"] == pytest.approx(3 / float(stats["prefill_s"]))
+    engine.submit(Request((1, 2, 3), replace(GREEDY, max_new_tokens=5)))
+    drain(engine)
+    stats = engine.stats()
+    assert stats["decode_tokens_per_s"] == pytest.approx(4 / float(stats["decode_s"]))
 
 
 def test_two_requests_of_one_conversation_wait_for_each_other(model: Model) -> None:
@@ -255,10 +349,22 @@ def test_two_requests_of_one_conversation_wait_for_each_other(model: Model) -> N
     assert order == sorted(order)
 
 
-def test_logits_that_are_not_numbers_are_an_error(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(model)
-    engine.submit(Request((1, 2), GREEDY))
-    broken = np.full((1, model.config.vocab_size), np.nan, np.float32)
-    monkeypatch.setattr(engine._runner, "forward", lambda batch: broken)
-    with pytest.raises(KernelError, match="not numbers"):
+def test_logits_that_are_not_numbers_are_an_error_of_one_request(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others go on when it is cancelled; their tokens of that pass used to be lost."""
+    engine = Engine(model, slots=2)
+    good, bad = (engine.submit(Request(ids, GREEDY)) for ids in ((1, 2), (3, 4)))
+    events = engine.step()
+    forward = engine.runner.forward
+
+    def broken(batch: Batch) -> Floats:
+        logits = forward(batch)
+        logits[1] = np.nan
+        return logits
+
+    with monkeypatch.context() as patch, pytest.raises(KernelError, match=f"not numbers for request {bad};"):
+        patch.setattr(engine.runner, "forward", broken)
         engine.step()
+    engine.cancel(bad)
+    events += drain(engine)
+    assert finished(events, bad).reason == "cancelled"
+    assert tokens_of(events, good) == alone(model, (1, 2), GREEDY)
