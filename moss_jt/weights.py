@@ -52,11 +52,15 @@ def widen(raw: Bytes, dtype: str) -> Floats:
 
 
 class WeightStore:
-    """The weights of one checkpoint, mapped from its files."""
+    """The weights of one checkpoint, mapped from its files; without one, what is added."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
         self._matrices: dict[str, Stored] = {}
         self._small: dict[str, Floats] = {}
+        if checkpoint is not None:
+            self._map(checkpoint)
+
+    def _map(self, checkpoint: Checkpoint) -> None:
         maps: dict[Path, Bytes] = {}
         for name, entry in checkpoint.entries.items():
             if isinstance(entry.layout, PlainLayout):
@@ -88,13 +92,20 @@ class WeightStore:
         return widen(table[np.asarray(which)], stored.layout.dtype).reshape(-1, k)
 
     def add(self, name: str, values: npt.ArrayLike) -> None:
-        """Keep a float32 matrix of the caller in memory under `name`, as if it came from the file."""
-        array = np.ascontiguousarray(values, dtype=np.float32)
-        assert array.ndim == 2, f"{name} is not a matrix"
+        """Keep a matrix or a small tensor of the caller as float32 in memory, as if it came from the file."""
+        array = np.array(values, dtype=np.float32, order="C")
+        if array.ndim == 1:
+            self._small[name] = array
+            return
+        assert array.ndim == 2, f"{name} is neither a matrix nor a norm or bias"
         layout = RowsLayout((array.shape[0], array.shape[1]), "float32")
         data = np.zeros(layout.nbytes, np.uint8)
         data[: array.nbytes] = array.reshape(-1).view(np.uint8)
-        self._matrices[name] = Stored(name, data, layout)
+        self.put(Stored(name, data, layout))
+
+    def put(self, stored: Stored) -> None:
+        """Keep a matrix of the caller in memory, laid out already."""
+        self._matrices[stored.name] = stored
 
     @property
     def stored_bytes(self) -> int:
