@@ -39,8 +39,8 @@ def command(*, device: Device) -> None:
     progress = TerminalProgress()
     startup.import_jittor(device=device, progress=progress)
     if device == "cpu":
-        from moss_jt import ops
+        from moss_jt import launch
 
-        ops.warm_up(progress)
+        launch.warm_up(progress)
     seconds = time.monotonic() - began
     click.echo(pick(f"Ready on {device} ({seconds:.1f} s).", f"{device} 已就绪（{seconds:.1f} 秒）。"))

@@ -9,7 +9,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Literal, get_args
 
-from moss_jt import ops, paths
+from moss_jt import launch, paths
 from moss_jt.checkpoint import Checkpoint, is_native
 from moss_jt.errors import CheckpointError, ConfigError
 from moss_jt.progress import Progress, Quiet
@@ -50,7 +50,7 @@ def load_model(
     _check_arguments(device, compute, max_tokens)
     progress = Quiet() if progress is None else progress
     checkpoint = Checkpoint.open(native_folder(Path(path), progress))
-    ops.warm_up(progress)
+    launch.warm_up(progress)
     return Model(checkpoint, WeightStore(checkpoint), compute=compute, device="cpu", max_tokens=max_tokens)
 
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from moss_jt import startup
 from moss_jt.batch import Batch, single_batch
 from moss_jt.cache import KVCache, KVType
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import MossConfig
 from moss_jt.errors import ShapeError
+from moss_jt.launch import Buffer, computing
 from moss_jt.model import Moss
-from moss_jt.ops import Buffer, InferenceOps
+from moss_jt.ops import InferenceOps
 from moss_jt.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Runner:
 
     def forward(self, batch: Batch) -> Floats:
         """Logits (R, V) of the wanted tokens. Room must be reserved; nothing is committed."""
-        with startup.import_jittor(device="cpu").flag_scope(no_grad=1):
+        with computing():
             logits: Floats = self.network.execute(self.ops, batch)
         return logits
 
@@ -114,10 +114,9 @@ class Model:
         mask = np.ones(table.shape, bool) if attention_mask is None else _table("attention_mask", attention_mask) != 0
         self._check_ids(table, mask)
         result = np.zeros((*table.shape, self.config.vocab_size), np.float32)
-        for row, (tokens, real) in enumerate(zip(table, mask, strict=True)):
-            if real.any():
-                with self._lock:
-                    result[row, real] = self._sequence_logits(tokens[real])
+        for ids_of_row, real, logits in zip(table, mask, result, strict=True):
+            with self._lock:
+                self._fill_logits(ids_of_row, np.flatnonzero(real), logits)
         return result
 
     def _check_ids(self, table: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> None:
@@ -135,17 +134,15 @@ class Model:
                 f"{longest} tokens are more than the model's n_positions {self.config.n_positions}. Shorten the input."
             )
 
-    def _sequence_logits(self, tokens: npt.NDArray[np.int64]) -> Floats:
-        """Logits of one sequence, pass by pass: (T, V)."""
+    def _fill_logits(self, ids: npt.NDArray[np.int64], real: npt.NDArray[np.int64], into: Floats) -> None:
+        """Logits of one row at the places `real` of its tokens, pass by pass, into (T, V)."""
         runner = self._private
         runner.cache.release(0)
-        parts = []
-        for start in range(0, len(tokens), runner.capacity):
-            piece = tokens[start : start + runner.capacity]
-            runner.cache.reserve(0, len(piece))
-            parts.append(runner.forward(single_batch(piece, start=start, wanted=np.arange(len(piece)))))
-            runner.cache.commit(0, len(piece))
-        return np.concatenate(parts)
+        for start in range(0, len(real), runner.capacity):
+            places = real[start : start + runner.capacity]
+            runner.cache.reserve(0, len(places))
+            into[places] = runner.forward(single_batch(ids[places], start=start, wanted=np.arange(len(places))))
+            runner.cache.commit(0, len(places))
 
 
 def _table(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:

@@ -21,7 +21,7 @@ ROOMS = ("converters", "kernels", "cli")
 ROWS = {
     0: "config layout errors progress language paths",
     1: "checked_file safetensors_file checkpoint packing tokenizer template kernels startup",
-    2: "ops ops_grad batch cache sampling weights",
+    2: "ops ops_grad launch batch cache sampling weights",
     3: "model",
     4: "runner engine generation",
     5: "chat chat_file load hub pull_plan fetch stored doctor converters",

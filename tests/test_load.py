@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 import moss_jt
 from moss_jt import paths
+from moss_jt.batch import single_batch
 from moss_jt.errors import CheckpointError, ConfigError, ShapeError
 from moss_jt.runner import Model
 
@@ -121,6 +123,29 @@ def test_logits_from_several_threads(golden_model: Load) -> None:
     with ThreadPoolExecutor(4) as pool:
         for i, logits in enumerate(pool.map(model.logits, prompts * 10)):
             assert np.array_equal(logits, wanted[i % 2])
+
+
+def test_one_thread_at_a_time_is_in_jittor(golden_model: Load, jittor: Any) -> None:
+    """Its flags belong to the process: two engines at once left it without gradients for good."""
+    runners = [golden_model(name).runner() for name in ("tiny-fp/safetensors-fp16", "tiny-int4/g32")]
+    for runner in runners:
+        runner.cache.reserve(0, 1)
+    inside = threading.Event()
+    runners[1].ops.on_layer = lambda layer: inside.set()
+    with ThreadPoolExecutor(1) as pool:
+
+        def meet(_layer: int) -> None:
+            others.append(pool.submit(runners[1].forward, single_batch([1])))
+            met.append(inside.wait(0.1))
+
+        met: list[bool] = []
+        others: list[Future[Any]] = []
+        runners[0].ops.on_layer = meet
+        runners[0].forward(single_batch([1]))
+        for other in others:
+            other.result()
+    assert met == [False] * golden_model("tiny-fp/safetensors-fp16").config.n_layer
+    assert not jittor.flags.no_grad
 
 
 def test_no_compilation_at_any_length(golden_model: Load, jittor: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +16,15 @@ from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import GenerationConfig, MossConfig
 from moss_jt.engine import Engine, FinishedEvent, Request, TokenEvent
 from moss_jt.generation import generate
+from moss_jt.launch import Buffer
 from moss_jt.layout import RowsLayout
 from moss_jt.model import Moss
-from moss_jt.ops import Buffer, InferenceOps, rotary_table
+from moss_jt.ops import InferenceOps, rotary_table
 from moss_jt.runner import Model, Runner
 from moss_jt.weights import WeightStore
 
 Load = Callable[[str], Model]
-Arrays = dict[str, npt.NDArray[np.float32]]
+Arrays = dict[str, npt.NDArray[Any]]
 
 FLOAT = ("tiny-fp/bin-2shards", "tiny-fp/safetensors-fp16", "tiny-fp-h8/bin-single")
 INT = (
@@ -56,7 +58,7 @@ class Watcher:
         self.seen: dict[str, list[npt.NDArray[np.float32]]] = {}
         self.runner = model.runner()
 
-    def run(self, rows: npt.NDArray[np.int64]) -> Arrays:
+    def run(self, rows: npt.NDArray[Any]) -> Arrays:
         """Step name -> (B, T, width)."""
         parts: dict[str, list[npt.NDArray[np.float32]]] = {}
         for row in rows:
@@ -194,17 +196,17 @@ def test_cache_and_attention_probabilities(name: str, golden: Path, golden_model
     assert_near(probabilities, want["b0_l0_probs"], "probabilities")
 
 
-def _first_block_probabilities(model: Model, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def _first_block_probabilities(model: Model, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """From the rotated queries and keys that the kernel left behind."""
     runner, config = model.runner(), model.config
-    only_first: Moss[object] = Moss(config, range(1))
+    only_first: Moss[Buffer] = Moss(config, range(1))
     result = []
     for ids in rows:
         runner.cache.release(0)
         runner.cache.reserve(0, len(ids))
-        only_first.execute(runner.ops, single_batch(ids))  # type: ignore[arg-type]
+        only_first.execute(runner.ops, single_batch(ids))
         runner.cache.commit(0, len(ids))
-        queries = runner.ops._buffers["queries"].array[: len(ids)].reshape(len(ids), config.n_head, -1)
+        queries = runner.ops.buffers["queries"].array[: len(ids)].reshape(len(ids), config.n_head, -1)
         keys, _ = runner.cache.read(0, 0)
         result.append(_softmax(np.einsum("thd,hsd->hts", queries, keys) / np.sqrt(config.head_dim)))
     return np.stack(result)
@@ -214,7 +216,8 @@ def _softmax(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     new, known = scores.shape[1:]
     future = np.triu(np.ones((new, known), bool), known - new + 1)
     shifted = np.exp(np.where(future, -np.inf, scores) - scores.max(axis=2, keepdims=True))
-    return shifted / shifted.sum(axis=2, keepdims=True)
+    shares: npt.NDArray[np.float32] = shifted / shifted.sum(axis=2, keepdims=True)
+    return shares
 
 
 @pytest.mark.parametrize("name", ("tiny-fp/safetensors-fp16", "tiny-fp-h8/bin-single"))
@@ -299,21 +302,17 @@ def test_greedy_batch_and_end_token(name: str, golden: Path, golden_model: Load)
     assert padded == want["gb_out"].astype(int).tolist()
 
 
-def _real_geometry(golden: Path) -> tuple[Runner, Moss[object], Arrays]:
+def _real_geometry(golden: Path) -> tuple[Runner, Moss[Buffer], Arrays]:
     """One block with head width 256, given hidden states and giving hidden states."""
     folder = golden / "head-dim-256"
     config = MossConfig.from_file(folder / "config.json")
     weights = dict(np.load(folder / "block.npz"))
-    store = WeightStore.__new__(WeightStore)
-    store._matrices, store._small = {}, {}
+    store = WeightStore()
     for key, values in weights.items():
-        if values.ndim == 2:
-            store.add(key.removeprefix("w."), values)
-        else:
-            store._small[key.removeprefix("w.")] = values.astype(np.float32)
+        store.add(key.removeprefix("w."), values)
     runner = Runner(config, store, slots=2, tokens=2 * config.n_positions, kind="float32")
     two_parts = MossConfig.from_dict({**config.to_dict(), "n_layer": 3})  # so that block 0 is neither first nor last
-    network: Moss[object] = Moss(two_parts, range(1))
+    network: Moss[Buffer] = Moss(two_parts, range(1))
     network.is_first = False
     return runner, network, dict(np.load(folder / "expected.npz"))
 
@@ -331,8 +330,8 @@ def test_block_with_real_head_geometry(golden: Path, jittor: object) -> None:
         runner.cache.reserve(slot, 6)
     seen: Arrays = {}
     runner.ops.observe = lambda name, values: seen.__setitem__(name, values.copy())
-    y = network.execute(runner.ops, _batch(want["a_pos"]), want["a_x"].reshape(-1, 1024))  # type: ignore[arg-type]
-    got = runner.ops.values(y)  # type: ignore[arg-type]
+    y = network.execute(runner.ops, _batch(want["a_pos"]), want["a_x"].reshape(-1, 1024))
+    got = runner.ops.values(y)
     assert_near(got.reshape(want["a_y"].shape), want["a_y"], "output")
     for key, step in {
         "qkv": "attn.qkv_proj",
@@ -346,11 +345,11 @@ def test_block_with_real_head_geometry(golden: Path, jittor: object) -> None:
         keys, values = runner.cache.read(0, slot)
         assert_near(keys, want["a_k"][slot], "keys")
         assert_near(values, want["a_v"][slot], "values")
-        queries = runner.ops._buffers["queries"].array[slot * 6 : slot * 6 + 6].reshape(6, 4, 256)
+        queries = runner.ops.buffers["queries"].array[slot * 6 : slot * 6 + 6].reshape(6, 4, 256)
         assert_near(_softmax(np.einsum("thd,hsd->hts", queries, keys) / 16), want["a_probs"][slot], "probabilities")
     rounded = want["a_x"].astype(np.float16).astype(np.float32).reshape(-1, 1024)
-    y = network.execute(runner.ops, _batch(want["a_pos"]), rounded)  # type: ignore[arg-type]
-    assert_near(runner.ops.values(y).reshape(want["a_y"].shape), want["a_y_fp16in"], "rounded input")  # type: ignore[arg-type]
+    y = network.execute(runner.ops, _batch(want["a_pos"]), rounded)
+    assert_near(runner.ops.values(y).reshape(want["a_y"].shape), want["a_y_fp16in"], "rounded input")
 
 
 def test_block_at_the_last_positions(golden: Path, jittor: object) -> None:
@@ -361,15 +360,15 @@ def test_block_at_the_last_positions(golden: Path, jittor: object) -> None:
     runner, network, want = _real_geometry(golden)
     first = int(want["b_past_pos"].min())
     np.testing.assert_array_equal(want["b_pos"].max(), runner.cache.limit - 1)
-    runner.ops._sincos = Buffer(rotary_table(runner.ops.config)[first:].copy())
+    runner.ops.sincos = Buffer(rotary_table(runner.ops.config)[first:].copy())
     for slot in range(2):
         runner.cache.reserve(slot, 11)
     past, new = (want[key].reshape(-1, 1024) for key in ("b_past_x", "b_x"))
-    network.execute(runner.ops, _batch(want["b_past_pos"] - first), past)  # type: ignore[arg-type]
+    network.execute(runner.ops, _batch(want["b_past_pos"] - first), past)
     seen: Arrays = {}
     runner.ops.observe = lambda name, values: seen.__setitem__(name, values.copy())
-    y = network.execute(runner.ops, _batch(want["b_pos"] - first), new)  # type: ignore[arg-type]
-    assert_near(runner.ops.values(y).reshape(want["b_y"].shape), want["b_y"], "output")  # type: ignore[arg-type]
+    y = network.execute(runner.ops, _batch(want["b_pos"] - first), new)
+    assert_near(runner.ops.values(y).reshape(want["b_y"].shape), want["b_y"], "output")
     for key, step in {
         "qkv": "attn.qkv_proj",
         "merged": "attn.merged",
@@ -384,12 +383,12 @@ def test_block_at_the_last_positions(golden: Path, jittor: object) -> None:
         assert_near(values, want["b_v"][slot], "values")
         assert_near(keys[:, :5], want["b_past_k"][slot], "earlier keys")
         assert_near(values[:, :5], want["b_past_v"][slot], "earlier values")
-        queries = runner.ops._buffers["queries"].array[slot * 6 : slot * 6 + 6].reshape(6, 4, 256)
+        queries = runner.ops.buffers["queries"].array[slot * 6 : slot * 6 + 6].reshape(6, 4, 256)
         scores = np.einsum("thd,hsd->hts", queries, keys) / 16
         assert_near(_softmax(scores), want["b_probs"][slot], "probabilities")
     rounded = want["b_x"].astype(np.float16).astype(np.float32).reshape(-1, 1024)
-    y = network.execute(runner.ops, _batch(want["b_pos"] - first), rounded)  # type: ignore[arg-type]
-    assert_near(runner.ops.values(y).reshape(want["b_y"].shape), want["b_y_fp16in"], "rounded input")  # type: ignore[arg-type]
+    y = network.execute(runner.ops, _batch(want["b_pos"] - first), rounded)
+    assert_near(runner.ops.values(y).reshape(want["b_y"].shape), want["b_y_fp16in"], "rounded input")
 
 
 def test_rotary_table(golden: Path) -> None:
@@ -405,10 +404,10 @@ def test_parts_of_the_layers_give_the_whole(golden: Path, golden_model: Load) ->
     for runner in runners:
         runner.cache.reserve(0, len(ids))
     batch = single_batch(ids, wanted=np.arange(len(ids)))
-    front: Moss[object] = Moss(model.config, range(2))
-    back: Moss[object] = Moss(model.config, range(2, model.config.n_layer))
-    states = runners[0].ops.values(front.execute(runners[0].ops, batch))  # type: ignore[arg-type]
-    got = back.execute(runners[1].ops, batch, states)  # type: ignore[arg-type]
+    front: Moss[Buffer] = Moss(model.config, range(2))
+    back: Moss[Buffer] = Moss(model.config, range(2, model.config.n_layer))
+    states = runners[0].ops.values(front.execute(runners[0].ops, batch))
+    got = back.execute(runners[1].ops, batch, states)
     np.testing.assert_array_equal(got, model.logits(ids)[0])
 
 

@@ -36,7 +36,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def compiled(jittor: ModuleType) -> None:
     """Jittor and the kernels are compiled before a clock runs."""
-    from moss_jt.ops import warm_up
+    from moss_jt.launch import warm_up
 
     warm_up()
 

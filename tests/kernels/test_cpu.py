@@ -17,8 +17,9 @@ from moss_jt.batch import Batch
 from moss_jt.cache import BLOCK, KVCache, KVType
 from moss_jt.config import Bits, FloatType, MossConfig
 from moss_jt.kernels import reference
+from moss_jt.launch import warm_up
 from moss_jt.layout import RowsLayout, TileLayout
-from moss_jt.ops import InferenceOps, Linear, rotary_table, warm_up
+from moss_jt.ops import InferenceOps, Linear, rotary_table
 from moss_jt.packing import QuantMatrix, dequantize, pack, tile_layout
 from moss_jt.weights import Stored, WeightStore, widen
 
@@ -34,8 +35,7 @@ class Bench:
         self.config = MossConfig(
             vocab_size=8, n_positions=positions, n_embd=width, n_layer=1, n_head=heads, rotary_dim=rotary, n_inner=inner
         )
-        self.store = WeightStore.__new__(WeightStore)
-        self.store._matrices, self.store._small = {}, {}
+        self.store = WeightStore()
         self.cache = KVCache(self.config, slots=3, tokens=3 * positions, kind=kind)
         self.ops = InferenceOps(self.config, self.store, self.cache, capacity=160)
 
@@ -99,10 +99,10 @@ def test_linear_quantised(jittor: Any, tokens: int, case: Case) -> None:
     rng = np.random.default_rng(n * k + tokens)
     matrix, layout = random_matrix(rng, case)
     bench = Bench(width=max(8, 4 * k), inner=max(n, 4))
-    bench.store._matrices["w.weight"] = Stored("w.weight", pack(matrix, layout), layout)
-    bench.store._small["w.bias"] = rng.normal(size=n).astype(np.float32)
+    bench.store.put(Stored("w.weight", pack(matrix, layout), layout))
+    bench.store.add("w.bias", rng.normal(size=n))
     x = rng.normal(size=(tokens, k)).astype(np.float32)
-    near(run_linear(bench, x, n), reference.linear(x, dequantize(matrix), bench.store._small["w.bias"]), 2e-5)
+    near(run_linear(bench, x, n), reference.linear(x, dequantize(matrix), bench.store.small("w.bias")), 2e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 129])
@@ -117,11 +117,11 @@ def test_linear_float(jittor: Any, tokens: int, n: int, k: int, dtype: FloatType
     blob = np.zeros(layout.nbytes, np.uint8)
     blob[: data.size] = data
     bench = Bench(width=max(8, 4 * k), inner=max(n, 4))
-    bench.store._matrices["w.weight"] = Stored("w.weight", blob, layout)
-    bench.store._small["w.bias"] = rng.normal(size=n).astype(np.float32)
+    bench.store.put(Stored("w.weight", blob, layout))
+    bench.store.add("w.bias", rng.normal(size=n))
     x = rng.normal(size=(tokens, k)).astype(np.float32)
     weight = widen(data, dtype).reshape(n, k)
-    near(run_linear(bench, x, n), reference.linear(x, weight, bench.store._small["w.bias"]), 1e-5)
+    near(run_linear(bench, x, n), reference.linear(x, weight, bench.store.small("w.bias")), 1e-5)
 
 
 def run_linear(bench: Bench, x: Array, n: int) -> Array:
@@ -140,12 +140,12 @@ def test_halves_of_every_kind(jittor: Any) -> None:
     """
     every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     finite = every[np.isfinite(every)].reshape(-1, 1)
-    layout = RowsLayout(finite.shape, "float16")  # type: ignore[arg-type]
+    layout = RowsLayout((len(finite), 1), "float16")
     blob = np.zeros(layout.nbytes, np.uint8)
     blob[: finite.nbytes] = finite.reshape(-1).view(np.uint8)
     bench = Bench(width=8, inner=len(finite))
-    bench.store._matrices["w.weight"] = Stored("w.weight", blob, layout)
-    bench.store._small["w.bias"] = np.zeros(len(finite), np.float32)
+    bench.store.put(Stored("w.weight", blob, layout))
+    bench.store.add("w.bias", np.zeros(len(finite)))
     got = run_linear(bench, np.ones((1, 1), np.float32), len(finite))
     np.testing.assert_array_equal(got[0], finite[:, 0].astype(np.float32))
 
@@ -155,7 +155,8 @@ def test_layer_norm(jittor: Any, width: int) -> None:
     rng = np.random.default_rng(width)
     bench = Bench(width=width, inner=4)
     weight, bias = (rng.normal(size=width).astype(np.float32) for _ in range(2))
-    bench.store._small |= {"n.weight": weight, "n.bias": bias}
+    bench.store.add("n.weight", weight)
+    bench.store.add("n.bias", bias)
     x = (rng.normal(size=(5, width)) * 3 + 100).astype(np.float32)
     bench.begin(5)
     got = bench.ops.values(bench.ops.layer_norm(bench.ops.hidden(x), "n"))
@@ -166,15 +167,15 @@ def test_gelu_and_residual(jittor: Any) -> None:
     rng = np.random.default_rng(0)
     bench = Bench(width=12, inner=37)
     bench.begin(7)
-    inner = bench.ops._buffers["inner"]
+    inner = bench.ops.buffers["inner"]
     values = (rng.normal(size=(7, 37)) * 4).astype(np.float32)
     inner.array[:7] = values
     near(bench.ops.values(bench.ops.gelu(inner, "g")), reference.gelu(values), 1e-6)
     parts = [rng.normal(size=(7, 12)).astype(np.float32) for _ in range(3)]
-    x, attn, mlp = (bench.ops._buffers[name] for name in ("x", "attn", "mlp"))
+    x, attn, mlp = (bench.ops.buffers[name] for name in ("x", "attn", "mlp"))
     for buffer, part in zip((x, attn, mlp), parts, strict=True):
         buffer.array[:7] = part
-    near(bench.ops.values(bench.ops.residual(x, attn, mlp, "r")), sum(parts), 1e-6)
+    near(bench.ops.values(bench.ops.residual(x, attn, mlp, "r")), parts[0] + parts[1] + parts[2], 1e-6)
 
 
 @pytest.mark.parametrize("kind", get_args(KVType))
@@ -194,7 +195,7 @@ def test_attention_of_mixed_sequences(jittor: Any, kind: KVType, heads: int, wid
             count = int((slots[here] == slot).sum())
             bench.cache.reserve(slot, count)
         bench.ops.begin(Batch(np.zeros(len(here), np.int32), slots[here], positions[here], here[:1].astype(np.int32)))
-        buffer = bench.ops._buffers["qkv"]
+        buffer = bench.ops.buffers["qkv"]
         buffer.array[: len(here)] = qkv[here]
         got[here] = bench.ops.values(bench.ops.attention(buffer, 0))
         for slot in range(3):
