@@ -121,15 +121,28 @@ def _find_group_size(config: MossConfig, raw: Mapping[str, Any], tensors: Mappin
         return told
     if told is not None:
         raise CheckpointError(f"config.json says groupsize {told!r}; it must be a positive number, or -1.")
-    sizes = {k // groups for groups, k in counts.values() if groups > 1}
-    if not sizes:
+    return _infer_group_size(list(counts.values()))
+
+
+def _infer_group_size(counts: list[tuple[int, int]]) -> int:
+    """The size that gives each matrix, (groups, K), its groups; of several the one that cuts all evenly, else the roundest.
+
+    g_idx is compared with it later, so a wrong choice is an error and never a wrong weight.
+    """
+    if all(groups == 1 for groups, _ in counts):
         return -1
-    size = min(sizes)
-    if any(groups != _count_groups(k, size) for groups, k in counts.values()):
+    low = max(-(-k // max(groups, 1)) for groups, k in counts)
+    high = min((k - 1) // (groups - 1) for groups, k in counts if groups > 1)
+    if low > high or any(groups < 1 for groups, _ in counts):
         raise CheckpointError(
-            f"config.json has no groupsize, and the scales fit no single one (sizes {sorted(sizes)})."
+            f"config.json has no groupsize, and the scales fit no single one ({low} or more, {high} or less)."
         )
-    return size
+    if all(groups == 1 or k % low == 0 for groups, k in counts):
+        return low
+    step = 1 << high.bit_length()
+    while high // step * step < low:
+        step >>= 1
+    return high // step * step
 
 
 def _size_in_words(groups: int, k: int) -> str:

@@ -25,9 +25,19 @@ def test_any_group_size(tmp_path: Path, bits: Any, group_size: int) -> None:
     assert convert(tmp_path, tensors, wbits=bits, groupsize=group_size) == (bits, group_size)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 64), (8, -1)])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, 64), (8, -1), (4, 128), (8, 40), (4, 48)])
 def test_what_the_config_leaves_out_is_inferred(tmp_path: Path, bits: Any, group_size: int) -> None:
+    """Also where a matrix is no multiple of the group, or smaller than one."""
     assert convert(tmp_path, gptq_tensors(bits, group_size)) == (bits, group_size)
+
+
+def test_groups_that_fit_no_size(tmp_path: Path) -> None:
+    tensors = gptq_tensors(4, 32)
+    for part in ("scales", "qzeros"):
+        name = f"transformer.h.1.mlp.fc_out.{part}"
+        tensors[name] = tensors[name][:2]
+    with pytest.raises(CheckpointError, match=r"fit no single one \(128 or more, 36 or less\)"):
+        convert(tmp_path, tensors)
 
 
 def test_bits_must_agree(tmp_path: Path) -> None:
