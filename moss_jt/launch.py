@@ -75,7 +75,6 @@ class Buffer:
     """Memory that numpy and Jittor both see: `array` and `var` share it."""
 
     def __init__(self, array: npt.NDArray[Any]) -> None:
-        assert array.shape != (1,), "Jittor would copy it"
         self.array = array
         self.var = share(array)
 
@@ -83,10 +82,10 @@ class Buffer:
 def share(array: npt.NDArray[Any]) -> Any:
     """A Jittor Var on the array's own memory, without a copy, which keeps the array alive.
 
-    Jittor copies an array of shape (1,), which it takes for a constant: no place for what changes.
+    The array must be C-contiguous, and not of shape (1,): that Jittor takes for a constant, copies, and compiles.
     """
     jt = startup.import_jittor(device="cpu")
-    assert array.flags.c_contiguous
+    assert array.flags.c_contiguous and array.shape != (1,)
     with _ALONE, jt.flag_scope(reuse_array=1):
         var = jt.array(array)
     var.sync()

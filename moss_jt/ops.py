@@ -199,7 +199,8 @@ class InferenceOps:
 
     def _small_var(self, name: str) -> Any:
         if name not in self._small:
-            self._small[name] = share(self.store.small(name))
+            values = self.store.small(name)
+            self._small[name] = share(values if values.size > 1 else np.append(values, np.float32(0)))
         return self._small[name]
 
     def _blob(self, stored: Stored) -> Any:

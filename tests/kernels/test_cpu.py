@@ -17,7 +17,7 @@ from moss_jt.batch import Batch
 from moss_jt.cache import BLOCK, KVCache, KVType
 from moss_jt.config import Bits, FloatType, MossConfig
 from moss_jt.kernels import reference
-from moss_jt.launch import warm_up
+from moss_jt.launch import share, warm_up
 from moss_jt.layout import RowsLayout, TileLayout
 from moss_jt.ops import InferenceOps, Linear, rotary_table
 from moss_jt.packing import QuantMatrix, dequantize, pack, tile_layout
@@ -148,6 +148,16 @@ def test_halves_of_every_kind(jittor: Any) -> None:
     bench.store.add("w.bias", np.zeros(len(finite)))
     got = run_linear(bench, np.ones((1, 1), np.float32), len(finite))
     np.testing.assert_array_equal(got[0], finite[:, 0].astype(np.float32))
+
+
+def test_nothing_is_shared_that_jittor_would_copy(jittor: Any) -> None:
+    """It takes an array of shape (1,) for a constant: later changes were lost, and it compiled at run time."""
+    with pytest.raises(AssertionError):
+        share(np.zeros(1, np.float32))
+    array = np.zeros((1, 1), np.float32)
+    var = share(array)
+    array[0, 0] = 5
+    assert var.numpy() == 5
 
 
 @pytest.mark.parametrize("width", [8, 12, 128, 1028])
