@@ -27,7 +27,7 @@ import numpy.typing as npt
 from moss_jt import sampling
 from moss_jt.batch import Batch
 from moss_jt.config import GenerationConfig
-from moss_jt.errors import ConfigError, KernelError
+from moss_jt.errors import CheckpointError, ConfigError, KernelError
 from moss_jt.runner import Model
 from moss_jt.tokenizer import TextStream
 
@@ -148,6 +148,7 @@ class Engine:
         context_size: tokens that one conversation may have, prompt and answer together.
 
     Raises:
+        CheckpointError: no token of the folder's tokenizer is in the vocabulary.
         ConfigError: no slots, or no tokens.
     """
 
@@ -365,9 +366,10 @@ class Engine:
 
     def _pick(self, task: _Task, logits: npt.NDArray[np.float32]) -> tuple[int, float]:
         if not np.isfinite(logits).all():
-            raise KernelError(
-                f"the model gave logits that are not numbers for request {task.id}; `moss-convert verify {self.model.path}` checks the weights."
-            )
+            advice = f"`moss-convert verify {self.model.path}` checks the weights"
+            if self.model.compute == "fast":
+                advice += ', and compute="exact" holds larger keys and values than float16 can'
+            raise KernelError(f"the model gave logits that are not numbers for request {task.id}; {advice}.")
         config = task.request.config
         scores = sampling.process(logits, task.tokens, config, allowed=self._allowed)
         return sampling.choose(scores, config, sampling.step_rng(task.seed, task.new_tokens))
@@ -455,4 +457,10 @@ def _known_ids(model: Model) -> npt.NDArray[np.bool_] | None:
     """Which ids may be generated: those that the tokenizer has; None for all."""
     if not model.has_tokenizer:
         return None
-    return model.tokenizer.known_mask(model.config.vocab_size)
+    known = model.tokenizer.known_mask(model.config.vocab_size)
+    if not known.any():
+        raise CheckpointError(
+            f"the tokenizer in {model.path} has no token below {model.config.vocab_size}, the size of the vocabulary. "
+            "Is it that of another model?"
+        )
+    return known

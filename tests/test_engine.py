@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -18,8 +21,9 @@ import pytest
 from moss_jt.batch import Batch
 from moss_jt.config import GenerationConfig
 from moss_jt.engine import Engine, Event, FinishedEvent, PrefillEvent, Request, TokenEvent
-from moss_jt.errors import ConfigError, KernelError, ShapeError
+from moss_jt.errors import CheckpointError, ConfigError, KernelError, ShapeError
 from moss_jt.generation import generate
+from moss_jt.load import load_model
 from moss_jt.runner import PASS_TOKENS, Floats, Model
 
 Load = Callable[[str], Model]
@@ -347,6 +351,26 @@ def test_two_requests_of_one_conversation_wait_for_each_other(model: Model) -> N
     assert tokens_of(events, two) == alone(model, (1, 2, 3, 4), GREEDY)
     order = [event.request for event in events if isinstance(event, TokenEvent)]
     assert order == sorted(order)
+
+
+def test_a_tokenizer_of_another_model_is_told(golden: Path, model: Model, tmp_path: Path) -> None:
+    """Every id was masked, and the weights were blamed."""
+    shutil.copytree(model.path, tmp_path / "m")
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(golden / "tokenizer" / "c-addedtoken-specials" / name, tmp_path / "m")
+    other = load_model(tmp_path / "m")
+    assert alone(other, (1, 2, 3), GREEDY) == alone(model, (1, 2, 3), GREEDY)
+    ids = {token: number + 320 for token, number in json.loads((tmp_path / "m" / "vocab.json").read_text()).items()}
+    (tmp_path / "m" / "vocab.json").write_text(json.dumps(ids))
+    with pytest.raises(CheckpointError, match="has no token below 320, the size of the vocabulary"):
+        Engine(load_model(tmp_path / "m"))
+
+
+def test_values_too_large_for_half_are_told(model: Model) -> None:
+    fast = load_model(model.path, compute="fast")
+    fast.store.add("transformer.h.0.ln_1.bias", np.full(model.config.n_embd, 1e6))
+    with pytest.raises(KernelError, match='compute="exact" holds larger keys and values'):
+        alone(fast, (1, 2, 3), GREEDY)
 
 
 def test_logits_that_are_not_numbers_are_an_error_of_one_request(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
