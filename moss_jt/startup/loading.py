@@ -38,7 +38,7 @@ def load(
     ):
         warnings.simplefilter("ignore")  # its sources warn when they are compiled; nobody here can mend them
         utils: Any = importlib.import_module("jittor_utils")
-        utils.run_cmds = run_commands or _one_by_one
+        utils.run_cmds = _after_mending(run_commands or _one_by_one)
         if with_cache is not None:
             with_cache(Path(utils.cache_path))
         with utils.import_scope(os.RTLD_NOW | os.RTLD_GLOBAL | os.RTLD_DEEPBIND):
@@ -49,6 +49,32 @@ def load(
     _keep_small_numbers(jittor)
     _set_threads(plan)
     return jittor
+
+
+def _after_mending(run: RunCommands) -> RunCommands:
+    """Mend Jittor's two modules for Python 3.13 when the core is there and before any operator is imported.
+
+    Jittor does `exec("import x")` and then `locals()["x"]`, which finds nothing since Python 3.13 (PEP 667).
+    """
+
+    def mended(commands: list[str], cache_path: str, jittor_path: str, title: str = "") -> None:
+        for name in ("jittor.compiler", "jittor_utils"):
+            module: Any = sys.modules[name]
+            module.locals = _locals_and_modules
+        run(commands, cache_path, jittor_path, title)
+
+    return mended
+
+
+class _LocalsAndModules(dict[str, Any]):
+    """The locals of a function, and the imported modules beyond them."""
+
+    def __missing__(self, name: str) -> ModuleType:
+        return sys.modules[name]
+
+
+def _locals_and_modules() -> dict[str, Any]:
+    return _LocalsAndModules(sys._getframe(1).f_locals)
 
 
 def _one_by_one(commands: list[str], cache_path: str, jittor_path: str, title: str = "") -> None:
