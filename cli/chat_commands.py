@@ -95,10 +95,10 @@ def _help(talk: Talk, _argument: str) -> None:
     talk.screen.note(
         pick(
             "Several lines: end a line with \\, press Esc then Enter, or paste. "
-            "Ctrl-C stops an answer; at the empty prompt, after that or twice, it leaves. Ctrl-D leaves.\n"
+            "Ctrl-C stops an answer; pressed again at the empty prompt, it leaves. So does Ctrl-D.\n"
             f"The conversation is kept in {last_chat()} after each answer; /load without a name takes it up again.",
             "多行输入：行末加 \\，或按 Esc 再按回车，或直接粘贴。"
-            "Ctrl-C 停止回答；随后或连按两次则在空行处退出。Ctrl-D 退出。\n"
+            "Ctrl-C 停止回答；在空行处再按一次则退出。Ctrl-D 也可退出。\n"
             f"每次回答后对话保存在 {last_chat()}；不带文件名的 /load 可恢复它。",
         )
     )
@@ -127,15 +127,16 @@ def _continue(talk: Talk, _argument: str) -> Iterator[ChatEvent]:
 
 
 def _save(talk: Talk, argument: str) -> None:
-    path = Path(argument or time.strftime("moss-chat-%Y%m%d-%H%M%S.json")).expanduser()
+    path = paths.expand(argument or time.strftime("moss-chat-%Y%m%d-%H%M%S.json"))
     talk.session.save(path)
     talk.screen.note(pick(f"Saved as {path}.", f"已保存到 {path}。"))
 
 
 def _load(talk: Talk, argument: str) -> None:
-    talk.session.load(Path(argument).expanduser() if argument else last_chat())
+    talk.session.load(paths.expand(argument) if argument else last_chat())
     count = len(talk.session.turns)
-    talk.screen.note(pick(f"Taken up again: {count} turns.", f"已恢复 {count} 轮对话。"))
+    turns = "turn" if count == 1 else "turns"
+    talk.screen.note(pick(f"Taken up again: {count} {turns}.", f"已恢复 {count} 轮对话。"))
     if talk.session.turns:
         turn = talk.session.turns[-1]
         talk.screen.note(f"> {turn.human}\n{turn.answer}")
@@ -148,7 +149,7 @@ def _stats(talk: Talk, _argument: str) -> None:
 def _set(talk: Talk, argument: str) -> None:
     name, _, value = argument.partition(" ")
     if not name:
-        talk.screen.table([(key, str(_setting(talk, key))) for key in SAMPLING])
+        talk.screen.table([(key, _setting(talk, key)) for key in SAMPLING])
         return
     key = name.replace("-", "_")
     if key not in SAMPLING:
@@ -157,12 +158,15 @@ def _set(talk: Talk, argument: str) -> None:
         )
     if value.strip():
         talk.session.config = replace(talk.session.config, **_parsed(key, value.strip()))
-    talk.screen.table([(key, str(_setting(talk, key)))])
+    talk.screen.table([(key, _setting(talk, key))])
 
 
-def _setting(talk: Talk, key: str) -> object:
-    """A setting as the user names it."""
-    return not talk.session.config.do_sample if key == "greedy" else getattr(talk.session.config, key)
+def _setting(talk: Talk, key: str) -> str:
+    """A setting as the user would type it."""
+    if key == "greedy":
+        return "off" if talk.session.config.do_sample else "on"
+    value = getattr(talk.session.config, key)
+    return "none" if value is None else str(value)
 
 
 def _parsed(key: str, value: str) -> dict[str, Any]:

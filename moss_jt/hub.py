@@ -38,7 +38,7 @@ def resolve_model(name_or_path: str | os.PathLike[str], *, progress: Progress | 
         HubError: there is neither; the message says how to get it.
     """
     text = os.fspath(name_or_path)
-    folder = Path(text).expanduser()
+    folder = paths.expand(text)
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -12,11 +12,20 @@ from pathlib import Path
 HOME_VARIABLE = "MOSS_JT_HOME"
 
 
+def expand(text: str) -> Path:
+    """A path as typed, "~" and "~user" spelled out; "~" of a user who is not there stays as it is."""
+    path = Path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def home() -> Path:
     """The folder of everything that moss-jt stores for this user."""
     chosen = os.environ.get(HOME_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return expand(chosen).absolute()
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache").absolute() / "moss-jt"
 

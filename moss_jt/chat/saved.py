@@ -39,7 +39,7 @@ def write_conversation(path: Path, system: str, turns: Sequence[SavedTurn]) -> N
     Raises:
         ConversationError: the place cannot be written, or holds a file that is no saved conversation.
     """
-    if path.exists():
+    if os.path.lexists(path):
         _check_is_ours(path)
     values = {
         "format": FORMAT,
@@ -61,9 +61,10 @@ def write_conversation(path: Path, system: str, turns: Sequence[SavedTurn]) -> N
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        reason = getattr(error, "strerror", None) or error
         raise ConversationError(
-            f"{path} cannot be written: {error.strerror or error}. Name another file, as in /save chat.json."
+            f"{path} cannot be written: {reason}. Name another file, as in /save chat.json."
         ) from error
 
 
@@ -85,7 +86,7 @@ def read_conversation(path: Path) -> tuple[str, list[SavedTurn]]:
     """
     values = _read_json(path)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise ConversationError(f"{path} is not a conversation saved by moss-jt.")
+        raise ConversationError(f"{path} is not a conversation saved by moss-jt. Name a file that /save wrote.")
     version = values.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise ConversationError(f"{path} has version {version!r}; this program reads up to {VERSION}. Update moss-jt.")
@@ -107,7 +108,10 @@ def _read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise ConversationError(f"{path} does not exist. Name a file that /save wrote.") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
-        raise ConversationError(f"{path} cannot be read as a saved conversation: {error}.") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConversationError(
+            f"{path} cannot be read as a saved conversation: {reason}. Name a file that /save wrote."
+        ) from error
 
 
 def _read_turn(turn: Any, where: str) -> SavedTurn:

@@ -170,6 +170,8 @@ def test_set_shows_and_changes_how_words_are_chosen(chat: Chat, engine: Blocking
         "top_k               40",
         "top_p               0.8",
         "max_new_tokens      512",
+        "greedy              off",  # as it is typed, not False
+        "seed                none",
     ):
         assert line in result.stderr
     config = engine.requests[0].config
@@ -195,6 +197,10 @@ def test_set_shows_and_changes_how_words_are_chosen(chat: Chat, engine: Blocking
         ("/continue", "there is no answer yet: nothing to continue"),
         ("/load missing.json", "missing.json does not exist"),
         ("/load", "last-chat.json does not exist"),
+        # each of these three ended the chat with a traceback
+        ("/save ~nobody-of-this-name/x", "~nobody-of-this-name/x cannot be written: No such file or directory."),
+        (f"/save {'x' * 300}", "cannot be written: File name too long. Name another file"),
+        ("/set seed -1", "seed is -1; it must be 0 or more"),
         ("word " * 3000, "the message has"),
     ],
 )
