@@ -89,9 +89,9 @@ def you() -> str:
     return pick("You: ", "你：")
 
 
-def _continuation(width: int, _line: int, _wrapped: int) -> str:
-    """What stands before the second and later lines of a message."""
-    return "… ".rjust(width)
+def _continuation(width: int, _line: int, wrapped: int) -> str:
+    """What stands before the second and later lines of a message; nothing where only the screen is too narrow."""
+    return ("" if wrapped else "… ").rjust(width)
 
 
 def _open_history(path: Path) -> History:

@@ -250,3 +250,13 @@ def test_a_long_answer_to_a_terminal_keeps_no_control_characters(start: Start) -
     chat.await_prompt()
     chat.type("hi\r")
     chat.see("a[2Jbcd\r\n")
+
+
+def test_a_wrapped_line_does_not_look_like_a_second_one(start: Start) -> None:
+    """The mark of a further line of the message stood where only the screen was too narrow."""
+    chat = start(answers=["Yes.", "Yes."])
+    chat.await_prompt()
+    chat.type("w" * 200 + "\r")
+    assert "…" not in chat.await_prompt()
+    chat.type("first\\\rsecond\r")
+    assert "…" in chat.await_prompt()
