@@ -24,15 +24,15 @@ ROWS = {
     2: "ops ops_grad launch batch cache sampling weights",
     3: "model",
     4: "runner engine generation",
-    5: "chat chat_file load hub pull_plan fetch stored doctor converters",
+    5: "chat load hub pull_plan fetch stored doctor converters",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}
 CONVERTERS_SEE = set((ROWS[0] + " " + ROWS[1]).split()) - {"kernels", "startup"} | {"converters"}
 KERNELS_SEE = set(ROWS[0].split()) | {"packing", "kernels"}
 ONLY_IN = {  # a third-party module -> the parts that may import it
-    "jittor": {"startup", "ops"},
-    "cupy": {"startup", "ops", "kernels", "doctor"},
+    "jittor": {"startup"},
+    "cupy": {"startup", "launch", "kernels"},
     "click": {"cli"},
     "rich": {"cli"},
     "prompt_toolkit": {"cli"},
