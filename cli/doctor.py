@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -51,8 +52,13 @@ def command(*, as_json: bool, deep: bool) -> int:
 
 
 def _show(finding: Finding) -> None:
+    from moss_jt.cli.chat_screen import has_colours
+
     mark, colour = _MARKS[finding.state]
-    click.echo(f"{click.style(mark, fg=colour)} {click.style(finding.title, bold=True)}: {finding.value}")
+    line = f"{mark} {finding.title}: {finding.value}"
+    if has_colours(sys.stdout):
+        line = f"{click.style(mark, fg=colour)} {click.style(finding.title, bold=True)}: {finding.value}"
+    click.echo(line)
     if finding.fix:
         click.echo(f"    → {finding.fix}")
 

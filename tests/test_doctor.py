@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
+import pexpect
 import pytest
 from click.testing import CliRunner
 
@@ -17,6 +19,7 @@ from moss_jt.errors import StartupError
 from moss_jt.language import set_language
 from moss_jt.startup.gpu import Driver, Gpu
 
+ROOT = str(Path(__file__).parent.parent)
 IDS = [
     "python", "python_headers", "compiler", "numpy", "jittor", "jittor_core", "onednn",
     "cuda_driver", "cuda_toolkit", "device", "cupy", "memory", "disk", "cache",
@@ -133,6 +136,17 @@ def test_one_screen_in_two_languages() -> None:
     assert "C++ compiler: g++" in english
     assert "C++ 编译器: g++" in chinese
     assert max(len(english.splitlines()), len(chinese.splitlines())) <= 40
+
+
+def test_no_color_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Escape codes came to a terminal that asked for none."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    cases: list[tuple[dict[str, str], bool]] = [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
+    for variables, coloured in cases:
+        environment = {**os.environ, "PYTHONPATH": ROOT, "TERM": "xterm", **variables}
+        shown = pexpect.run(f"{sys.executable} -m moss_jt.cli doctor", env=environment, timeout=60)
+        assert b"Python headers" in shown
+        assert (b"\x1b[" in shown) is coloured
 
 
 def test_exit_code_follows_health(monkeypatch: pytest.MonkeyPatch) -> None:
