@@ -6,9 +6,11 @@ paste; pasted text is kept whole and sent by Enter.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO
 
@@ -79,9 +81,27 @@ class TerminalInput:
     def read(self) -> str | None:
         """The next message."""
         try:
-            return self._session.prompt([("bold ansicyan", you())])
+            with _leaving_on_sigterm():
+                return self._session.prompt([("bold ansicyan", you())])
         except EOFError:
             return None
+
+
+@contextlib.contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """While a message is typed, leave by an exception, so that the terminal is not left without echo."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def you() -> str:

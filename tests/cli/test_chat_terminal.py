@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import stat
+import termios
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import pexpect
 import pytest
 import scripted_model
 from terminal import CTRL_C, CTRL_D, ESC, PASTE, UP, Terminal
@@ -260,3 +263,16 @@ def test_a_wrapped_line_does_not_look_like_a_second_one(start: Start) -> None:
     assert "…" not in chat.await_prompt()
     chat.type("first\\\rsecond\r")
     assert "…" in chat.await_prompt()
+
+
+def test_a_chat_that_is_ended_from_outside_leaves_the_terminal_as_it_was(start: Start) -> None:
+    """SIGTERM while a message was typed left a terminal that shows nothing of what is typed into it."""
+    chat = start(answers=[])
+    before = termios.tcgetattr(chat.child.child_fd)[3]
+    chat.await_prompt()
+    chat.see("You: ")
+    chat.child.kill(signal.SIGTERM)
+    chat.child.expect(pexpect.EOF)
+    assert termios.tcgetattr(chat.child.child_fd)[3] == before
+    chat.child.close()
+    assert chat.child.exitstatus == 128 + signal.SIGTERM
