@@ -25,10 +25,11 @@ if TYPE_CHECKING:
         "Continue one prompt, as it is: no system prompt, no tags.\n\n"
         "The text streams to stdout, or one JSON object at the end with --json. It stops at the end markers that "
         "the model's files name.\n\n"
-        'Example: moss-jt generate --model DIR --markers --prompt "<|Human|>: Hello<eoh>\\n<|MOSS|>:"\n\n'
+        "\b\nExample: moss-jt generate --model DIR --markers --prompt $'<|Human|>: Hello<eoh>\\n<|MOSS|>:'\n\n"
         "Example: moss-jt generate --model DIR --ids 1,2,3 --greedy --json",
         "按原样续写一段提示词：不加系统提示和标签。\n\n"
         "文本流式输出到 stdout；用 --json 则在结束时输出一个 JSON 对象。遇到模型文件中指定的结束标记即停止。\n\n"
+        "\b\n例如：moss-jt generate --model DIR --markers --prompt $'<|Human|>: 你好<eoh>\\n<|MOSS|>:'\n\n"
         "例如：moss-jt generate --model DIR --ids 1,2,3 --greedy --json",
     )
 )

@@ -26,7 +26,7 @@ def model_options(*, model_required: bool) -> Callable[[F], F]:
             metavar=pick("DIR|NAME", "目录|名称"),
             help=pick(
                 "Folder of a model, native or Hugging Face, or the name of a stored one.",
-                "模型目录（本机格式或 Hugging Face 格式），或已保存模型的名称。",
+                "模型目录（本程序格式或 Hugging Face 格式），或已保存模型的名称。",
             ),
         ),
         click.option(
@@ -42,8 +42,8 @@ def model_options(*, model_required: bool) -> Callable[[F], F]:
             default="fast",
             show_default=True,
             help=pick(
-                "exact: float32 throughout; fast: smaller cache, faster arithmetic.",
-                "exact：全程 float32；fast：缓存更小、计算更快。",
+                "exact: float32 throughout; fast: keys and values cached in float16.",
+                "exact：全程 float32；fast：键值缓存用 float16。",
             ),
         ),
     )
