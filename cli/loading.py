@@ -48,8 +48,10 @@ def _practice_model(screen: Screen) -> Path:
     folder = paths.models_dir() / PRACTICE_MODEL
     if not is_native(folder):
         from moss_jt.converters.synth import preset_config, synthesize
+        from moss_jt.load import writing_own_folder
 
-        synthesize(preset_config("tiny"), folder, resume=True, progress=screen.progress())
+        with writing_own_folder():
+            synthesize(preset_config("tiny"), folder, resume=True, progress=screen.progress())
     screen.note(
         pick(
             "No --model was given: this is a tiny model of random weights, and its answers are random. "

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from numbers import Integral
 from pathlib import Path
 from typing import Literal, get_args
 
 from moss_jt import launch, paths
 from moss_jt.checkpoint import Checkpoint, is_native
-from moss_jt.errors import CheckpointError, ConfigError
+from moss_jt.errors import CheckpointError, ConfigError, DiskError
 from moss_jt.progress import Progress, Quiet
 from moss_jt.runner import Compute, Model
 from moss_jt.tokenizer import TOKENIZER_FILES
@@ -76,9 +78,21 @@ def native_folder(path: Path, progress: Progress) -> Path:
         _log.warning(
             "%s is in the Hugging Face format: converting it once to %s (about %.1f GB).", path, target, size / 1e9
         )
-        hf2jittor(path, target, resume=True, progress=progress)
+        with writing_own_folder():
+            hf2jittor(path, target, resume=True, progress=progress)
     _renew_tokenizer(path, target)
     return target
+
+
+@contextlib.contextmanager
+def writing_own_folder() -> Iterator[None]:
+    """Add to an error of the disk where to, since nobody named this place."""
+    try:
+        yield
+    except DiskError as error:
+        raise DiskError(
+            f"{error} It is where moss-jt keeps its own files; {paths.HOME_VARIABLE} names another place."
+        ) from error
 
 
 def _renew_tokenizer(path: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import moss_jt
 from moss_jt import paths
 from moss_jt.batch import single_batch
-from moss_jt.errors import CheckpointError, ConfigError, ShapeError
+from moss_jt.errors import CheckpointError, ConfigError, DiskError, ShapeError
 from moss_jt.runner import Model
 
 Load = Callable[[str], Model]
@@ -37,6 +37,13 @@ def test_a_hugging_face_folder_is_converted_once(
     assert not caplog.text
     assert [path.name for path in (paths.models_dir() / "converted").iterdir()] == [model.path.name]
     assert not list(source.glob("*.partial"))
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_the_variable(golden: Path, own_home: Path) -> None:
+    """The advice was to give another folder, and nobody had given one."""
+    (own_home / "models").write_text("in the way")
+    with pytest.raises(DiskError, match=r"models.* cannot be written: .* MOSS_JT_HOME names another place"):
+        moss_jt.load_model(golden / "tiny-fp" / "safetensors-fp16")
 
 
 def test_a_changed_folder_is_converted_again(golden: Path, tmp_path: Path, jittor: Any) -> None:

@@ -165,8 +165,9 @@ class ChatSession:
         if len(ids) >= room:
             raise ConversationError(
                 pick(
-                    f"the system prompt has {len(ids)} tokens; at most {room - 1} fit into this model. Shorten it.",
-                    f"系统提示有 {len(ids)} 个词元，此模型最多容纳 {room - 1} 个，请缩短。",
+                    f"the system prompt has {len(ids)} tokens; at most {room - 1} fit into this model. "
+                    "Give a shorter one, or none.",
+                    f"系统提示有 {len(ids)} 个词元，此模型最多容纳 {room - 1} 个。请缩短，或不用系统提示。",
                 )
             )
         self._system, self._system_ids = text, ids
