@@ -29,7 +29,6 @@ from moss_jt.batch import Batch
 from moss_jt.config import GenerationConfig
 from moss_jt.errors import CheckpointError, ConfigError, KernelError
 from moss_jt.runner import Model
-from moss_jt.tokenizer import TextStream
 
 Reason = Literal["stop", "length", "time", "cancelled"]
 
@@ -99,12 +98,10 @@ class _Task:
     request: Request
     tokens: list[int]  # prompt and answer
     seed: int
-    stream: TextStream | None
     submitted: float
     slot: int | None = None
     reused: int = 0
     first_token_at: float | None = None
-    text: str = ""
     cancelled: bool = False
 
     @property
@@ -164,7 +161,7 @@ class Engine:
         # Which slots are free follows from these two, so that an interrupt can nowhere lose one.
         self._tasks: dict[int, _Task] = {}  # by id, which is by age
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self._events: list[Event] = []  # not given yet
+        self._events: dict[tuple[int, str, int], Event] = {}  # not given yet; what is told again is told once
         self._slots = range(slots)
         self._next = 0
         self._in_pass: list[_Task] = []
@@ -187,9 +184,8 @@ class Engine:
         self._check(request)
         number = self._next
         self._next += 1
-        stream = self.model.tokenizer.stream() if request.config.stop_strings else None
         seed = secrets.randbits(63) if request.config.seed is None else request.config.seed
-        self._tasks[number] = _Task(number, request, list(request.ids), seed, stream, time.perf_counter())
+        self._tasks[number] = _Task(number, request, list(request.ids), seed, time.perf_counter())
         return number
 
     def cancel(self, request: int) -> None:
@@ -216,8 +212,9 @@ class Engine:
         rows = self._choose_rows()
         if rows:
             self._pass(rows)
-        events, self._events = self._events, []
-        return events
+            self._end_some()
+        events, self._events = self._events, {}
+        return list(events.values())
 
     def stats(self) -> dict[str, float | int | str]:
         """Counts and rates since the start, and what the cache holds.
@@ -255,13 +252,11 @@ class Engine:
             raise _BrokenOff
 
     def _end_some(self) -> None:
-        """Finish what was cancelled or has run out of time."""
+        """Finish what has come to an end; that shows in the request itself, so nobody needs to remember it."""
         for task in list(self._tasks.values()):
-            limit = task.request.config.max_time
-            if task.cancelled:
-                self._finish(task, "cancelled")
-            elif limit is not None and time.perf_counter() - task.submitted > limit:
-                self._finish(task, "time")
+            reason = self._reason_to_stop(task)
+            if reason is not None:
+                self._finish(task, reason)
 
     def _admit(self) -> None:
         """Give waiting requests a slot each, oldest first, as long as there are any."""
@@ -286,7 +281,7 @@ class Engine:
                 task.reused = 0
                 task.slot = free.pop()
             answering.add(name)
-            self._events.append(PrefillEvent(task.id, task.reused, len(task.request.ids), task.reused))
+            self._tell_prefill(task, task.reused)
 
     def _free_slots(self) -> list[int]:
         """Slots that neither a request nor a kept conversation has, emptied."""
@@ -349,7 +344,6 @@ class Engine:
         try:
             logits = self.runner.forward(_flatten(rows, self.runner.cache.length))
         except _BrokenOff:
-            self._end_some()
             return
         finally:
             self._in_pass = []
@@ -378,28 +372,36 @@ class Engine:
         """Take up the result of a pass for one request."""
         task = row.task
         if not task.new_tokens:
-            done = self.runner.cache.length(row.slot)
-            self._events.append(PrefillEvent(task.id, done, len(task.request.ids), task.reused))
+            self._tell_prefill(task, self.runner.cache.length(row.slot))
         if picked is None:
             return
         task.first_token_at = task.first_token_at or time.perf_counter()
+        self._events[task.id, "token", len(task.tokens)] = TokenEvent(task.id, *picked)
         task.tokens.append(picked[0])
-        self._events.append(TokenEvent(task.id, *picked))
-        reason = self._reason_to_stop(task, picked[0])
-        if reason is not None:
-            self._finish(task, reason)
 
-    def _reason_to_stop(self, task: _Task, token: int) -> Reason | None:
-        config = task.request.config
-        if token in config.stop_ids:
+    def _tell_prefill(self, task: _Task, done: int) -> None:
+        self._events[task.id, "prefill", done] = PrefillEvent(task.id, done, len(task.request.ids), task.reused)
+
+    def _reason_to_stop(self, task: _Task) -> Reason | None:
+        config, new = task.request.config, task.new_tokens
+        if new and (task.tokens[-1] in config.stop_ids or self._has_stop_string(task)):
             return "stop"
-        if task.stream is not None:
-            task.text += task.stream.push(token)
-            if any(stop in task.text for stop in config.stop_strings):
-                return "stop"
-        if task.new_tokens >= config.max_new_tokens or len(task.tokens) >= self.context_size:
+        if new >= config.max_new_tokens or len(task.tokens) >= max(self.context_size, len(task.request.ids) + 1):
             return "length"
+        if task.cancelled:
+            return "cancelled"
+        if config.max_time is not None and time.perf_counter() - task.submitted > config.max_time:
+            return "time"
         return None
+
+    def _has_stop_string(self, task: _Task) -> bool:
+        """Whether the end of the answer holds one; what came before it was looked at before."""
+        stops = task.request.config.stop_strings
+        if not stops:
+            return False
+        reach = 4 * max(map(len, stops)) + 4  # tokens; a character is four bytes at most, and a token one at least
+        text = self.model.tokenizer.decode(task.tokens[-min(task.new_tokens, reach) :])
+        return any(stop in text for stop in stops)
 
     def _finish(self, task: _Task, reason: Reason) -> None:
         now = time.perf_counter()
@@ -408,7 +410,8 @@ class Engine:
         name, slot = task.request.conversation, task.slot
         if name is not None and slot is not None:
             self._kept[name] = _Kept(slot, task.tokens[: self.runner.cache.length(slot)])
-        self._events.append(FinishedEvent(task.id, reason, prompt, task.reused, task.new_tokens, *times))
+        over = FinishedEvent(task.id, reason, prompt, task.reused, task.new_tokens, *times)
+        self._events[task.id, "finished", 0] = over
         del self._tasks[task.id]
         if name is None and slot is not None:
             self.runner.cache.release(slot)

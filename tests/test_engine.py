@@ -9,7 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -239,7 +239,7 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_no_trace(model: Model) -> None:
     events: list[Event] = []
     line, struck = 0, 0
     while engine.busy:
-        line = (line + 3) % 500
+        line = (line + 3) % 150
         with _struck_at(line):
             try:
                 events += engine.step()
@@ -254,13 +254,37 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_no_trace(model: Model) -> None:
     assert engine.stats()["cached_tokens"] == 0
 
 
+def test_ctrl_c_at_each_line_of_the_last_step_ends_a_request_once(model: Model) -> None:
+    """Struck between two lines, it went on past its last token, or was told twice that it had ended.
+
+    What is lost is what the step was about to return.
+    """
+    want = alone(model, (5, 6), replace(GREEDY, max_new_tokens=1))
+    told: list[bool] = []
+    struck = True
+    while struck:
+        engine = Engine(model)
+        number = engine.submit(Request((5, 6), replace(GREEDY, max_new_tokens=1)))
+        events: list[Event] = []
+        with _struck_at(len(told) + 1), suppress(KeyboardInterrupt):
+            events += engine.step()
+            struck = False
+        events += drain(engine)
+        told.append(bool(events))
+        if events:
+            assert tokens_of(events, number) == want
+            assert finished(events, number).reason == "length"
+    assert len(told) > 50
+    assert told.count(False) == 1
+
+
 @contextmanager
 def _struck_at(line: int) -> Iterator[None]:
-    """KeyboardInterrupt at the n-th line that the package executes, once."""
+    """KeyboardInterrupt at the n-th line that the engine or its cache executes, once."""
     left = line
 
     def trace(frame: FrameType, _event: str, _value: object) -> Any:
-        return count if "moss_jt" in frame.f_code.co_filename else None
+        return count if frame.f_code.co_filename.endswith(("moss_jt/engine.py", "moss_jt/cache.py")) else None
 
     def count(_frame: FrameType, event: str, _value: object) -> Any:
         nonlocal left
