@@ -8,7 +8,7 @@ which is the same file with one more key, "moss_jt".
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -24,10 +24,10 @@ FORMAT_NAME = "moss-jt"
 FORMAT_VERSION = 1
 QKV_SLICES = 4  # qkv_proj's rows come in this many equal slices, each query, value, key
 
-_KINDS = (  # of GenerationConfig's fields
-    (Integral, "a whole number", ("top_k", "max_new_tokens", "seed")),
-    (Real, "a number", ("temperature", "top_p", "repetition_penalty", "max_time")),
-    (Iterable, "a list", ("stop_ids", "stop_strings")),
+_KINDS: tuple[tuple[type, str, Callable[[Any], object], tuple[str, ...]], ...] = (  # of GenerationConfig's fields
+    (Integral, "a whole number", int, ("top_k", "max_new_tokens", "seed")),
+    (Real, "a number", float, ("temperature", "top_p", "repetition_penalty", "max_time")),
+    (Iterable, "a list", tuple, ("stop_ids", "stop_strings")),
 )
 _ALIASES = {
     "max_position_embeddings": "n_positions",
@@ -238,9 +238,7 @@ class GenerationConfig:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._check_kinds()
-        object.__setattr__(self, "stop_ids", tuple(int(i) for i in self.stop_ids))
-        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        self._make_plain()
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature is {self.temperature}; it must be a finite number, 0 (greedy) or more.")
         if self.top_k < 0:
@@ -258,18 +256,23 @@ class GenerationConfig:
         if "" in self.stop_strings:
             raise ConfigError("an empty stop string would end every answer at once; leave it out.")
 
-    def _check_kinds(self) -> None:
-        """Whole numbers, numbers and lists, also where the caller's types were never checked."""
-        for kind, words, names in _KINDS:
+    def _make_plain(self) -> None:
+        """Check the kind of each value, since nobody may have checked the types; numpy's become Python's."""
+        if isinstance(self.stop_strings, str):
+            raise ConfigError(f"stop_strings is {self.stop_strings!r}; it must be a list of texts.")
+        for kind, words, make, names in _KINDS:
             for name in names:
                 value = getattr(self, name)
-                optional = value is None and name in ("seed", "max_time")
-                if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
+                if value is None and name in ("seed", "max_time"):
+                    continue
+                if not isinstance(value, kind) or isinstance(value, bool):
                     raise ConfigError(f"{name} is {value!r}; it must be {words}.")
-        if isinstance(self.stop_strings, str) or not all(isinstance(text, str) for text in self.stop_strings):
+                object.__setattr__(self, name, make(value))
+        if not all(isinstance(text, str) for text in self.stop_strings):
             raise ConfigError(f"stop_strings is {self.stop_strings!r}; it must be a list of texts.")
         if not all(isinstance(number, Integral) for number in self.stop_ids):
             raise ConfigError(f"stop_ids is {self.stop_ids!r}; it must be a list of token ids.")
+        object.__setattr__(self, "stop_ids", tuple(int(number) for number in self.stop_ids))
 
     @property
     def greedy(self) -> bool:

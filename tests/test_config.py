@@ -25,7 +25,7 @@ from moss_jt.errors import ConfigError
         ({"temperature": float("nan")}, "temperature is nan; it must be a finite number"),
         ({"temperature": float("inf")}, "temperature is inf; it must be a finite number"),
         ({"top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0.0; it must be above 0"),
         ({"max_time": "1"}, "max_time is '1'; it must be a number"),
         ({"stop_ids": 5}, "stop_ids is 5; it must be a list"),
         ({"stop_ids": [1.5]}, "it must be a list of token ids"),
@@ -47,5 +47,6 @@ def test_numbers_of_numpy_are_numbers() -> None:
         temperature=np.float32(0.5),  # type: ignore[arg-type]
         stop_ids=np.array([1, 2]),  # type: ignore[arg-type]
     )
-    assert config.stop_ids == (1, 2)
-    assert config.temperature == 0.5
+    assert [type(value) for value in (config.seed, config.top_k, config.temperature)] == [int, int, float]
+    assert config == GenerationConfig(seed=4, top_k=2, temperature=0.5, stop_ids=(1, 2))
+    assert hash(config) == hash(GenerationConfig(seed=4, top_k=2, temperature=0.5, stop_ids=(1, 2)))
