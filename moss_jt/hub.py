@@ -39,9 +39,13 @@ def resolve_model(name_or_path: str | os.PathLike[str], *, progress: Progress | 
     """
     text = os.fspath(name_or_path)
     folder = paths.expand(text)
-    if folder.is_dir():
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:  # no permission, or too long a name
+        raise HubError(f"{text} cannot be looked at: {error.strerror}. Check the path and its permissions.") from error
+    if is_folder:
         return folder
-    if folder.exists():
+    if exists:
         raise HubError(f"{text} is a file; what is wanted is the folder that holds config.json and the weights.")
     if not stored.is_model_name(text):
         raise HubError(f"there is no folder {text}. Check the path; `moss-jt models list` tells what is stored.")

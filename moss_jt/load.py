@@ -62,11 +62,17 @@ def native_folder(path: Path, progress: Progress) -> Path:
     Raises:
         CheckpointError: there is no model.
     """
-    if not path.is_dir():
+    try:
+        is_folder, has_config = path.is_dir(), (path / "config.json").is_file()
+    except OSError as error:  # no permission, or too long a name
+        raise CheckpointError(
+            f"{path} cannot be looked at: {error.strerror}. Check the path and its rights."
+        ) from error
+    if not is_folder:
         raise CheckpointError(f"{path} is not a folder. Give the folder of a model, with its config.json.")
     if is_native(path):
         return path
-    if not (path / "config.json").is_file():
+    if not has_config:
         raise CheckpointError(
             f"{path} has no config.json, so it is not the folder of a model. Give the folder with config.json and weights."
         )

@@ -277,6 +277,8 @@ def test_resolve(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "file.bin").write_bytes(b"")
     with pytest.raises(HubError, match=r"file\.bin is a file; what is wanted is the folder"):
         resolve_model(tmp_path / "file.bin")
+    with pytest.raises(HubError, match=r"xxx cannot be looked at: File name too long\. Check the path"):
+        resolve_model("x" * 300)  # was a bare OSError
     with pytest.raises(HubError, match=r"there is no folder \./absent/model/here"):
         resolve_model("./absent/model/here")
 

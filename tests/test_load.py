@@ -91,6 +91,8 @@ def test_arguments_are_checked(golden: Path, options: dict[str, Any], words: str
 def test_no_model_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a folder"):
         moss_jt.load_model(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"xxx cannot be looked at: File name too long\. Check the path"):
+        moss_jt.load_model("x" * 300)  # was a bare OSError
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         moss_jt.load_model(tmp_path)
 
