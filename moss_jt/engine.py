@@ -242,7 +242,10 @@ class Engine:
             )
         wrong = [i for i in request.ids if not 0 <= i < self.model.config.vocab_size]
         if wrong:
-            raise ConfigError(f"token id {wrong[0]} is outside the vocabulary of {self.model.config.vocab_size}.")
+            raise ConfigError(
+                f"token id {wrong[0]} is outside the vocabulary of {self.model.config.vocab_size}. "
+                "Is the tokenizer that of another model?"
+            )
         if request.config.stop_strings and not self.model.has_tokenizer:
             raise ConfigError(f"{self.model.path} has no tokenizer, so stop strings cannot be found. Use stop_ids.")
 

@@ -127,7 +127,10 @@ class Model:
         real = table[mask]
         if real.size and (real.min() < 0 or real.max() >= self.config.vocab_size):
             wrong = real[(real < 0) | (real >= self.config.vocab_size)][0]
-            raise ShapeError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}.")
+            raise ShapeError(
+                f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}. "
+                "Is the tokenizer that of another model?"
+            )
         longest = int(mask.sum(axis=1).max(initial=0))
         if longest > self.config.n_positions:
             raise ShapeError(
