@@ -47,7 +47,8 @@ def state_dict() -> dict[str, Any]:
         module = torch.nn.Linear(3, 2)
         module.weight.copy_(torch.arange(6.0).reshape(2, 3))
         module.bias.copy_(torch.tensor([-1.0, 1.0]))
-    return module.state_dict()
+    state: dict[str, Any] = module.state_dict()
+    return state
 
 
 def main() -> None:
