@@ -16,7 +16,7 @@ from moss_jt.language import pick
 if TYPE_CHECKING:
     from moss_jt.cli.chat_screen import Screen
     from moss_jt.config import GenerationConfig
-    from moss_jt.engine import FinishedEvent
+    from moss_jt.messages import FinishedEvent
     from moss_jt.runner import Model
 
 
@@ -157,7 +157,8 @@ class _Reader:
 
 def _run(model: Model, ids: list[int], config: GenerationConfig, reader: _Reader, screen: Screen) -> FinishedEvent:
     """Drive an engine through one request."""
-    from moss_jt.engine import Engine, FinishedEvent, PrefillEvent, Request, TokenEvent
+    from moss_jt.engine import Engine
+    from moss_jt.messages import FinishedEvent, PrefillEvent, Request, TokenEvent
 
     engine = Engine(model)
     engine.submit(Request(tuple(ids), config))

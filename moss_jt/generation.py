@@ -8,8 +8,9 @@ from operator import index
 from typing import SupportsIndex
 
 from moss_jt.config import GenerationConfig
-from moss_jt.engine import Engine, FinishedEvent, Request, TokenEvent
+from moss_jt.engine import Engine
 from moss_jt.errors import ShapeError
+from moss_jt.messages import FinishedEvent, Request, TokenEvent
 from moss_jt.runner import Model
 
 

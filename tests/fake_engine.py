@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from moss_jt.engine import Event, FinishedEvent, PrefillEvent, Reason, Request, TokenEvent
+from moss_jt.messages import Event, FinishedEvent, PrefillEvent, Reason, Request, TokenEvent
 
 
 class FakeEngine:

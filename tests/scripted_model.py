@@ -17,7 +17,7 @@ from typing import Any
 from fake_engine import FakeEngine
 
 from moss_jt.config import MossConfig
-from moss_jt.engine import Event
+from moss_jt.messages import Event
 from moss_jt.tokenizer import load_tokenizer
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer" / "c-addedtoken-specials"

@@ -287,7 +287,7 @@ def test_two_answers_at_once_are_refused(tokenizer: Tokenizer) -> None:
 
 
 def test_events_of_other_requests_are_passed_over(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moss_jt.engine import FinishedEvent, TokenEvent
+    from moss_jt.messages import FinishedEvent, TokenEvent
 
     session, engine = make(tokenizer, "one")
     step = engine.step

@@ -20,10 +20,11 @@ import pytest
 
 from moss_jt.batch import Batch
 from moss_jt.config import GenerationConfig
-from moss_jt.engine import Engine, Event, FinishedEvent, PrefillEvent, Request, TokenEvent
+from moss_jt.engine import Engine
 from moss_jt.errors import CheckpointError, ConfigError, KernelError, ShapeError
 from moss_jt.generation import generate
 from moss_jt.load import load_model
+from moss_jt.messages import Event, FinishedEvent, PrefillEvent, Request, TokenEvent
 from moss_jt.runner import PASS_TOKENS, Floats, Model
 
 Load = Callable[[str], Model]

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("converters", "kernels", "cli")
 ROWS = {
-    0: "config layout errors progress language paths",
+    0: "config messages layout errors progress language paths",
     1: "checked_file safetensors_file checkpoint packing tokenizer template kernels startup",
     2: "ops ops_grad launch batch cache sampling weights",
     3: "model",

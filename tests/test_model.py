@@ -14,10 +14,11 @@ from moss_jt.batch import Batch, single_batch
 from moss_jt.cache import BLOCK
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import GenerationConfig, MossConfig
-from moss_jt.engine import Engine, FinishedEvent, Request, TokenEvent
+from moss_jt.engine import Engine
 from moss_jt.generation import generate
 from moss_jt.launch import Buffer
 from moss_jt.layout import RowsLayout
+from moss_jt.messages import FinishedEvent, Request, TokenEvent
 from moss_jt.model import Moss
 from moss_jt.ops import InferenceOps, rotary_table
 from moss_jt.runner import Model, Runner

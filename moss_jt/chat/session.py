@@ -22,9 +22,9 @@ from moss_jt.chat.reader import AnswerReader
 from moss_jt.chat.saved import SavedTurn, read_conversation, write_conversation
 from moss_jt.chat.turns import ChatTurn, Pass, flat
 from moss_jt.config import GenerationConfig
-from moss_jt.engine import FinishedEvent, PrefillEvent, Request, TokenEvent
 from moss_jt.errors import ConversationError
 from moss_jt.language import pick
+from moss_jt.messages import FinishedEvent, PrefillEvent, Request, TokenEvent
 from moss_jt.template import system_prompt
 
 if TYPE_CHECKING:
