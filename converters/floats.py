@@ -23,6 +23,8 @@ _EXPONENT: dict[str, int] = {
     "float64": 0x7FF0000000000000,
 }
 
+_CHECKED_AT_ONCE = 1 << 17  # numbers: they stay in the cache between two passes
+
 Bits = npt.NDArray[Any]
 
 
@@ -33,13 +35,14 @@ def bits_of(raw: npt.NDArray[Any], dtype: str) -> Bits:
 
 def first_not_finite(bits: Bits, dtype: str) -> int | None:
     """The index of the first NaN or infinity, None if all numbers are finite."""
-    if not bits.size:
-        return None
     mask = bits.dtype.type(_EXPONENT[dtype])
-    exponents = bits & mask
-    if exponents.max() != mask:
-        return None
-    return int(np.argmax(exponents == mask))
+    exponents = np.empty(min(_CHECKED_AT_ONCE, bits.size), dtype=bits.dtype)
+    for start in range(0, bits.size, _CHECKED_AT_ONCE):
+        some = bits[start : start + _CHECKED_AT_ONCE]
+        found = np.bitwise_and(some, mask, out=exponents[: some.size])
+        if found.max() == mask:
+            return start + int(np.argmax(found == mask))
+    return None
 
 
 def cast_bits(bits: Bits, source: str, target: FloatType) -> Bits:

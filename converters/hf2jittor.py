@@ -19,7 +19,7 @@ from moss_jt.config import FloatType, MossConfig
 from moss_jt.converters.journal import Workplace, copy_small_files
 from moss_jt.converters.names import source_names
 from moss_jt.converters.native_plan import KIND, Options, make_plan
-from moss_jt.converters.native_tensors import make_native
+from moss_jt.converters.native_tensors import NativeMaker
 from moss_jt.converters.output import TensorWriter, check_room, finish, verify_done
 from moss_jt.converters.plan import Plan, PlannedTensor
 from moss_jt.converters.shelf import Arrive, Shelf, check_deletable
@@ -188,11 +188,14 @@ def _write(
         with TensorWriter(workplace, plan, done, progress) as writer:
             if using_up:
                 using_up.before_start(writer)
-            for name in pending:
+            maker = NativeMaker()
+            for name, after in zip(pending, [*pending[1:], None], strict=True):
                 layout = layout_of(places[name][1])
                 _bring(shelf, plan, name, layout)
                 check_no_hole(shelf, noted, source_names(name, quantized=isinstance(layout, TileLayout)))
-                writer.put(name, make_native(shelf.source, name, layout))
+                if after is not None:
+                    _expect(shelf, after)
+                writer.put(name, maker.make(shelf.source, name, layout))
                 if using_up:
                     using_up.after(name, writer)
     except CheckpointError:
@@ -201,6 +204,14 @@ def _write(
         raise
     finally:
         progress.end()
+
+
+def _expect(shelf: Shelf, name: str) -> None:
+    """Let the system read the source tensors of one of ours ahead, as far as they are there."""
+    for quantized in (False, True):
+        for source_name in source_names(name, quantized=quantized):
+            if source_name in shelf.source.tensors:
+                shelf.source.expect(source_name)
 
 
 def _is_complete(shelf: Shelf, plan: Plan) -> bool:

@@ -123,6 +123,12 @@ class Source:
         self.read_into(name, start, out)
         return out.data
 
+    def expect(self, name: str) -> None:
+        """Let the system read a tensor ahead, because it will be asked for soon."""
+        stored = self._find(name)
+        if stored.contiguous:
+            self._open[self.tensors[name].file].expect(stored.start, stored.nbytes)
+
     def place(self, name: str) -> tuple[int, int] | None:
         """Where a tensor lies in its file, (start, bytes); None for one that is stored as a view."""
         stored = self._find(name)

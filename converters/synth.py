@@ -27,7 +27,7 @@ from moss_jt.converters.survey import wanted_tensors
 from moss_jt.converters.torch_writer import write_torch_file
 from moss_jt.errors import ConfigError
 from moss_jt.layout import Layout, PlainLayout, RowsLayout, TileLayout
-from moss_jt.packing import pack_gptq, tile_layout
+from moss_jt.packing import pack_gptq_pieces, tile_layout
 from moss_jt.progress import Progress, Quiet
 
 Preset = Literal["moss-moon-003", "tiny"]
@@ -183,7 +183,7 @@ def _write_native(
 
 def _native_pieces(weights: RandomWeights, name: str, layout: Layout) -> Pieces:
     if isinstance(layout, TileLayout):
-        yield pack_gptq(weights.gptq(name), layout)
+        yield from pack_gptq_pieces(weights.gptq(name), layout)
         return
     written = 0
     for piece in weights.floats(name):

@@ -74,6 +74,11 @@ class CheckedFile:
             os.close(self._fd)
             self._fd = -1
 
+    def expect(self, start: int, count: int) -> None:
+        """Let the system read ahead; a hint, without any effect on what is read."""
+        if self._fd >= 0:
+            os.posix_fadvise(self._fd, start, count, os.POSIX_FADV_WILLNEED)
+
     def read_into(self, start: int, out: memoryview) -> None:
         """Fill `out`, a flat view of bytes, from offset `start` on.
 

@@ -10,6 +10,7 @@ where the inputs are not permuted and the plain way, some rows at a time, where 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 
 _WORDS_AT_ONCE = 1 << 16  # 256 KiB: the nibble shuffle's working set stays in the L2 cache
+_PIECE_BYTES = 1 << 24
 _CODES_AT_ONCE = 1 << 24  # 16 MiB: codes spread to bytes at a time on the plain way
 
 
@@ -183,20 +185,29 @@ def pack_gptq(words: GptqMatrix, layout: TileLayout) -> Bytes:
     Returns:
         (layout.nbytes,) uint8, the same as `pack` gives of the same matrix.
     """
-    blob = np.zeros(layout.nbytes, dtype=np.uint8)
-    tiles = _tiles(blob, layout)
-    if layout.permuted:
-        perm = input_order(layout, words.g_idx)
-        step = _tiles_at_once(layout)
-        for first in range(0, layout.n_tiles, step):
-            rows = slice(first * TILE_ROWS, (first + step) * TILE_ROWS)
-            moved = _to_positions(words.qweight[:, rows], perm, layout.bits)
-            _words_to_tiles(moved, layout, tiles[first : first + step])
-        _write_perm(blob, layout, perm)
-    else:
-        _words_to_tiles(words.qweight, layout, tiles)
-    _pack_scales_zeros(words.scales, gptq_zeros(words.qzeros, layout.bits), layout, tiles)
-    return blob
+    return np.concatenate(list(pack_gptq_pieces(words, layout)))
+
+
+def pack_gptq_pieces(words: GptqMatrix, layout: TileLayout) -> Iterator[Bytes]:
+    """Make the tile16 blob piece by piece: new arrays of at most 16 MiB (or one tile), in order."""
+    perm = input_order(layout, words.g_idx) if layout.permuted else None
+    step = max(1, _PIECE_BYTES // layout.tile_bytes)
+    for first in range(0, layout.n_tiles, step):
+        count = min(step, layout.n_tiles - first)
+        rows = slice(first * TILE_ROWS, (first + count) * TILE_ROWS)
+        tiles = np.zeros((count, layout.tile_bytes), dtype=np.uint8)
+        qweight = words.qweight[:, rows]
+        if perm is not None:
+            qweight = _to_positions(qweight, perm, layout.bits)
+        _words_to_tiles(qweight, layout, tiles)
+        qzeros = words.qzeros[:, first * TILE_ROWS // layout.block : (first + count) * TILE_ROWS // layout.block]
+        _pack_scales_zeros(words.scales[:, rows], gptq_zeros(qzeros, layout.bits), layout, tiles)
+        yield tiles.reshape(-1)
+    rest = np.zeros(layout.nbytes - layout.perm_offset, dtype=np.uint8)
+    if perm is not None:
+        rest[: 4 * layout.padded_in] = perm.astype("<i4").view(np.uint8)
+    if len(rest):
+        yield rest
 
 
 def unpack_gptq(blob: Bytes, layout: TileLayout) -> GptqMatrix:
@@ -344,20 +355,20 @@ def _unpack_codes(tiles: Bytes, perm: Array, layout: TileLayout, codes: Bytes) -
 
 
 def _pack_scales_zeros(scales: Array, zeros: Array, layout: TileLayout, tiles: Bytes) -> None:
-    """Scales and zeros, both (G, N), into their sections."""
-    n, g = layout.shape[0], layout.n_groups
-    padded_scales = np.zeros((g, layout.n_tiles * TILE_ROWS), dtype="<f2")
+    """Scales and zeros, both (G, rows), into their sections."""
+    n, g = scales.shape[1], layout.n_groups
+    padded_scales = np.zeros((g, len(tiles) * TILE_ROWS), dtype="<f2")
     padded_scales[:, :n] = scales
-    padded_zeros = np.zeros((g, layout.n_tiles * TILE_ROWS), dtype=np.uint8)
+    padded_zeros = np.zeros((g, len(tiles) * TILE_ROWS), dtype=np.uint8)
     padded_zeros[:, :n] = zeros
     by_tile = np.ascontiguousarray(padded_scales.reshape(g, -1, TILE_ROWS).transpose(1, 0, 2))
     start = layout.code_bytes
-    tiles[:, start : start + g * TILE_ROWS * 2] = by_tile.view(np.uint8).reshape(layout.n_tiles, -1)
+    tiles[:, start : start + g * TILE_ROWS * 2] = by_tile.view(np.uint8).reshape(len(tiles), -1)
     zero_tiles: Array = padded_zeros.reshape(g, -1, TILE_ROWS).transpose(1, 0, 2)
     if layout.bits == 4:
         zero_tiles = zero_tiles[..., :8] | zero_tiles[..., 8:] << 4
     start += layout.scale_bytes
-    tiles[:, start : start + g * TILE_ROWS * layout.bits // 8] = zero_tiles.reshape(layout.n_tiles, -1)
+    tiles[:, start : start + g * TILE_ROWS * layout.bits // 8] = zero_tiles.reshape(len(tiles), -1)
 
 
 def _unpack_scales_zeros(layout: TileLayout, tiles: Bytes) -> tuple[npt.NDArray[np.float16], Bytes]:
@@ -389,7 +400,7 @@ def _groups_of(perm: Array, layout: TileLayout) -> npt.NDArray[np.int32]:
 def _words_to_tiles(qweight: Array, layout: TileLayout, tiles: Bytes) -> None:
     """GPTQ words (blocks, N) into the code sections, four bytes at a time."""
     n = qweight.shape[1]
-    words = np.ascontiguousarray(qweight).view(np.uint32)
+    words = qweight.view(np.uint32)
     target = tiles[:, : layout.code_bytes].view(np.uint32).reshape(len(tiles), -1, TILE_ROWS)
     whole = n // TILE_ROWS
     rows_at_once = max(1, _WORDS_AT_ONCE // max(n, 1))

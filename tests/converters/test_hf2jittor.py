@@ -29,6 +29,7 @@ from moss_jt.converters import hf2jittor as module
 from moss_jt.converters import plan as plan_module
 from moss_jt.converters.hf2jittor import default_destination, hf2jittor
 from moss_jt.converters.jittor2hf import jittor2hf
+from moss_jt.converters.native_tensors import NativeMaker
 from moss_jt.converters.source import open_source
 from moss_jt.errors import CheckpointError, ConfigError, DiskError
 from moss_jt.layout import RowsLayout, TileLayout
@@ -255,13 +256,13 @@ def test_the_source_is_deleted_file_by_file(tmp_path: Path, monkeypatch: pytest.
     source = write_shards(tmp_path / "hf", float_tensors(), 4)
     total = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     left: list[int] = []
-    make = module.make_native  # type: ignore[attr-defined]
+    make = NativeMaker.make
 
     def watch(*args: Any) -> Any:
         left.append(len(list(source.glob("*.safetensors"))))
         return make(*args)
 
-    monkeypatch.setattr(module, "make_native", watch)
+    monkeypatch.setattr(NativeMaker, "make", watch)
     done = hf2jittor(source, delete_source=True)
     assert left == sorted(left, reverse=True)
     assert set(left) == {4, 3, 2, 1}

@@ -19,6 +19,7 @@ from moss_jt.converters import using_up
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.converters.holes import can_punch, has_hole, is_sparse, punch
 from moss_jt.converters.journal import partial_folder
+from moss_jt.converters.native_tensors import NativeMaker
 from moss_jt.converters.shelf import Shelf
 from moss_jt.converters.source import Source
 from moss_jt.converters.synth import preset_config, synthesize_foreign
@@ -91,13 +92,13 @@ def test_one_file_shrinks_while_it_is_converted(
 ) -> None:
     monkeypatch.setattr(using_up, "RETURN_BYTES", 1 << 20)
     size = (source / WEIGHTS).stat().st_size
-    make, seen = module.make_native, list[int]()  # type: ignore[attr-defined]
+    make, seen = NativeMaker.make, list[int]()
 
     def watch(*args: Any) -> Any:
         seen.append(on_disk(source, partial_folder(tmp_path / "native")))
         return make(*args)
 
-    monkeypatch.setattr(module, "make_native", watch)
+    monkeypatch.setattr(NativeMaker, "make", watch)
     done = hf2jittor(source, tmp_path / "native", delete_source=True)
     assert max(seen) < size + (5 << 20)  # two edges, what is given back at a time, and a tensor
     assert done.deleted_bytes == size
