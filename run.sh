@@ -242,6 +242,7 @@ test)
     shift
     is_set_up test || set_up_alone test
     cd "$ROOT"
+    "$VENV/bin/python" -m moss_jt.cli warmup >&2 # minutes the first time: before the tests, which have time limits
     exec "$VENV/bin/python" -m pytest "$@"
     ;;
 *)

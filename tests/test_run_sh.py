@@ -102,6 +102,7 @@ def test_the_tests_need_their_extra_and_run_in_the_checkout(machine: Machine) ->
     machine.run("chat")
     done = machine.run("test", "-k", "layout")
     assert done.stdout == f"in {machine.checkout}: -m pytest -k layout\n"
+    assert done.stderr.endswith(f"in {machine.checkout}: -m moss_jt.cli warmup\n"), "compiled before the tests"
     assert f"-e {machine.checkout}[test]\n" in machine.called()
     assert "installing" not in machine.run("chat").stderr
 
