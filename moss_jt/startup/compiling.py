@@ -125,7 +125,7 @@ def _start_child(plan: Plan, log: IO[bytes], *, inherit: tuple[int, int, int]) -
     lock, alive, news = inherit
     path = json.dumps([entry or str(Path.cwd()) for entry in sys.path])
     return subprocess.Popen(
-        [sys.executable, "-c", _CHILD, path, plan.device, plan.key, str(alive), str(news)],
+        [sys.executable, "-u", "-c", _CHILD, path, plan.device, plan.key, str(alive), str(news)],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

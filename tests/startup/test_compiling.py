@@ -131,7 +131,7 @@ def test_stamp_counts_only_while_its_files_are_there(plan: Plan, tmp_path: Path)
 
 def test_compiler_s_error_is_told_with_the_log(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     child_does(
-        monkeypatch, 'print("a.cc: In function f"); print("a.cc:3: fatal error: x.h: No such file"); raise SystemExit(1)'
+        monkeypatch, 'print("a.cc: In function f"); print("a.cc:3: fatal error: x.h: No such file"); os._exit(1)'
     )
     with pytest.raises(StartupError) as caught:
         compiling.ensure_built(plan, Recorder())
@@ -143,14 +143,14 @@ def test_compiler_s_error_is_told_with_the_log(plan: Plan, monkeypatch: pytest.M
 
 
 def test_full_disk_is_told(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    child_does(monkeypatch, 'print("error: x"); print("/tmp/x.s: No space left on device"); raise SystemExit(1)')
+    child_does(monkeypatch, 'print("error: x"); print("/tmp/x.s: No space left on device"); os._exit(1)')
     with pytest.raises(StartupError, match=r"compiling Jittor failed: /tmp/x\.s: No space left on device \(whole"):
         compiling.ensure_built(plan, Recorder())
 
 
 @pytest.mark.parametrize(
     "body",
-    ["os.kill(os.getpid(), 9)", 'print("g++: fatal error: Killed signal terminated program cc1plus"); raise SystemExit(1)'],
+    ["os.kill(os.getpid(), 9)", 'print("g++: fatal error: Killed signal terminated program cc1plus"); os._exit(1)'],
 )
 def test_out_of_memory_is_guessed(plan: Plan, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     child_does(monkeypatch, body)
