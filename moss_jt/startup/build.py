@@ -83,14 +83,18 @@ class _Reporter:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._is_open = False
+        self._left = 0.0
 
     def begin(self, task: str, total: float, unit: str) -> None:
-        """Start a task; ends the one before."""
+        """Start a task; the one before is thereby done."""
+        if self._is_open and self._left > 0:
+            self.advance(self._left)
         self.end()
-        self._is_open = True
+        self._is_open, self._left = True, total
         self._send(event="begin", task=task, total=total, unit=unit)
 
     def advance(self, amount: float) -> None:
+        self._left -= amount
         self._send(event="advance", amount=amount)
 
     def end(self) -> None:
