@@ -192,7 +192,7 @@ def _idle_calls() -> list[tuple[str, list[Any], list[Any], Mapping[str, float]]]
     ]
     for kind in ("float32", "float16"):
         keys, values = (share(np.zeros((1, 1, 2, 2), kind)) for _ in range(2))
-        shape = dict.fromkeys(("tokens", "heads", "width", "rotary", "block", "table_width"), 0)
+        shape: dict[str, float] = dict.fromkeys(("tokens", "heads", "width", "rotary", "block", "table_width"), 0)
         calls.append(
             (ROTATE_AND_APPEND[kind], [floats(2, 2), floats(2, 2), *where], [floats(2, 2), keys, values], shape)
         )

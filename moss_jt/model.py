@@ -33,33 +33,43 @@ class Ops(Protocol[X]):
 
     def begin(self, batch: Batch) -> None:
         """Take up a new pass."""
+        ...
 
     def layer_done(self, layer: int) -> None:
         """A block is through; may raise to break the pass off."""
+        ...
 
     def embed(self, ids: npt.NDArray[np.int32], name: str) -> X:
         """Rows of the embedding."""
+        ...
 
     def hidden(self, values: Any) -> X:
         """Hidden states from outside."""
+        ...
 
     def layer_norm(self, x: X, name: str) -> X:
         """Normalise each token."""
+        ...
 
     def linear(self, x: X, weight: Linear, into: str) -> X:
         """Multiply by a weight; `into` names the buffer where there are buffers."""
+        ...
 
     def attention(self, qkv: X, layer: int) -> X:
         """Rotate, keep keys and values, attend."""
+        ...
 
     def gelu(self, x: X, name: str) -> X:
         """The tanh form of GELU."""
+        ...
 
     def residual(self, x: X, attn: X, mlp: X, name: str) -> X:
         """The sum of the three."""
+        ...
 
     def logits(self, x: X, norm: str, head: Linear, wanted: npt.NDArray[np.int32]) -> Any:
         """Final norm and head of the chosen tokens."""
+        ...
 
 
 class Block(Generic[X]):

@@ -263,7 +263,7 @@ def gptq_zeros(qzeros: Array, bits: Bits) -> Bytes:
     flat: Bytes = np.ascontiguousarray(qzeros).view(np.uint8)  # (G, N * bits / 8), lowest bits first
     if bits == 8:
         return flat
-    spread: Bytes = np.stack([flat & 15, flat >> 4], axis=-1).reshape(flat.shape[0], -1)
+    spread: Bytes = np.stack([flat & np.uint8(15), flat >> np.uint8(4)], axis=-1).reshape(flat.shape[0], -1)
     return spread
 
 

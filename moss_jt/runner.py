@@ -114,9 +114,9 @@ class Model:
         mask = np.ones(table.shape, bool) if attention_mask is None else _table("attention_mask", attention_mask) != 0
         self._check_ids(table, mask)
         result = np.zeros((*table.shape, self.config.vocab_size), np.float32)
-        for ids_of_row, real, logits in zip(table, mask, result, strict=True):
+        for row, (ids_of_row, real) in enumerate(zip(table, mask, strict=True)):
             with self._lock:
-                self._fill_logits(ids_of_row, np.flatnonzero(real), logits)
+                self._fill_logits(ids_of_row, np.flatnonzero(real), result[row])
         return result
 
     def _check_ids(self, table: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> None:

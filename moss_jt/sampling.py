@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +62,7 @@ def process(
         return _process_row(scores, history, config, allowed)  # type: ignore[arg-type]
     if len(history) != len(scores):
         raise ShapeError(f"there are {len(history)} histories for {len(scores)} rows of logits; wanted is one a row.")
-    for row, ids in zip(scores, history, strict=True):
+    for row, ids in zip(scores, cast("Sequence[History]", history), strict=True):
         row[:] = _process_row(row, ids, config, allowed)
     return scores
 
@@ -103,7 +103,7 @@ def apply_temperature(scores: Scores, temperature: float) -> Scores:
     if temperature == 1.0:
         return scores
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        divided: Scores = scores / np.float32(temperature)
+        divided: Scores = np.divide(scores, np.float32(temperature))
     if np.isfinite(divided.max()):
         return divided
     return np.where(scores == scores.max(), np.float32(0), _REMOVED)

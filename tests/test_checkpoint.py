@@ -107,8 +107,9 @@ def test_wrong_ranges_and_names_are_refused(native: Path) -> None:
         checkpoint.read("transformer.nothing")
     with pytest.raises(ShapeError, match=r"bytes 190 to 202 are not inside lm_head.bias, which has 192"):
         checkpoint.read("lm_head.bias", start=190, nbytes=12)
+    floats: Any = np.empty(48, np.float32)
     with pytest.raises(ShapeError, match=r"out is float32 of 192 bytes; 192 contiguous uint8 are to be read"):
-        checkpoint.read("lm_head.bias", out=np.empty(48, np.float32))
+        checkpoint.read("lm_head.bias", out=floats)
     with pytest.raises(ShapeError, match=r"lm_head\.weight is a matrix"):
         checkpoint.read_plain("lm_head.weight")
 
