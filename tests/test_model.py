@@ -325,6 +325,13 @@ def _batch(positions: npt.NDArray[np.int64]) -> Batch:
     return Batch(nothing, slots, positions.reshape(-1).astype(np.int32), nothing[:1])
 
 
+def assert_steps_near(seen: Arrays, want: Arrays, case: str) -> None:
+    steps = {"qkv": "attn.qkv_proj", "merged": "attn.merged", "attn_out": "attn.out_proj", "mlp_out": "mlp.fc_out"}
+    for key, step in steps.items():
+        wanted = want[f"{case}_{key}"]
+        assert_near(seen[f"transformer.h.0.{step}"].reshape(wanted.shape), wanted, key)
+
+
 def test_block_with_real_head_geometry(golden: Path, jittor: object) -> None:
     runner, network, want = _real_geometry(golden)
     for slot in range(2):
@@ -334,13 +341,7 @@ def test_block_with_real_head_geometry(golden: Path, jittor: object) -> None:
     y = network.execute(runner.ops, _batch(want["a_pos"]), want["a_x"].reshape(-1, 1024))
     got = runner.ops.values(y)
     assert_near(got.reshape(want["a_y"].shape), want["a_y"], "output")
-    for key, step in {
-        "qkv": "attn.qkv_proj",
-        "merged": "attn.merged",
-        "attn_out": "attn.out_proj",
-        "mlp_out": "mlp.fc_out",
-    }.items():
-        assert_near(seen[f"transformer.h.0.{step}"].reshape(want[f"a_{key}"].shape), want[f"a_{key}"], key)
+    assert_steps_near(seen, want, "a")
     for slot in range(2):
         runner.cache.commit(slot, 6)
         keys, values = runner.cache.read(0, slot)
@@ -370,13 +371,7 @@ def test_block_at_the_last_positions(golden: Path, jittor: object) -> None:
     runner.ops.observe = lambda name, values: seen.__setitem__(name, values.copy())
     y = network.execute(runner.ops, _batch(want["b_pos"] - first), new)
     assert_near(runner.ops.values(y).reshape(want["b_y"].shape), want["b_y"], "output")
-    for key, step in {
-        "qkv": "attn.qkv_proj",
-        "merged": "attn.merged",
-        "attn_out": "attn.out_proj",
-        "mlp_out": "mlp.fc_out",
-    }.items():
-        assert_near(seen[f"transformer.h.0.{step}"].reshape(want[f"b_{key}"].shape), want[f"b_{key}"], key)
+    assert_steps_near(seen, want, "b")
     for slot in range(2):
         runner.cache.commit(slot, 11)
         keys, values = runner.cache.read(0, slot)
