@@ -56,7 +56,6 @@ class Watcher:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.seen: dict[str, list[npt.NDArray[np.float32]]] = {}
         self.runner = model.runner()
 
     def run(self, rows: npt.NDArray[Any]) -> Arrays:
