@@ -19,6 +19,7 @@ from moss_jt.language import pick
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import Application
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
@@ -81,18 +82,30 @@ class TerminalInput:
     def read(self) -> str | None:
         """The next message."""
         try:
-            with _leaving_on_sigterm():
+            with _leaving_on_sigterm(self._session.app):
                 return self._session.prompt([("bold ansicyan", you())])
         except EOFError:
             return None
 
 
 @contextlib.contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
-    """While a message is typed, leave by an exception, so that the terminal is not left without echo."""
+def _leaving_on_sigterm(app: Application[str]) -> Iterator[None]:
+    """While a message is typed, leave through the line editor, so that the terminal is not left without echo.
+
+    An exception out of the handler could strike any of the editor's background tasks; it would then
+    stop to show that exception, and switch the terminal back to keys without echo when thrown away.
+    """
+    ended: list[int] = []
+
+    def exit_app() -> None:
+        if not app.is_done:
+            app.exit(exception=SystemExit(128 + ended[0]))
 
     def leave(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
+        ended.append(number)
+        if app.loop is None:
+            raise SystemExit(128 + number)
+        app.loop.call_soon_threadsafe(exit_app)
 
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
     for number in numbers:
@@ -102,6 +115,8 @@ def _leaving_on_sigterm() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+    if ended:  # it came when a message was already complete
+        raise SystemExit(128 + ended[0])
 
 
 def you() -> str:

@@ -6,7 +6,9 @@ arguments of moss-jt; at a block the engine waits until Ctrl-C comes.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -79,8 +81,22 @@ def install(engine: FakeEngine, replace: Callable[[Any, str, Any], None]) -> lis
     return asked
 
 
+def strike_background_task() -> None:
+    """Have SIGTERM come while a background task of the line editor runs, once a prompt is shown."""
+    from prompt_toolkit.application import Application
+
+    async def poll(app: Application[Any]) -> None:
+        await asyncio.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(60)
+
+    Application._poll_output_size = poll  # type: ignore[method-assign, assignment]
+
+
 def main() -> None:
     """Run moss-jt with the script named by the first argument."""
+    if os.environ.get("SIGTERM_IN_BACKGROUND"):
+        strike_background_task()
     from moss_jt.cli.main import main as moss_jt_main
 
     script = json.loads(Path(sys.argv.pop(1)).read_text("utf-8"))

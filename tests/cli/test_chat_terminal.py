@@ -265,13 +265,20 @@ def test_a_wrapped_line_does_not_look_like_a_second_one(start: Start) -> None:
     assert "…" in chat.await_prompt()
 
 
-def test_a_chat_that_is_ended_from_outside_leaves_the_terminal_as_it_was(start: Start) -> None:
-    """SIGTERM while a message was typed left a terminal that shows nothing of what is typed into it."""
-    chat = start(answers=[])
+@pytest.mark.parametrize("in_a_background_task", [False, True])
+def test_a_chat_that_is_ended_from_outside_leaves_the_terminal_as_it_was(
+    start: Start, in_a_background_task: bool
+) -> None:
+    """SIGTERM while a message was typed left a terminal that shows nothing of what is typed into it.
+
+    Always so where it struck one of the line editor's background tasks.
+    """
+    chat = start(answers=[], environment={"SIGTERM_IN_BACKGROUND": "1"} if in_a_background_task else {})
     before = termios.tcgetattr(chat.child.child_fd)[3]
     chat.await_prompt()
     chat.see("You: ")
-    chat.child.kill(signal.SIGTERM)
+    if not in_a_background_task:
+        chat.child.kill(signal.SIGTERM)
     chat.child.expect(pexpect.EOF)
     assert termios.tcgetattr(chat.child.child_fd)[3] == before
     chat.child.close()
