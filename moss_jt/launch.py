@@ -32,11 +32,15 @@ _LOCAL_INCLUDE = re.compile(r'^#(include "|pragma once).*\n', re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 LINEAR = """
-    moss::LinearShape s{(int64_t)data["tokens"], (int64_t)data["in"], (int64_t)data["out"], (int64_t)data["x_stride"],
-        (int64_t)data["y_stride"], (int64_t)data["stored"], (int64_t)data["group"], (int64_t)data["padded_group"],
-        (int64_t)data["padded_in"], (int64_t)data["groups"], (int64_t)data["scales_at"], (int64_t)data["zeros_at"],
-        (int64_t)data["tile_bytes"], (int64_t)data["perm_at"], data["has_bias"] != 0, data["add"] != 0};
-    moss::linear(s, in0_p, (const uint8_t*)in1_p, in2_p, out0_p, out1_p);
+    moss::LinearShape s{(int64_t)data["tokens"], (int64_t)data["in"], (int64_t)data["out"], (int64_t)data["blob_at"],
+        (int64_t)data["first"], (int64_t)data["x_stride"], (int64_t)data["y_stride"], (int64_t)data["stored"],
+        (int64_t)data["group"], (int64_t)data["padded_group"], (int64_t)data["padded_in"], (int64_t)data["groups"],
+        (int64_t)data["scales_at"], (int64_t)data["zeros_at"], (int64_t)data["tile_bytes"], data["has_bias"] != 0,
+        data["add"] != 0};
+    moss::linear(s, in0_p, (const uint8_t*)in1_p, in2_p, out0_p);
+"""
+PERMUTE = """
+    moss::permute(in0_p, in1_p, out0_p, (int64_t)data["tokens"], (int64_t)data["x_stride"], (int64_t)data["padded_in"]);
 """
 _LINEAR_KEYS = re.findall(r'data\["(\w+)"\]', LINEAR)
 LAYER_NORM = """
@@ -178,9 +182,10 @@ def _idle_calls() -> list[tuple[str, list[Any], list[Any], Mapping[str, float]]]
         (
             LINEAR,
             [floats(2, 2), share(np.zeros(64, np.uint8)), floats(2)],
-            [floats(2, 2), floats(2, 2)],
+            [floats(2, 2)],
             dict.fromkeys(_LINEAR_KEYS, 0),
         ),
+        (PERMUTE, [floats(2, 2), where[0]], [floats(2, 2)], dict.fromkeys(("tokens", "x_stride", "padded_in"), 0)),
         (
             LAYER_NORM,
             [floats(2, 2), floats(2), floats(2)],

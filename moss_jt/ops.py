@@ -1,8 +1,8 @@
 """What a forward pass may call: the steps over stored weights and a KV cache.
 
 `InferenceOps` runs each step at once, in place, on buffers taken beforehand: nothing is allocated,
-nothing is compiled after the first pass at any length, and a loan of weights may end when the call
-returns. `moss_jt.ops_grad` has the same steps with gradients, `moss_jt.launch` the kernels.
+nothing is compiled after the first pass at any length. A matrix comes piece by piece, cut along its
+output rows, and a piece may be gone when the next one comes; the bits are the same for every cut. `moss_jt.ops_grad` has the same steps with gradients, `moss_jt.launch` the kernels.
 """
 
 from __future__ import annotations
@@ -18,9 +18,21 @@ from moss_jt.batch import Batch
 from moss_jt.cache import BLOCK, KVCache
 from moss_jt.config import MossConfig
 from moss_jt.errors import ShapeError
-from moss_jt.launch import ADD_BOTH, ATTEND, GELU, LAYER_NORM, LINEAR, ROTATE_AND_APPEND, Buffer, aligned, run, share
+from moss_jt.launch import (
+    ADD_BOTH,
+    ATTEND,
+    GELU,
+    LAYER_NORM,
+    LINEAR,
+    PERMUTE,
+    ROTATE_AND_APPEND,
+    Buffer,
+    aligned,
+    run,
+    share,
+)
 from moss_jt.layout import RowsLayout, TileLayout
-from moss_jt.weights import Stored, WeightStore
+from moss_jt.weights import WeightStore
 
 Floats = npt.NDArray[np.float32]
 
@@ -91,7 +103,7 @@ class InferenceOps:
         self.buffers = {name: Buffer(aligned((capacity, size), "float32")) for name, size in sizes.items()}
         self.buffers["picked"] = Buffer(aligned((LOGIT_ROWS, width), "float32"))
         self.buffers["logits"] = Buffer(aligned((LOGIT_ROWS, config.vocab_size), "float32"))
-        self._scratch = Buffer(aligned((capacity, 2 * max(width, inner)), "float32"))
+        self._scratch = Buffer(aligned((2, 2), "float32"))  # grows to the widest permuted matrix
         self._nothing = Buffer(aligned((2,), "float32"))
         self._slots = Buffer(aligned((max(capacity, 2),), "int32"))
         self._positions = Buffer(aligned((max(capacity, 2),), "int32"))
@@ -100,7 +112,7 @@ class InferenceOps:
         self._keys = {layer: share(kv.keys[layer]) for layer in kv.layers}
         self._values = {layer: share(kv.values[layer]) for layer in kv.layers}
         self._small: dict[str, Any] = {}
-        self._blobs: dict[str, Any] = {}
+        self._memory: dict[int, tuple[Any, Any]] = {}
         self._tokens = self._picked_rows = 0
 
     def begin(self, batch: Batch) -> None:
@@ -113,6 +125,7 @@ class InferenceOps:
             raise ShapeError(f"a pass takes 1 to {self.capacity} tokens; {batch.size} were given.")
         if int(batch.positions.max()) >= self.config.n_positions:
             raise ShapeError(f"position {int(batch.positions.max())} is past the model's {self.config.n_positions}.")
+        self.store.begin_pass()
         self._tokens = batch.size
         self._slots.array[: batch.size] = batch.slots
         self._positions.array[: batch.size] = batch.positions
@@ -144,8 +157,7 @@ class InferenceOps:
     def linear(self, x: Buffer, weight: Linear, into: str) -> Buffer:
         """(T, K) to (T, N), written to the buffer `into`."""
         y = self.buffers[into]
-        with self.store.use(weight.name + ".weight") as stored:
-            self._multiply(x, stored, self._small_var(weight.name + ".bias") if weight.bias else None, y)
+        self._multiply(x, weight.name + ".weight", self._small_var(weight.name + ".bias") if weight.bias else None, y)
         if weight.low_rank is not None:
             self._add_low_rank(x, weight, y)
         return self._seen(weight.name, y)
@@ -203,37 +215,54 @@ class InferenceOps:
             self._small[name] = share(values if values.size > 1 else np.append(values, np.float32(0)))
         return self._small[name]
 
-    def _blob(self, stored: Stored) -> Any:
-        """The Var on a loan's bytes; one is kept as long as the bytes stay where they are."""
-        kept = self._blobs.get(stored.name)
-        if kept is None or kept[0] != stored.data.ctypes.data:
-            kept = (stored.data.ctypes.data, share(stored.data))
-            self._blobs[stored.name] = kept
+    def _memory_var(self, data: npt.NDArray[np.uint8]) -> Any:
+        """The Var on memory in which pieces of matrices lie; the store keeps few of them, for long."""
+        kept = self._memory.get(id(data))
+        if kept is None:
+            kept = self._memory[id(data)] = (data, share(data))
         return kept[1]
 
-    def _multiply(self, x: Buffer, stored: Stored, bias: Any, y: Buffer, *, add: bool = False) -> None:
-        data = _linear_data(stored.layout) | {
+    def _multiply(self, x: Buffer, name: str, bias: Any, y: Buffer, *, add: bool = False) -> None:
+        layout = self.store.layout(name)
+        x_var, x_stride = self._stored_order(x, name)
+        data = layout_data(layout) | {
             "tokens": self._rows(x),
-            "x_stride": x.array.shape[1],
+            "x_stride": x_stride,
             "y_stride": y.array.shape[1],
             "has_bias": bias is not None,
             "add": add,
         }
-        if data["padded_in"] > self._scratch.array.shape[1]:
-            self._scratch = Buffer(aligned((self.capacity, int(data["padded_in"])), "float32"))
-        unused = self._nothing.var
-        run(LINEAR, [x.var, self._blob(stored), unused if bias is None else bias], [y.var, self._scratch.var], data)
+        bias = self._nothing.var if bias is None else bias
+        for piece in self.store.pieces(name):
+            where = {"blob_at": piece.start, "first": piece.first, "out": piece.count}
+            run(LINEAR, [x_var, self._memory_var(piece.data), bias], [y.var], data | where)
+
+    def _stored_order(self, x: Buffer, name: str) -> tuple[Any, int]:
+        """The inputs in the order in which a matrix holds them, and floats from token to token."""
+        perm = self.store.perm(name)
+        if perm is None:
+            return x.var, x.array.shape[1]
+        if len(perm) > self._scratch.array.shape[1]:
+            self._scratch = Buffer(aligned((self.capacity, len(perm)), "float32"))
+        data = {"tokens": self._rows(x), "x_stride": x.array.shape[1], "padded_in": len(perm)}
+        run(PERMUTE, [x.var, self._perm_var(name, perm)], [self._scratch.var], data)
+        return self._scratch.var, len(perm)
+
+    def _perm_var(self, name: str, perm: npt.NDArray[np.int32]) -> Any:
+        if name not in self._small:
+            self._small[name] = share(perm)
+        return self._small[name]
 
     def _add_low_rank(self, x: Buffer, weight: Linear, y: Buffer) -> None:
         assert weight.low_rank is not None
-        with self.store.use(weight.low_rank[0]) as a, self.store.use(weight.low_rank[1]) as b:
-            rank = a.layout.shape[0]
-            middle = self.buffers.get(f"rank{rank}")
-            if middle is None:
-                middle = self.buffers[f"rank{rank}"] = Buffer(aligned((self.capacity, rank), "float32"))
-            self._multiply(x, a, None, middle)
-            middle.array[: self._rows(x)] *= np.float32(weight.low_rank_scale)
-            self._multiply(middle, b, None, y, add=True)
+        a, b = weight.low_rank
+        rank = self.store.layout(a).shape[0]
+        middle = self.buffers.get(f"rank{rank}")
+        if middle is None:
+            middle = self.buffers[f"rank{rank}"] = Buffer(aligned((self.capacity, rank), "float32"))
+        self._multiply(x, a, None, middle)
+        middle.array[: self._rows(x)] *= np.float32(weight.low_rank_scale)
+        self._multiply(middle, b, None, y, add=True)
 
     def _seen(self, name: str, buffer: Buffer) -> Buffer:
         if self.observe is not None:
@@ -241,17 +270,16 @@ class InferenceOps:
         return buffer
 
 
-def _linear_data(layout: RowsLayout | TileLayout) -> dict[str, float]:
-    """What the kernel must know of a stored matrix."""
-    n, k = layout.shape
+def layout_data(layout: RowsLayout | TileLayout) -> dict[str, float]:
+    """What the kernels must know of a stored matrix, its rows apart."""
+    k = layout.shape[1]
     if isinstance(layout, RowsLayout):
         unused = dict.fromkeys(
             ("group", "padded_group", "padded_in", "groups", "scales_at", "zeros_at", "tile_bytes"), 0
         )
-        return {**unused, "in": k, "out": n, "stored": _STORED_KIND[layout.dtype], "perm_at": -1}
+        return {**unused, "in": k, "stored": _STORED_KIND[layout.dtype]}
     return {
         "in": k,
-        "out": n,
         "stored": layout.bits,
         "group": layout.group_size,
         "padded_group": layout.padded_group,
@@ -260,5 +288,4 @@ def _linear_data(layout: RowsLayout | TileLayout) -> dict[str, float]:
         "scales_at": layout.code_bytes,
         "zeros_at": layout.code_bytes + layout.scale_bytes,
         "tile_bytes": layout.tile_bytes,
-        "perm_at": layout.perm_offset if layout.permuted else -1,
     }

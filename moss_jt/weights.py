@@ -1,22 +1,18 @@
-"""WeightStore: lends stored matrices to operations.
+"""WeightStore: lends stored matrices to operations, piece by piece.
 
-Whoever computes borrows a matrix for as long as an operation runs:
+Whoever computes asks for the pieces of a matrix, and runs the operation on each before the next:
 
-    with store.use(name) as stored:      # the bytes are here until the block ends
-        ops.linear(x, stored, …)         # and the operation has run when it does
+    for piece in store.pieces(name):     # rows [piece.first, piece.first + piece.count) are here
+        multiply(x, piece, …)            # and the operation has run when the next piece is asked for
 
-Weights are never changed and never written back. This store maps the checkpoint's files: the
-system reads what is used and drops what it needs the room for. Small tensors (norms, biases) are
-kept in memory as float32. Matrices handed over by `add` (low-rank terms, tests) lie in memory.
+Weights are never changed and never written back. Small tensors (norms, biases) are kept in memory
+as float32. Matrices handed over by `add` and `put` (low-rank terms, tests) lie in memory.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -27,21 +23,42 @@ from moss_jt.layout import PlainLayout, RowsLayout, TileLayout
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Perm = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A matrix on loan: its bytes, as they lie in the file, and how to read them.
+    """A whole matrix in memory: its bytes, as they lie in a file, and how to read them.
 
     Attributes:
         name: of the tensor, for messages.
-        data: the blob, (layout.nbytes,) uint8; belongs to the store.
+        data: the blob, (layout.nbytes,) uint8; never changed.
         layout: how the bytes are laid out.
     """
 
     name: str
     data: Bytes
     layout: RowsLayout | TileLayout
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a matrix, here until the next piece is asked for.
+
+    Attributes:
+        name: of the tensor, for messages.
+        layout: of the whole matrix.
+        data: memory that holds the piece; the store keeps few such arrays, for long.
+        start: the byte in `data` where row `first` lies.
+        first, count: rows [first, first + count) of the matrix.
+    """
+
+    name: str
+    layout: RowsLayout | TileLayout
+    data: Bytes
+    start: int
+    first: int
+    count: int
 
 
 def widen(raw: Bytes, dtype: str) -> Floats:
@@ -52,29 +69,41 @@ def widen(raw: Bytes, dtype: str) -> Floats:
 
 
 class WeightStore:
-    """The weights of one checkpoint, mapped from its files; without one, what is added."""
+    """The weights of one checkpoint, read into memory; without one, what is added."""
 
     def __init__(self, checkpoint: Checkpoint | None = None) -> None:
         self._matrices: dict[str, Stored] = {}
+        self._perms: dict[str, Perm] = {}
         self._small: dict[str, Floats] = {}
         if checkpoint is not None:
-            self._map(checkpoint)
+            self._load(checkpoint)
 
-    def _map(self, checkpoint: Checkpoint) -> None:
-        maps: dict[Path, Bytes] = {}
+    def _load(self, checkpoint: Checkpoint) -> None:
         for name, entry in checkpoint.entries.items():
             if isinstance(entry.layout, PlainLayout):
                 self._small[name] = checkpoint.read_plain(name)
-                continue
-            if entry.file not in maps:
-                maps[entry.file] = _map_file(entry.file)
-            data = maps[entry.file][entry.offset : entry.offset + entry.nbytes]
-            self._matrices[name] = Stored(name, data, entry.layout)
+            else:
+                self.put(Stored(name, checkpoint.read(name), entry.layout))
 
-    @contextmanager
-    def use(self, name: str) -> Iterator[Stored]:
-        """Borrow a matrix. The loan ends with the block; the operation must have run by then."""
-        yield self._find(name)
+    def begin_pass(self) -> None:
+        """A pass over the layers begins."""
+
+    def layout(self, name: str) -> RowsLayout | TileLayout:
+        """How a matrix is stored."""
+        return self._find(name).layout
+
+    def perm(self, name: str) -> Perm | None:
+        """The order in which a matrix holds its inputs, (padded_in,) int32, -1 for padding; None where it is theirs."""
+        return self._perms.get(name)
+
+    def pieces(self, name: str) -> Iterator[Piece]:
+        """All rows of a matrix, once and in order. A piece is gone when the next one is asked for."""
+        stored = self._find(name)
+        yield Piece(name, stored.layout, stored.data, 0, 0, stored.layout.shape[0])
+
+    def read(self, name: str) -> Bytes:
+        """The whole blob of a matrix: for tools and tests, it may be large."""
+        return self._find(name).data
 
     def small(self, name: str) -> Floats:
         """A norm's or bias's values, float32; always in memory."""
@@ -106,6 +135,11 @@ class WeightStore:
     def put(self, stored: Stored) -> None:
         """Keep a matrix of the caller in memory, laid out already."""
         self._matrices[stored.name] = stored
+        if isinstance(stored.layout, TileLayout) and stored.layout.permuted:
+            at, count = stored.layout.perm_offset, stored.layout.padded_in
+            self._perms[stored.name] = stored.data[at : at + 4 * count].view(np.int32)
+        else:
+            self._perms.pop(stored.name, None)
 
     @property
     def stored_bytes(self) -> int:
@@ -117,12 +151,3 @@ class WeightStore:
             return self._matrices[name]
         except KeyError:
             raise CheckpointError(f"the checkpoint has no matrix {name}.") from None
-
-
-def _map_file(path: Path) -> Bytes:
-    """The whole file, read-only."""
-    try:
-        with path.open("rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be mapped: {error}. Convert the checkpoint again.") from error

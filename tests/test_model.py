@@ -99,9 +99,9 @@ def test_logits_with_weights_rounded_to_half(name: str, golden: Path, golden_mod
     for layer in range(model.config.n_layer):
         for part in ("attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out"):
             tensor = f"transformer.h.{layer}.{part}"
-            with model.store.use(tensor + ".weight") as stored:
-                assert isinstance(stored.layout, TileLayout)
-                half = dequantize(unpack(stored.data, stored.layout)).astype(np.float16)
+            layout = model.store.layout(tensor + ".weight")
+            assert isinstance(layout, TileLayout)
+            half = dequantize(unpack(model.store.read(tensor + ".weight"), layout)).astype(np.float16)
             np.testing.assert_array_equal(half, want[f"deq_{tensor}"], err_msg=tensor)
             rounded.add(tensor + ".weight", half)
     other = Model(_checkpoint(model), rounded, compute="exact", device="cpu", max_tokens=None)
@@ -431,9 +431,8 @@ def test_low_rank_term(golden: Path, golden_model: Load) -> None:
     a, b = rng.normal(size=(3, k)).astype(np.float32), rng.normal(size=(n, 3)).astype(np.float32)
     store.add("a", a)
     store.add("b", b)
-    with store.use(layer.name + ".weight") as stored:
-        assert isinstance(stored.layout, RowsLayout)
-        weight = stored.data[: n * k * 2].view(np.float16).reshape(n, k).astype(np.float32)
+    assert isinstance(store.layout(layer.name + ".weight"), RowsLayout)
+    weight = store.read(layer.name + ".weight")[: n * k * 2].view(np.float16).reshape(n, k).astype(np.float32)
     store.add("merged.weight", weight + 0.5 * (b @ a))
     runner = Runner(model.config, store, slots=1, tokens=model.config.n_positions, kind="float32")
     ops: InferenceOps = runner.ops

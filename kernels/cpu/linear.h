@@ -1,11 +1,12 @@
 // y = x W^T (+ bias), for every way a weight is stored. The byte layouts are those of moss_jt/layout.py.
 //
-//   x     (T, K) float, row stride x_stride
-//   blob  the stored matrix (N, K): rows of float/half/bfloat, or tiles of 16 rows of int4/int8
-//   y     (T, N) float, row stride y_stride
+//   x     (T, K) float, row stride x_stride; for int4/int8 in the order of the stored inputs (see permute)
+//   blob  a piece of the stored matrix: `out` rows from row `first` on, of float/half/bfloat, or in
+//         tiles of 16 rows of int4/int8
+//   y     (T, N) float, row stride y_stride; the piece writes its own rows
 //
-// An output depends on its own token and row only, and is summed in the same order whatever T is:
-// prefill and decode give the same bits. This is the plain version: float arithmetic throughout.
+// An output depends on its own token and row only, and is summed in the same order whatever T is and
+// however the matrix is cut: prefill and decode give the same bits, and so does every plan. This is the plain version: float arithmetic throughout.
 #pragma once
 #include "numbers.h"
 
@@ -14,12 +15,13 @@ namespace moss {
 enum Stored { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt4 = 4, kInt8 = 8 };
 
 struct LinearShape {
-    int64_t tokens, in, out;      // T, K, N
+    int64_t tokens, in, out;      // T, K, rows of this piece
+    int64_t blob_at, first;       // byte of the memory where the piece starts; the row of the matrix that it is
     int64_t x_stride, y_stride;   // floats from token to token
     int64_t stored;               // a Stored
     int64_t group, padded_group;  // int4/int8: inputs of a group, and positions it takes up
     int64_t padded_in, groups;    // int4/int8: positions of a row, G
-    int64_t scales_at, zeros_at, tile_bytes, perm_at;  // offsets in bytes; perm_at < 0: no permutation
+    int64_t scales_at, zeros_at, tile_bytes;  // offsets in bytes, within a tile
     bool has_bias, add;           // add: y += instead of y =
 };
 
@@ -188,27 +190,21 @@ static inline void linear_tiles(const LinearShape& s, const float* x, int64_t st
 }
 
 // Inputs in the order in which the tiles hold them; padding gets 0.
-static inline void permute(const LinearShape& s, const float* x, const int32_t* perm, float* to) {
+static inline void permute(const float* x, const int32_t* perm, float* to, int64_t tokens, int64_t x_stride,
+                           int64_t padded_in) {
 #pragma omp parallel for schedule(static)
-    for (int64_t t = 0; t < s.tokens; t++)
-        for (int64_t p = 0; p < s.padded_in; p++) to[t * s.padded_in + p] = perm[p] < 0 ? 0.0f : x[t * s.x_stride + perm[p]];
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t p = 0; p < padded_in; p++) to[t * padded_in + p] = perm[p] < 0 ? 0.0f : x[t * x_stride + perm[p]];
 }
 
-// `scratch` holds tokens * padded_in floats where the matrix is permuted.
-static inline void linear(const LinearShape& s, const float* x, const uint8_t* blob, const float* bias, float* y,
-                          float* scratch) {
-    if (s.stored == kInt4 || s.stored == kInt8) {
-        int64_t stride = s.x_stride;
-        if (s.perm_at >= 0) {
-            permute(s, x, (const int32_t*)(blob + s.perm_at), scratch);
-            x = scratch;
-            stride = s.padded_in;
-        }
-        if (s.stored == kInt4) {
-            linear_tiles<4>(s, x, stride, blob, bias, y);
-        } else {
-            linear_tiles<8>(s, x, stride, blob, bias, y);
-        }
+static inline void linear(const LinearShape& s, const float* x, const uint8_t* blob, const float* bias, float* y) {
+    blob += s.blob_at;
+    bias += s.first;
+    y += s.first;
+    if (s.stored == kInt4) {
+        linear_tiles<4>(s, x, s.x_stride, blob, bias, y);
+    } else if (s.stored == kInt8) {
+        linear_tiles<8>(s, x, s.x_stride, blob, bias, y);
     } else {
         linear_rows(s, x, blob, bias, y);
     }
