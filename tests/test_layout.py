@@ -19,8 +19,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("converters", "kernels", "cli")
 ROWS = {
-    0: "config messages layout errors progress language paths",
-    1: "checked_file safetensors_file checkpoint packing tokenizer template kernels startup",
+    0: "config messages layout kv_layout errors progress language paths memory",
+    1: "checked_file safetensors_file checkpoint packing plan tokenizer template kernels startup",
     2: "ops ops_grad launch batch cache sampling weights",
     3: "model",
     4: "runner engine generation",
