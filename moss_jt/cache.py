@@ -1,24 +1,33 @@
 """KVCache: keys and values of every sequence, in blocks handed out on demand.
 
-A slot is one sequence. It owns a list of fixed-size blocks, the same in every layer; the memory of
-all blocks is taken once and written in place. The cache counts tokens, it does not compute: a pass
-first reserves room, writes through the kernels, and is committed when it has run. What was written
-and not committed does not exist, so a pass may be broken off anywhere.
+A slot is one sequence. It owns a list of fixed-size blocks, each of all layers; the addresses of
+all blocks are taken once, their memory when they are first needed. The cache counts tokens, it does
+not compute: a pass first reserves room, writes through the kernels, and is committed when it has
+run. What was written and not committed does not exist, so a pass may be broken off anywhere.
+
+Memory goes up and down with the blocks: `on_take` is asked before blocks that the system has not
+yet given are touched, and `trim` gives the free ones back. `resident_bytes` is the only ledger: who
+keeps to a budget compares with it, and whatever an interrupt cuts short is right again at the next call.
 """
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from moss_jt.config import MossConfig
 from moss_jt.errors import DeviceMemoryError
+from moss_jt.kv_layout import BLOCK, STEP_CHANNELS, KVLayout, KVType
 
-BLOCK = 32  # tokens
-KVType = Literal["float32", "float16"]
+__all__ = ["BLOCK", "KVCache", "KVLayout", "KVType"]
+
+_NORESERVE = 0x4000  # MAP_NORESERVE, which older Pythons do not name
+Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass
@@ -31,8 +40,15 @@ class KVCache:
     """Room for `slots` sequences that share `tokens` positions.
 
     Attributes:
+        layout: where things lie in a block.
+        memory: all blocks, (blocks, block_bytes) uint8; kernels write it.
         table: block numbers of each slot, (slots, blocks a sequence) int32; kernels read it.
-        keys, values: by layer, (blocks, H, BLOCK, D) of `kind`.
+        on_take: called with a number of bytes before the cache becomes so much larger than `resident_bytes`.
+            It makes room, or raises DeviceMemoryError, and then nothing changes.
+        on_give: called with a number of bytes after the cache has become so much smaller.
+
+    Raises:
+        DeviceMemoryError: the system does not give the addresses.
     """
 
     def __init__(
@@ -41,23 +57,37 @@ class KVCache:
         per_slot = -(-config.n_positions // BLOCK)
         # a sequence may leave its last block part empty, so every slot but one may cost one block more
         blocks = min(-(-tokens // BLOCK) + slots - 1, per_slot * slots)
-        self.kind: KVType = kind
         self.layers = layers if layers is not None else range(config.n_layer)
+        self.layout = KVLayout.of(config, kind, len(self.layers))
         self.limit = config.n_positions
         self.table: npt.NDArray[np.int32] = np.zeros((slots, per_slot), np.int32)
-        shape = (blocks, config.n_head, BLOCK, config.head_dim)
-        # zeros are not touched: the system gives memory as blocks are first written
-        self.keys = {layer: np.zeros(shape, kind) for layer in self.layers}
-        self.values = {layer: np.zeros(shape, kind) for layer in self.layers}
-        self._blocks = blocks
+        self._map = _take_addresses(blocks * self.block_bytes)
+        self.memory: Bytes = np.frombuffer(self._map, np.uint8).reshape(blocks, self.block_bytes)
+        self.on_take: Callable[[int], None] | None = None
+        self.on_give: Callable[[int], None] | None = None
         # Which blocks are free follows from who has them, so that an interrupt can nowhere lose one or give it twice.
         self._slots = [_Slot() for _ in range(slots)]
+        self._touched: set[int] = set()  # blocks that the system has given, or may have
+
+    @property
+    def kind(self) -> KVType:
+        """Type of the stored numbers."""
+        return self.layout.kind
 
     @property
     def token_bytes(self) -> int:
         """Bytes that one token takes up over all layers."""
-        one = next(iter(self.keys.values()))
-        return 2 * len(self.keys) * one.itemsize * one.shape[1] * one.shape[3]
+        return self.layout.token_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block of BLOCK tokens, in which memory is taken and given back."""
+        return self.layout.block_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the blocks that have been touched and not given back; the cache is never larger in memory."""
+        return len(self._touched) * self.block_bytes
 
     def length(self, slot: int) -> int:
         """Tokens committed in a slot."""
@@ -69,16 +99,21 @@ class KVCache:
         return sum(slot.length for slot in self._slots)
 
     def room(self, slot: int) -> int:
-        """How many more tokens `reserve` would grant this slot now."""
+        """How many more tokens `reserve` would grant this slot now, if `on_take` agrees."""
         own = self._slots[slot]
-        blocks = len(own.blocks) + self._blocks - sum(len(other.blocks) for other in self._slots)
+        blocks = len(own.blocks) + len(self.memory) - sum(len(other.blocks) for other in self._slots)
         return min(blocks * BLOCK, self.limit) - own.length
+
+    def missing_bytes(self, slot: int, count: int) -> int:
+        """What `reserve` would ask `on_take` for."""
+        return len(set(self._choose(self._slots[slot], count)) - self._touched) * self.block_bytes
 
     def reserve(self, slot: int, count: int) -> None:
         """Make sure that `count` tokens can be written after the committed ones.
 
         Raises:
-            DeviceMemoryError: the cache is full, or the sequence would pass n_positions. Nothing changes then.
+            DeviceMemoryError: the cache is full, the sequence would pass n_positions, or `on_take`
+                refuses. Nothing changes then.
         """
         own = self._slots[slot]
         if count > self.room(slot):
@@ -86,11 +121,12 @@ class KVCache:
                 f"the KV cache has no room for {count} more tokens after {own.length} (room for {self.room(slot)}). "
                 "Shorten the prompt or free a conversation."
             )
-        missing = -(-(own.length + count) // BLOCK) - len(own.blocks)
-        if missing <= 0:
-            return
-        taken = {block for other in self._slots for block in other.blocks}
-        for block in [block for block in range(self._blocks) if block not in taken][:missing]:
+        chosen = self._choose(own, count)
+        new = set(chosen) - self._touched
+        if new and self.on_take is not None:
+            self.on_take(len(new) * self.block_bytes)
+        self._touched.update(new)
+        for block in chosen:
             self.table[slot, len(own.blocks)] = block
             own.blocks.append(block)
 
@@ -101,14 +137,14 @@ class KVCache:
         own.length += count
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget the tokens from `length` on."""
+        """Forget the tokens from `length` on. The blocks are free; their memory stays until `trim`."""
         own = self._slots[slot]
         assert 0 <= length <= own.length, f"cannot truncate {own.length} tokens to {length}"
         own.length = length
         del own.blocks[-(-length // BLOCK) :]
 
     def drop_block(self, slot: int) -> bool:
-        """Give back a slot's last block and forget the tokens in it; False where it has none."""
+        """Free a slot's last block and forget the tokens in it; False where it has none."""
         own = self._slots[slot]
         if not own.blocks:
             return False
@@ -117,30 +153,88 @@ class KVCache:
         return True
 
     def release(self, slot: int) -> None:
-        """Forget a slot's tokens and give its blocks back."""
+        """Forget a slot's tokens and free its blocks."""
         self.truncate(slot, 0)
+
+    def trim(self, keep: int = 0) -> int:
+        """Give the memory of free blocks back to the system.
+
+        Args:
+            keep: bytes of free blocks that may stay, for what comes next.
+
+        Returns:
+            Bytes given back.
+        """
+        idle = sorted(self._touched.difference(*(slot.blocks for slot in self._slots)))
+        given = 0
+        for block in reversed(idle[keep // self.block_bytes :]):
+            self._map.madvise(mmap.MADV_DONTNEED, block * self.block_bytes, self.block_bytes)
+            self._touched.discard(block)  # after it has gone: counted too long rather than too short
+            given += self.block_bytes
+        if given and self.on_give is not None:
+            self.on_give(given)
+        return given
 
     def copy(self, source: int, target: int) -> None:
         """Give an empty slot the tokens of another one, in blocks of its own.
 
         Raises:
-            DeviceMemoryError: not enough free blocks.
+            DeviceMemoryError: not enough free blocks, or `on_take` refuses.
         """
         length = self._slots[source].length
         assert self._slots[target].length == 0, "copy into a slot that is in use"
         self.reserve(target, length)
-        here, there = self._slots[source].blocks, self._slots[target].blocks
-        used = -(-length // BLOCK)
-        for layer in self.layers:
-            for array in (self.keys[layer], self.values[layer]):
-                array[there[:used]] = array[here[:used]]
+        pairs = zip(self._slots[source].blocks, self._slots[target].blocks, strict=False)
+        for here, there in list(pairs)[: -(-length // BLOCK)]:
+            self.memory[there] = self.memory[here]
         self.commit(target, length)
+
+    def parts(self, layer: int) -> Bytes:
+        """One layer of every block, (blocks, 2, H, part_bytes): a view that others than the kernels write, too."""
+        layout, first = self.layout, self.layers.index(layer) * self.layout.layer_bytes
+        shape = (len(self.memory), 2, layout.heads, layout.part_bytes)
+        strides = (self.block_bytes, layout.heads * layout.part_bytes, layout.part_bytes, 1)
+        return np.ndarray(shape, np.uint8, self.memory, first, strides)
 
     def read(self, layer: int, slot: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Keys (rotary applied) and values of a slot, each (H, S, D) float32; a copy, for tests and export."""
         own = self._slots[slot]
-        parts = []
-        for array in (self.keys[layer], self.values[layer]):
-            flat = array[own.blocks].transpose(1, 0, 2, 3)  # (H, blocks, BLOCK, D)
-            parts.append(flat.reshape(flat.shape[0], -1, flat.shape[3])[:, : own.length].astype(np.float32))
-        return parts[0], parts[1]
+        numbers = _widen(self.parts(layer)[own.blocks], self.layout)  # (blocks, 2, H, BLOCK, D)
+        flat = numbers.transpose(1, 2, 0, 3, 4).reshape(2, self.layout.heads, -1, self.layout.width)
+        return flat[0, :, : own.length], flat[1, :, : own.length]
+
+    def _choose(self, own: _Slot, count: int) -> list[int]:
+        """Free blocks for `count` more tokens, those first that are in memory already."""
+        missing = -(-(own.length + count) // BLOCK) - len(own.blocks)
+        if missing <= 0:
+            return []
+        taken = {block for slot in self._slots for block in slot.blocks}
+        free = (block for block in range(len(self.memory)) if block not in taken)
+        return sorted(free, key=lambda block: (block not in self._touched, block))[:missing]
+
+
+def _take_addresses(nbytes: int) -> mmap.mmap:
+    """Private memory of our own that is not there before it is touched, and then page by page.
+
+    Huge pages would make more of it resident than was touched.
+    """
+    try:
+        room = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    except (OSError, ValueError, OverflowError) as error:
+        raise DeviceMemoryError(
+            f"the system does not give {nbytes} bytes of addresses for the KV cache ({error}). Ask for a shorter context."
+        ) from error
+    with suppress(OSError):  # a system without huge pages does not know the word
+        room.madvise(mmap.MADV_NOHUGEPAGE)
+    return room
+
+
+def _widen(parts: Bytes, layout: KVLayout) -> npt.NDArray[np.float32]:
+    """What parts hold: (..., part_bytes) to (..., BLOCK, D)."""
+    raw = np.ascontiguousarray(parts[..., : layout.steps_at]).view(layout.kind)
+    numbers = raw.reshape(*parts.shape[:-1], BLOCK, layout.width).astype(np.float32)
+    if layout.steps:
+        raw_steps = np.ascontiguousarray(parts[..., layout.steps_at :]).view(np.float16)
+        steps = raw_steps.reshape(*parts.shape[:-1], BLOCK, layout.steps).astype(np.float32)
+        numbers *= np.repeat(steps, STEP_CHANNELS, axis=-1)[..., : layout.width]
+    return numbers

@@ -50,18 +50,19 @@ GELU = 'moss::gelu(out0_p, (int64_t)data["count"]);'
 ADD_BOTH = 'moss::add_both(out0_p, in0_p, in1_p, (int64_t)data["count"]);'
 _ATTENTION_SHAPE = """
     moss::AttentionShape s{(int64_t)data["tokens"], (int64_t)data["heads"], (int64_t)data["width"], (int64_t)data["rotary"],
-        (int64_t)data["block"], (int64_t)data["table_width"]};
+        (int64_t)data["block"], (int64_t)data["table_width"], (int64_t)data["block_bytes"], (int64_t)data["keys_at"],
+        (int64_t)data["values_at"]};
 """
+_ATTENTION_KEYS = re.findall(r'data\["(\w+)"\]', _ATTENTION_SHAPE)
+_CPP_TYPE = {"float32": "float", "float16": "uint16_t"}
 ROTATE_AND_APPEND = {
-    "float32": _ATTENTION_SHAPE
-    + "moss::rotate_and_append(s, in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, out1_p, out2_p);",
-    "float16": _ATTENTION_SHAPE
-    + "moss::rotate_and_append(s, in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, (uint16_t*)out1_p, (uint16_t*)out2_p);",
+    kind: _ATTENTION_SHAPE
+    + f"moss::rotate_and_append<{cpp}>(s, in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, (uint8_t*)out1_p);"
+    for kind, cpp in _CPP_TYPE.items()
 }
 ATTEND = {
-    "float32": _ATTENTION_SHAPE + "moss::attend(s, in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, out0_p);",
-    "float16": _ATTENTION_SHAPE
-    + "moss::attend(s, in0_p, (const uint16_t*)in1_p, (const uint16_t*)in2_p, in3_p, in4_p, in5_p, out0_p);",
+    kind: _ATTENTION_SHAPE + f"moss::attend<{cpp}>(s, in0_p, (const uint8_t*)in1_p, in2_p, in3_p, in4_p, out0_p);"
+    for kind, cpp in _CPP_TYPE.items()
 }
 
 
@@ -195,13 +196,11 @@ def _idle_calls() -> list[tuple[str, list[Any], list[Any], Mapping[str, float]]]
         (GELU, [], [floats(2, 2)], {"count": 0}),
         (ADD_BOTH, [floats(2, 2), floats(2, 2)], [floats(2, 2)], {"count": 0}),
     ]
-    for kind in ("float32", "float16"):
-        keys, values = (share(np.zeros((1, 1, 2, 2), kind)) for _ in range(2))
-        shape: dict[str, float] = dict.fromkeys(("tokens", "heads", "width", "rotary", "block", "table_width"), 0)
-        calls.append(
-            (ROTATE_AND_APPEND[kind], [floats(2, 2), floats(2, 2), *where], [floats(2, 2), keys, values], shape)
-        )
-        calls.append((ATTEND[kind], [floats(2, 2), keys, values, *where], [floats(2, 2)], shape))
+    cache = share(np.zeros((2, 64), np.uint8))
+    shape: dict[str, float] = dict.fromkeys(_ATTENTION_KEYS, 0)
+    for kind in _CPP_TYPE:
+        calls.append((ROTATE_AND_APPEND[kind], [floats(2, 2), floats(2, 2), *where], [floats(2, 2), cache], shape))
+        calls.append((ATTEND[kind], [floats(2, 2), cache, *where], [floats(2, 2)], shape))
     return calls
 
 

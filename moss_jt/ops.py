@@ -109,8 +109,7 @@ class InferenceOps:
         self._positions = Buffer(aligned((max(capacity, 2),), "int32"))
         self._table = Buffer(kv.table)
         self.sincos = Buffer(rotary_table(config))
-        self._keys = {layer: share(kv.keys[layer]) for layer in kv.layers}
-        self._values = {layer: share(kv.values[layer]) for layer in kv.layers}
+        self._kv = share(kv.memory)
         self._small: dict[str, Any] = {}
         self._memory: dict[int, tuple[Any, Any]] = {}
         self._tokens = self._picked_rows = 0
@@ -165,18 +164,21 @@ class InferenceOps:
     def attention(self, qkv: Buffer, layer: int) -> Buffer:
         """Rotate, append to the cache, attend: (T, 3C) to (T, C)."""
         queries, merged = self.buffers["queries"], self.buffers["merged"]
+        kv, at = self.cache.layout, self.cache.layers.index(layer) * self.cache.layout.layer_bytes
         data = {
             "tokens": self._tokens,
-            "heads": self.config.n_head,
-            "width": self.config.head_dim,
+            "heads": kv.heads,
+            "width": kv.width,
             "rotary": self.config.rotary_dim,
             "block": BLOCK,
             "table_width": self.cache.table.shape[1],
+            "block_bytes": kv.block_bytes,
+            "keys_at": at,
+            "values_at": at + kv.heads * kv.part_bytes,
         }
-        keys, values, kind = self._keys[layer], self._values[layer], self.cache.kind
         where = [self._slots.var, self._positions.var, self._table.var]
-        run(ROTATE_AND_APPEND[kind], [qkv.var, self.sincos.var, *where], [queries.var, keys, values], data)
-        run(ATTEND[kind], [queries.var, keys, values, *where], [merged.var], data)
+        run(ROTATE_AND_APPEND[kv.kind], [qkv.var, self.sincos.var, *where], [queries.var, self._kv], data)
+        run(ATTEND[kv.kind], [queries.var, self._kv, *where], [merged.var], data)
         return self._seen(f"transformer.h.{layer}.attn.merged", merged)
 
     def gelu(self, x: Buffer, name: str) -> Buffer:

@@ -1,11 +1,19 @@
-"""KVCache: blocks handed out, counted and given back; no computing."""
+"""KVCache: blocks handed out, counted and given back, and the memory behind them; no computing."""
 
 from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from moss_jt.cache import BLOCK, KVCache
+from moss_jt.cache import BLOCK, KVCache, KVLayout, KVType
 from moss_jt.config import MossConfig
 from moss_jt.errors import DeviceMemoryError
 
@@ -19,8 +27,11 @@ def fill(cache: KVCache, slot: int, count: int, value: float) -> None:
     for position in range(start, start + count):
         block = cache.table[slot, position // BLOCK]
         for layer in cache.layers:
-            cache.keys[layer][block, :, position % BLOCK] = value + position
-            cache.values[layer][block, :, position % BLOCK] = -value - position
+            for which, sign in enumerate((1, -1)):
+                for head in cache.parts(layer)[block, which]:
+                    head[: cache.layout.steps_at].view(cache.kind).reshape(BLOCK, 4)[position % BLOCK] = sign * (
+                        value + position
+                    )
     cache.commit(slot, count)
 
 
@@ -100,6 +111,171 @@ def test_a_copy_lives_on_its_own() -> None:
     check(cache, 1, BLOCK + 5, 1.0)
 
 
-def test_bytes_of_a_token() -> None:
-    # 2 layers x (key + value) x 4 heads x 4 channels x 2 bytes
-    assert KVCache(CONFIG, slots=1, tokens=8, kind="float16").token_bytes == 2 * 2 * 4 * 4 * 2
+@pytest.mark.parametrize("kind", get_args(KVType))
+def test_bytes_are_known_before_the_cache_is_made(kind: KVType) -> None:
+    config = MossConfig(n_embd=6144, n_layer=34, n_head=24)
+    layout = KVLayout.of(config, kind)
+    per_head = {"float32": 256 * 4, "float16": 256 * 2, "int8": 256 + 256 // 32 * 2}[kind]
+    assert layout.token_bytes == 34 * 2 * 24 * per_head
+    assert layout.bytes_for(33) == 64 * layout.token_bytes  # a block of this model is whole pages
+    cache = KVCache(CONFIG, slots=1, tokens=8, kind=kind)
+    assert (cache.block_bytes, cache.token_bytes) == (layout_of(kind).block_bytes, layout_of(kind).token_bytes)
+    assert cache.resident_bytes == 0
+
+
+def layout_of(kind: KVType) -> KVLayout:
+    return KVLayout.of(CONFIG, kind)
+
+
+WIDE = MossConfig(vocab_size=32, n_positions=8 * BLOCK, n_embd=128, n_layer=6, n_head=4, rotary_dim=4)
+
+
+def resident(cache: KVCache) -> int:
+    """What the system says of the cache's addresses, in bytes."""
+    begin = cache.memory.ctypes.data
+    for entry in re.split(
+        r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text("ascii"), flags=re.MULTILINE
+    ):
+        found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", entry)
+        if found and int(found.group(1), 16) <= begin < int(found.group(2), 16):
+            assert int(found.group(2), 16) - begin >= cache.memory.nbytes, "the mapping is split"
+            rss = re.search(r"^Rss:\s+(\d+) kB", entry, re.MULTILINE)
+            assert rss is not None
+            return int(rss.group(1)) << 10
+    raise AssertionError("the cache is in no mapping")
+
+
+def touch(cache: KVCache, slot: int, count: int) -> None:
+    """Reserve, write every byte of the slot's blocks, commit."""
+    cache.reserve(slot, count)
+    cache.commit(slot, count)
+    for block in cache.table[slot, : -(-cache.length(slot) // BLOCK)]:
+        cache.memory[block] = 1 + slot
+
+
+def test_memory_comes_and_goes_with_the_blocks() -> None:
+    cache = KVCache(WIDE, slots=3, tokens=24 * BLOCK)
+    asked: list[int] = []
+    given: list[int] = []
+    cache.on_take, cache.on_give = asked.append, given.append
+    one = cache.block_bytes
+    assert resident(cache) == cache.resident_bytes == 0
+    touch(cache, 0, 3 * BLOCK)
+    touch(cache, 1, BLOCK + 1)
+    assert asked == [3 * one, 2 * one]
+    assert resident(cache) == cache.resident_bytes == 5 * one
+    cache.release(0)
+    assert resident(cache) == cache.resident_bytes == 5 * one, "free blocks stay until trim"
+    touch(cache, 2, 2 * BLOCK)
+    assert asked[2:] == [], "free blocks that are in memory come first"
+    assert cache.trim(keep=one) == 0
+    assert cache.trim() == one
+    assert given == [one]
+    assert resident(cache) == cache.resident_bytes == 4 * one
+    assert not cache.memory[2].any(), "what was given back is zeros"
+    cache.release(1)
+    cache.release(2)
+    assert cache.trim() == 4 * one
+    assert resident(cache) == cache.resident_bytes == 0
+    assert cache.trim() == 0
+    assert sum(asked) == sum(given) == 5 * one
+
+
+def test_a_chat_that_regrows_asks_for_nothing() -> None:
+    cache = KVCache(WIDE, slots=1, tokens=8 * BLOCK)
+    touch(cache, 0, 4 * BLOCK)
+    asked: list[int] = []
+    cache.on_take = asked.append
+    for length in (BLOCK + 3, 5, 0):
+        cache.truncate(0, length)
+        touch(cache, 0, 4 * BLOCK - length)
+    assert not asked
+
+
+def test_refused_memory_changes_nothing() -> None:
+    cache = KVCache(WIDE, slots=2, tokens=16 * BLOCK)
+    touch(cache, 0, BLOCK)
+
+    def refuse(count: int) -> None:
+        raise DeviceMemoryError(f"{count} bytes are too much")
+
+    cache.on_take = refuse
+    table = cache.table.copy()
+    assert cache.missing_bytes(0, BLOCK + 1) == 2 * cache.block_bytes
+    acts: list[Callable[[], None]] = [lambda: cache.reserve(0, BLOCK + 1), lambda: cache.copy(0, 1)]
+    for act in acts:
+        with pytest.raises(DeviceMemoryError, match="are too much"):
+            act()
+        assert (cache.length(0), cache.length(1), cache.resident_bytes) == (BLOCK, 0, cache.block_bytes)
+        np.testing.assert_array_equal(cache.table, table)
+    cache.on_take = None
+    touch(cache, 0, BLOCK + 1)
+
+
+def test_reserving_alone_touches_nothing() -> None:
+    cache = KVCache(WIDE, slots=1, tokens=8 * BLOCK)
+    cache.reserve(0, 8 * BLOCK)
+    assert resident(cache) == 0
+    assert cache.resident_bytes == 8 * cache.block_bytes
+
+
+def test_addresses_that_do_not_exist_are_an_error() -> None:
+    with pytest.raises(DeviceMemoryError, match="Ask for a shorter context"):
+        KVCache(MossConfig(n_positions=1 << 30, n_embd=1 << 15, n_layer=1 << 9), slots=1, tokens=1 << 30)
+
+
+@contextmanager
+def struck_at(line: int) -> Iterator[None]:
+    """KeyboardInterrupt at the n-th line that the cache executes, once."""
+    left = line
+
+    def trace(frame: FrameType, _event: str, _value: object) -> Any:
+        return count if frame.f_code.co_filename.endswith("moss_jt/cache.py") else None
+
+    def count(_frame: FrameType, event: str, _value: object) -> Any:
+        nonlocal left
+        left -= event == "line"
+        if left == 0:
+            raise KeyboardInterrupt
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def test_interrupts_lose_and_double_nothing() -> None:
+    """Wherever one strikes, no block has two owners, all are there for the next, and memory is at most what is counted."""
+    struck = 0
+    for line in range(1, 400):
+        cache = KVCache(WIDE, slots=2, tokens=8 * BLOCK)
+        touch(cache, 0, BLOCK)
+        try:
+            with struck_at(line):
+                cache.reserve(1, 2 * BLOCK)
+                cache.commit(1, 2 * BLOCK)
+                cache.truncate(1, BLOCK)
+                cache.trim()
+                cache.drop_block(1)
+                cache.copy(0, 1)
+                cache.release(0)
+                cache.trim()
+        except KeyboardInterrupt:
+            struck += 1
+        else:
+            break
+        assert resident(cache) <= cache.resident_bytes
+        for slot in (0, 1):
+            cache.truncate(slot, cache.length(slot))
+        lengths = [cache.length(slot) for slot in (0, 1)]
+        owned = [set(cache.table[slot, : -(-lengths[slot] // BLOCK)].tolist()) for slot in (0, 1)]
+        assert not owned[0] & owned[1]
+        for slot in (0, 1):
+            cache.release(slot)
+        assert [cache.room(slot) for slot in (0, 1)] == [8 * BLOCK, 8 * BLOCK]
+        cache.trim()
+        assert resident(cache) == cache.resident_bytes == 0
+    assert 30 < struck < 399

@@ -1,0 +1,78 @@
+"""KVLayout: where keys and values lie in a block of the KV cache, to the byte; arithmetic only.
+
+    block   (layers, 2, H, part), keys before values, then zeros up to a whole page
+    part    what one head keeps of BLOCK tokens: numbers (BLOCK, D), and behind them, for int8, the
+            steps (BLOCK, ceil(D / STEP_CHANNELS)) float16; a number is code * step
+
+A block is the unit in which the cache takes memory and gives it back, and it holds all layers, so
+that a sequence of any length costs whole blocks and nothing else.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from typing import Literal
+
+from moss_jt.config import MossConfig
+
+KVType = Literal["float32", "float16"]
+
+BLOCK = 32  # tokens
+STEP_CHANNELS = 32  # int8: neighbours of a head that share a step
+_ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+_STEP_BYTES = 2
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The shape of a block.
+
+    Attributes:
+        layers, heads, width: how many layers, H, D.
+        kind: type of the stored numbers.
+    """
+
+    layers: int
+    heads: int
+    width: int
+    kind: KVType
+
+    @classmethod
+    def of(cls, config: MossConfig, kind: KVType, layers: int | None = None) -> KVLayout:
+        """The layout for a model, or for so many of its layers."""
+        return cls(config.n_layer if layers is None else layers, config.n_head, config.head_dim, kind)
+
+    @property
+    def steps(self) -> int:
+        """Steps of one head and token; 0 where the numbers need none."""
+        return -(-self.width // STEP_CHANNELS) if self.kind == "int8" else 0
+
+    @property
+    def steps_at(self) -> int:
+        """Byte of a part where its steps begin."""
+        return BLOCK * self.width * _ITEM_BYTES[self.kind]
+
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of one head's keys or values of a block."""
+        return self.steps_at + BLOCK * self.steps * _STEP_BYTES
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer of a block, keys and values."""
+        return 2 * self.heads * self.part_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes up over all layers; memory is counted in whole blocks, though."""
+        return self.layers * self.layer_bytes // BLOCK
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, whole pages."""
+        return -(-self.layers * self.layer_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+
+    def bytes_for(self, tokens: int) -> int:
+        """Bytes that one sequence of so many tokens takes from the system."""
+        return -(-tokens // BLOCK) * self.block_bytes
