@@ -25,19 +25,17 @@ from functools import cached_property
 from moss_jt.checkpoint import expected_shapes, is_quantized_name
 from moss_jt.config import MossConfig
 from moss_jt.errors import ConfigError
+from moss_jt.kv_layout import BLOCK, KVLayout, KVType
 from moss_jt.layout import ALIGNMENT, TILE_ROWS, Layout, PlainLayout, RowsLayout, TileLayout, round_up
 from moss_jt.memory import MIB, format_size
 from moss_jt.packing import tile_layout
 
-BLOCK_TOKENS = 32  # of the KV cache
 LEAST_CONTEXT = 256  # tokens below which a chat makes no sense; who asks for less gets it
 PASS_TOKENS, MOST_PASS_TOKENS, PASS_STEP = 128, 512, 32  # new tokens of one pass
 LOGIT_ROWS = 32  # rows of logits that are held at a time
 PIECE = 4 * MIB  # streamed at a time; the disk's rate no longer grows with more
 RING_SLOTS = 12  # some being read, some ready while the disk hesitates, one in use
 MARGIN = 32 * MIB
-KV_ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1}
-KV_HEAD_BYTES = {"float32": 0, "float16": 0, "int8": 4}  # beside the numbers of one head and token: its scale
 _EMBEDDING = "transformer.wte.weight"
 _FINE = 1 << 40  # steps in which a share is searched
 _PASS_SHARE, _STREAM_SHARE = 16, 32  # a longer pass gets at most these parts of spare memory and of streamed bytes
@@ -112,16 +110,21 @@ class Needs:
 
     def kv_bytes(self, tokens: int) -> int:
         """Memory of the KV cache that holds `tokens` over all sequences, at worst."""
-        return self._blocks(tokens) * BLOCK_TOKENS * self.kv_token_bytes if tokens > 0 else 0
+        return self._blocks(tokens) * self.block_bytes if tokens > 0 else 0
+
+    @property
+    def block_bytes(self) -> int:
+        """Of a block of the cache, whole pages."""
+        return round_up(BLOCK * self.kv_token_bytes, ALIGNMENT)
 
     def _blocks(self, tokens: int) -> int:
-        per_sequence = -(-self.positions // BLOCK_TOKENS)
-        return min(-(-tokens // BLOCK_TOKENS) + self.slots - 1, per_sequence * self.slots)
+        per_sequence = -(-self.positions // BLOCK)
+        return min(-(-tokens // BLOCK) + self.slots - 1, per_sequence * self.slots)
 
     def tokens_in(self, nbytes: int) -> int:
         """The longest context whose cache has room in `nbytes`, at most `positions`."""
-        blocks = max(0, nbytes) // (BLOCK_TOKENS * self.kv_token_bytes)
-        best = min(max(0, blocks - self.slots + 1) * BLOCK_TOKENS, self.positions)
+        blocks = max(0, nbytes) // self.block_bytes
+        best = min(max(0, blocks - self.slots + 1) * BLOCK, self.positions)
         return self.positions if self.kv_bytes(self.positions) <= nbytes else best
 
 
@@ -248,18 +251,8 @@ def pass_token_bytes(config: MossConfig) -> int:
 def buffer_bytes(config: MossConfig, capacity: int, slots: int = 1) -> int:
     """Memory of the buffers for passes of up to `capacity` tokens; the KV cache not included."""
     logits = LOGIT_ROWS * (config.n_embd + 2 * config.vocab_size) * 4  # one copy goes to the caller
-    tables = config.n_positions * config.rotary_dim * 4 + slots * -(-config.n_positions // BLOCK_TOKENS) * 4
+    tables = config.n_positions * config.rotary_dim * 4 + slots * -(-config.n_positions // BLOCK) * 4
     return capacity * pass_token_bytes(config) + logits + tables + 16 * ALIGNMENT
-
-
-def kv_token_bytes(config: MossConfig, kind: str) -> int:
-    """Bytes of keys and values of one token over all layers.
-
-    Args:
-        kind: a key of KV_ITEM_BYTES.
-    """
-    head = config.head_dim * KV_ITEM_BYTES[kind] + KV_HEAD_BYTES[kind]
-    return 2 * config.n_layer * config.n_head * head
 
 
 def small_bytes(config: MossConfig, sizes: Sequence[MatrixSize]) -> int:
@@ -273,7 +266,7 @@ def needs_of(
     sizes: Sequence[MatrixSize],
     *,
     base: int,
-    kv: str,
+    kv: KVType,
     slots: int = 1,
     margin: int = MARGIN,
 ) -> Needs:
@@ -281,7 +274,7 @@ def needs_of(
 
     Args:
         base: bytes of the process without weights, buffers and cache.
-        kv: how keys and values are kept, a key of KV_ITEM_BYTES.
+        kv: how keys and values are kept.
         slots: sequences that share the cache.
     """
     tokens = min(PASS_TOKENS, config.n_positions * slots)
@@ -289,7 +282,7 @@ def needs_of(
         base=base,
         buffers=buffer_bytes(config, tokens, slots),
         small=small_bytes(config, sizes),
-        kv_token_bytes=kv_token_bytes(config, kv),
+        kv_token_bytes=KVLayout.of(config, kv).token_bytes,
         margin=margin,
         pass_token_bytes=pass_token_bytes(config),
         pass_tokens=tokens,
