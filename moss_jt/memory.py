@@ -53,12 +53,22 @@ def format_size(count: int) -> str:
 
 
 def automatic_memory(root: Path = Path("/")) -> int:
-    """The budget where none was given: what is free less a reserve of max(1 GiB, a tenth).
+    """The budget of this process where none was given: what it holds and what is free, less a reserve.
 
-    On a machine with very little free, half of it.
+    The reserve is 1 GiB or a tenth of what is free, whichever is more; but never more than half of it.
     """
     free = available_memory(root)
-    return max(free - max(RESERVE, free // RESERVE_SHARE), free // 2)
+    return held_memory(root) + free - min(max(RESERVE, free // RESERVE_SHARE), free // 2)
+
+
+def held_memory(root: Path = Path("/")) -> int:
+    """Physical memory of this process; 0 where the system does not tell."""
+    try:
+        status = (root / "proc" / "self" / "status").read_text("ascii", "replace")
+    except OSError:
+        return 0
+    found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found.group(1)) << 10 if found else 0
 
 
 def available_memory(root: Path = Path("/")) -> int:
@@ -72,6 +82,32 @@ def available_memory(root: Path = Path("/")) -> int:
     """
     machine = _machine_available(root)
     return max(0, min([machine, *_left_in_groups(root), *_left_in_process(root)]))
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process takes now.
+
+    Raises:
+        StartupError: the system does not say.
+    """
+    return _own_status("VmRSS")
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has taken at most.
+
+    Raises:
+        StartupError: the system does not say.
+    """
+    return _own_status("VmHWM")
+
+
+def _own_status(field: str) -> int:
+    file = Path("/proc/self/status")
+    found = re.search(rf"^{field}:\s+(\d+) kB", file.read_text("ascii", "replace"), re.MULTILINE)
+    if found is None:
+        raise StartupError(f"{file} has no {field}, so the memory of this process is unknown. Is /proc mounted?")
+    return int(found.group(1)) << 10
 
 
 def _machine_available(root: Path) -> int:
