@@ -53,22 +53,12 @@ def format_size(count: int) -> str:
 
 
 def automatic_memory(root: Path = Path("/")) -> int:
-    """The budget of this process where none was given: what it holds and what is free, less a reserve.
+    """What this process may take beside what it holds, where nobody said: what is free, less a reserve.
 
     The reserve is 1 GiB or a tenth of what is free, whichever is more; but never more than half of it.
     """
     free = available_memory(root)
-    return held_memory(root) + free - min(max(RESERVE, free // RESERVE_SHARE), free // 2)
-
-
-def held_memory(root: Path = Path("/")) -> int:
-    """Physical memory of this process; 0 where the system does not tell."""
-    try:
-        status = (root / "proc" / "self" / "status").read_text("ascii", "replace")
-    except OSError:
-        return 0
-    found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found.group(1)) << 10 if found else 0
+    return free - min(max(RESERVE, free // RESERVE_SHARE), free // 2)
 
 
 def available_memory(root: Path = Path("/")) -> int:
