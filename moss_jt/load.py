@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from moss_jt import launch, paths
+from moss_jt.budget import Budget
 from moss_jt.checkpoint import Checkpoint, is_native
-from moss_jt.errors import CheckpointError, ConfigError, DiskError
+from moss_jt.errors import CheckpointError, ConfigError, DiskError, MossError
+from moss_jt.kv_layout import KVType
+from moss_jt.memory import automatic_memory, parse_size, resident_memory
+from moss_jt.plan import MatrixSize, Plan, make_plan, matrix_sizes, needs_of
 from moss_jt.progress import Progress, Quiet
-from moss_jt.runner import Compute, Model
-from moss_jt.tokenizer import TOKENIZER_FILES
+from moss_jt.runner import DEFAULT_KV, KV_TYPES, Compute, Model
+from moss_jt.tokenizer import TOKENIZER_FILES, load_tokenizer
 from moss_jt.weights import WeightStore
 
 Device = Literal["auto", "cpu"] | str  # "cuda", "cuda:1"
@@ -29,6 +33,8 @@ def load_model(
     device: Device = "auto",
     compute: Compute = "exact",
     *,
+    memory: int | str | None = None,
+    kv: str | None = None,
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -40,20 +46,54 @@ def load_model(
     Args:
         path: a native folder, or a Hugging Face folder of a MOSS model.
         device: "cpu", or "auto", which takes it too: kernels for CUDA are not in this version.
-        compute: "exact" computes and caches in float32; "fast" caches keys and values in float16.
-        max_tokens: positions that a cache holds, prompt and answer together; None for n_positions.
+        compute: "exact" computes in float32; "fast" rounds the inputs of int4 and int8 matrices to int8.
+        memory: what the whole process may take, in bytes or like "6GiB"; None for what is free, less a reserve.
+            What does not fit is read from disk in every pass. Results do not depend on it.
+        kv: type of the cached keys and values, "fp32", "fp16" or "int8"; None for fp32 with exact compute, else fp16.
+        max_tokens: positions that a cache holds, prompt and answer together; None for n_positions, or for what
+            fits where memory is short.
         progress: told about compiling, converting and loading.
 
     Raises:
         CheckpointError: no model there, or its files are broken.
-        ConfigError: an argument, or a value in config.json, cannot work.
+        ConfigError: an argument, or a value in config.json, cannot work; or the memory is too little, and then
+            the least that would do is named.
         StartupError: Jittor cannot be started here.
     """
-    _check_arguments(device, compute, max_tokens)
+    _check_arguments(device, compute, kv, max_tokens)
+    limit = parse_size(memory) if isinstance(memory, str) else memory
     progress = Quiet() if progress is None else progress
     checkpoint = Checkpoint.open(native_folder(Path(path), progress))
     launch.warm_up(progress)
-    return Model(checkpoint, WeightStore(checkpoint), compute=compute, device="cpu", max_tokens=max_tokens)
+    kind = KV_TYPES[kv] if kv is not None else DEFAULT_KV[compute]
+    tokenizer = None
+    with contextlib.suppress(MossError):  # whoever needs it is told then what is wrong with it
+        tokenizer = load_tokenizer(checkpoint.path)
+    plan, sizes = _plan(checkpoint, kind, limit, max_tokens)
+    store = WeightStore(checkpoint, plan, progress)
+    return Model(
+        checkpoint,
+        store,
+        compute=compute,
+        device="cpu",
+        max_tokens=plan.context,
+        kv=kind,
+        budget=Budget(plan, sizes, store),
+        tokenizer=tokenizer,
+    )
+
+
+def _plan(
+    checkpoint: Checkpoint, kind: KVType, limit: int | None, max_tokens: int | None
+) -> tuple[Plan, list[MatrixSize]]:
+    """Divide the memory, now that the process has everything but the weights."""
+    config = checkpoint.config
+    sizes = matrix_sizes(config, {name: entry.layout for name, entry in checkpoint.entries.items()})
+    base = resident_memory()
+    needs = needs_of(config, sizes, base=base, kv=kind)
+    context = None if max_tokens is None else min(max_tokens, config.n_positions)
+    memory = base + automatic_memory() if limit is None else limit
+    return make_plan(sizes, needs, memory=memory, context=context), sizes
 
 
 def native_folder(path: Path, progress: Progress) -> Path:
@@ -128,12 +168,14 @@ def _fingerprint(path: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _check_arguments(device: str, compute: str, max_tokens: int | None) -> None:
+def _check_arguments(device: str, compute: str, kv: str | None, max_tokens: int | None) -> None:
     if device == "cuda" or str(device).startswith("cuda:"):
         raise ConfigError(f'device is "{device}"; the CUDA kernels are not in this version. Use "auto" or "cpu".')
     if device not in ("auto", "cpu"):
         raise ConfigError(f'device is "{device}"; known are "auto", "cpu" and "cuda".')
     if compute not in get_args(Compute):
         raise ConfigError(f'compute is "{compute}"; known are {", ".join(get_args(Compute))}.')
+    if kv is not None and kv not in KV_TYPES:
+        raise ConfigError(f'kv is "{kv}"; known are {", ".join(KV_TYPES)}.')
     if max_tokens is not None and not (isinstance(max_tokens, Integral) and max_tokens >= 1):
         raise ConfigError(f"max_tokens is {max_tokens!r}; it must be a whole number from 1, or None.")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moss_jt.batch import Batch, single_batch
+from moss_jt.budget import Budget
 from moss_jt.cache import KVCache, KVType
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import MossConfig
@@ -18,6 +19,7 @@ from moss_jt.errors import ShapeError
 from moss_jt.launch import Buffer, computing
 from moss_jt.model import Moss
 from moss_jt.ops import InferenceOps
+from moss_jt.plan import PASS_TOKENS, buffer_bytes
 from moss_jt.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -26,16 +28,32 @@ if TYPE_CHECKING:
 Compute = Literal["exact", "fast"]
 Floats = npt.NDArray[np.float32]
 
-PASS_TOKENS = 128  # new tokens of one pass
+KV_TYPES: dict[str, KVType] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+DEFAULT_KV: dict[Compute, KVType] = {"exact": "float32", "fast": "float16"}
 
 
 class Runner:
-    """A KV cache, the buffers of a pass, and the network over them."""
+    """A KV cache, the buffers of a pass, and the network over them.
 
-    def __init__(self, config: MossConfig, store: WeightStore, *, slots: int, tokens: int, kind: KVType) -> None:
+    Attributes:
+        buffer_bytes: memory that the buffers take, at most.
+    """
+
+    def __init__(
+        self,
+        config: MossConfig,
+        store: WeightStore,
+        *,
+        slots: int,
+        tokens: int,
+        kind: KVType,
+        capacity: int = PASS_TOKENS,
+    ) -> None:
+        capacity = min(capacity, config.n_positions * slots)
         self.cache = KVCache(config, slots=slots, tokens=tokens, kind=kind)
-        self.ops = InferenceOps(config, store, self.cache, capacity=min(PASS_TOKENS, config.n_positions * slots))
+        self.ops = InferenceOps(config, store, self.cache, capacity=capacity)
         self.network: Moss[Buffer] = Moss(config)
+        self.buffer_bytes = buffer_bytes(config, capacity, slots)
 
     @property
     def capacity(self) -> int:
@@ -55,17 +73,33 @@ class Model:
     Attributes:
         path: its native folder.
         config: its shape.
-        compute: "exact" (float32 activations and KV) or "fast" (float16 KV).
+        store: its weights.
+        compute: "exact" (float32 activations) or "fast".
+        kv: type of the cached keys and values.
         device: where it computes.
+        max_tokens: positions of a cache, prompt and answer together.
+        budget: what keeps it within a limit of memory; None where nothing does.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, store: WeightStore, *, compute: Compute, device: str, max_tokens: int | None
+        self,
+        checkpoint: Checkpoint,
+        store: WeightStore,
+        *,
+        compute: Compute,
+        device: str,
+        max_tokens: int | None,
+        kv: KVType | None = None,
+        budget: Budget | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.path: Path = checkpoint.path
         self.config = checkpoint.config
         self.store = store
         self.compute: Compute = compute
+        self.kv: KVType = kv or DEFAULT_KV[compute]
+        self.budget = budget
+        self._tokenizer = tokenizer
         self.device = device
         self.max_tokens = min(max_tokens or self.config.n_positions, self.config.n_positions)
         self._lock = threading.Lock()  # `logits` has one cache, whatever the number of threads
@@ -79,7 +113,7 @@ class Model:
         """
         from moss_jt.tokenizer import load_tokenizer
 
-        return load_tokenizer(self.path)
+        return load_tokenizer(self.path) if self._tokenizer is None else self._tokenizer
 
     @property
     def has_tokenizer(self) -> bool:
@@ -87,13 +121,28 @@ class Model:
         return any((self.path / name).is_file() for name in ("vocab.json", "tokenizer.model", "tokenizer.json"))
 
     def runner(self, *, slots: int = 1, tokens: int | None = None) -> Runner:
-        """A cache of `slots` sequences over `tokens` positions in all, with its own buffers."""
-        kind: KVType = "float32" if self.compute == "exact" else "float16"
-        return Runner(self.config, self.store, slots=slots, tokens=tokens or self.max_tokens, kind=kind)
+        """A cache of `slots` sequences over `tokens` positions in all, with its own buffers.
+
+        Raises:
+            ConfigError: so many tokens can never fit within the budget.
+            DeviceMemoryError: the buffers do not fit beside those of others.
+        """
+        capacity = PASS_TOKENS
+        if tokens is None:
+            tokens = self.max_tokens if self.budget is None else min(self.max_tokens, self.budget.most_tokens(slots))
+        if self.budget is not None:
+            self.budget.check_tokens(tokens, slots)
+            capacity = self.budget.plan.capacity
+        runner = Runner(self.config, self.store, slots=slots, tokens=tokens, kind=self.kv, capacity=capacity)
+        if self.budget is not None:
+            self.budget.join(runner)
+        return runner
 
     @cached_property
     def _private(self) -> Runner:
-        return self.runner(tokens=self.config.n_positions)
+        """For `logits`: the whole model's context where the budget has room for it."""
+        most = self.config.n_positions
+        return self.runner(tokens=most if self.budget is None else min(most, self.budget.most_tokens(1)))
 
     def logits(self, ids: npt.ArrayLike, attention_mask: npt.ArrayLike | None = None) -> Floats:
         """Logits at every position of a batch of sequences.

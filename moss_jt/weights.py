@@ -11,15 +11,19 @@ as float32. Matrices handed over by `add` and `put` (low-rank terms, tests) lie 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from moss_jt.checkpoint import Checkpoint
+from moss_jt.checkpoint import Checkpoint, Entry
 from moss_jt.errors import CheckpointError
 from moss_jt.layout import PlainLayout, RowsLayout, TileLayout
+from moss_jt.plan import Plan, matrix_sizes
+from moss_jt.progress import Progress
+from moss_jt.reader import ReaderStats
+from moss_jt.tiers import TieredMatrices
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -69,28 +73,65 @@ def widen(raw: Bytes, dtype: str) -> Floats:
 
 
 class WeightStore:
-    """The weights of one checkpoint, read into memory; without one, what is added."""
+    """The weights of one checkpoint; without one, what is added.
 
-    def __init__(self, checkpoint: Checkpoint | None = None) -> None:
+    Args:
+        checkpoint: whose weights; its files must stay as they are.
+        plan: what is held in memory and what is streamed; without one everything is held.
+        progress: told how much has been read.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        DeviceMemoryError: the system does not give the memory.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint | None = None, plan: Plan | None = None, progress: Progress | None = None
+    ) -> None:
         self._matrices: dict[str, Stored] = {}
         self._perms: dict[str, Perm] = {}
         self._small: dict[str, Floats] = {}
+        self._on_disk: dict[str, Entry] = {}  # tables of which single rows are read
+        self._checkpoint = checkpoint
+        self._tiers: TieredMatrices | None = None
         if checkpoint is not None:
-            self._load(checkpoint)
+            self._load(checkpoint, plan, progress)
 
-    def _load(self, checkpoint: Checkpoint) -> None:
+    def _load(self, checkpoint: Checkpoint, plan: Plan | None, progress: Progress | None) -> None:
+        sizes = matrix_sizes(checkpoint.config, {name: entry.layout for name, entry in checkpoint.entries.items()})
+        streamable = {size.name for size in sizes}
         for name, entry in checkpoint.entries.items():
             if isinstance(entry.layout, PlainLayout):
                 self._small[name] = checkpoint.read_plain(name)
-            else:
-                self.put(Stored(name, checkpoint.read(name), entry.layout))
+            elif name not in streamable:
+                self._on_disk[name] = entry
+            elif isinstance(entry.layout, TileLayout) and entry.layout.permuted:
+                self._perms[name] = _read_perm(checkpoint, entry, entry.layout)
+        self._tiers = TieredMatrices(checkpoint, sizes, plan, progress)
 
     def begin_pass(self) -> None:
         """A pass over the layers begins."""
+        if self._tiers is not None:
+            self._tiers.begin_pass()
+
+    def hold(self, rows: Mapping[str, int]) -> None:
+        """Hold this many rows of each matrix of the checkpoint from now on; never more than at first.
+
+        Only between passes. Rows that should be held and are not yet are kept as they pass by.
+        """
+        if self._tiers is not None:
+            self._tiers.set_rows(rows)
+
+    def close(self) -> None:
+        """Stop reading ahead; the store can no longer be used."""
+        if self._tiers is not None:
+            self._tiers.close()
 
     def layout(self, name: str) -> RowsLayout | TileLayout:
         """How a matrix is stored."""
-        return self._find(name).layout
+        if name in self._matrices or self._tiers is None or name not in self._tiers:
+            return self._find(name).layout
+        return self._tiers.layout(name)
 
     def perm(self, name: str) -> Perm | None:
         """The order in which a matrix holds its inputs, (padded_in,) int32, -1 for padding; None where it is theirs."""
@@ -98,12 +139,19 @@ class WeightStore:
 
     def pieces(self, name: str) -> Iterator[Piece]:
         """All rows of a matrix, once and in order. A piece is gone when the next one is asked for."""
-        stored = self._find(name)
-        yield Piece(name, stored.layout, stored.data, 0, 0, stored.layout.shape[0])
+        if name in self._matrices or self._tiers is None or name not in self._tiers:
+            stored = self._find(name)
+            yield Piece(name, stored.layout, stored.data, 0, 0, stored.layout.shape[0])
+            return
+        layout = self._tiers.layout(name)
+        for data, start, first, count in self._tiers.pieces(name):
+            yield Piece(name, layout, data, start, first, count)
 
     def read(self, name: str) -> Bytes:
         """The whole blob of a matrix: for tools and tests, it may be large."""
-        return self._find(name).data
+        if name in self._matrices or self._checkpoint is None:
+            return self._find(name).data
+        return self._checkpoint.read(name)
 
     def small(self, name: str) -> Floats:
         """A norm's or bias's values, float32; always in memory."""
@@ -113,12 +161,28 @@ class WeightStore:
             raise CheckpointError(f"the checkpoint has no tensor {name}.") from None
 
     def rows(self, name: str, which: Sequence[int] | npt.NDArray[np.int32]) -> Floats:
-        """Rows of a floating-point matrix, (len(which), K) float32; only these rows are read."""
-        stored = self._find(name)
-        assert isinstance(stored.layout, RowsLayout), f"{name} is quantised and has no rows to look up"
-        n, k = stored.layout.shape
-        table = stored.data[: n * stored.layout.row_bytes].reshape(n, stored.layout.row_bytes)
-        return widen(table[np.asarray(which)], stored.layout.dtype).reshape(-1, k)
+        """Rows of a floating-point matrix, (len(which), K) float32; only these rows are read.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
+        entry = self._on_disk.get(name)
+        if entry is None or name in self._matrices:
+            stored = self._find(name)
+            layout, read = stored.layout, stored.data.__getitem__
+        else:
+            layout, read = entry.layout, self._read_part(name)
+        assert isinstance(layout, RowsLayout), f"{name} is quantised and has no rows to look up"
+        result = np.empty((len(which), layout.shape[1]), np.float32)
+        for place, row in enumerate(which):
+            start = int(row) * layout.row_bytes
+            result[place] = widen(read(slice(start, start + layout.row_bytes)), layout.dtype)
+        return result
+
+    def _read_part(self, name: str) -> Callable[[slice], Bytes]:
+        checkpoint = self._checkpoint
+        assert checkpoint is not None
+        return lambda part: checkpoint.read(name, start=part.start, nbytes=part.stop - part.start)
 
     def add(self, name: str, values: npt.ArrayLike) -> None:
         """Keep a matrix or a small tensor of the caller as float32 in memory, as if it came from the file."""
@@ -142,12 +206,27 @@ class WeightStore:
             self._perms.pop(stored.name, None)
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes of all matrices, padding included."""
-        return sum(stored.data.nbytes for stored in self._matrices.values())
+    def resident_bytes(self) -> int:
+        """Bytes of matrices in memory now."""
+        held = 0 if self._tiers is None else self._tiers.resident_bytes
+        return held + sum(stored.data.nbytes for stored in self._matrices.values())
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of matrices that each pass reads."""
+        return 0 if self._tiers is None else self._tiers.streamed_bytes
+
+    @property
+    def reading(self) -> ReaderStats:
+        """What was read from the checkpoint's matrices so far."""
+        return ReaderStats(0, 0, 0.0, True) if self._tiers is None else self._tiers.stats
 
     def _find(self, name: str) -> Stored:
         try:
             return self._matrices[name]
         except KeyError:
             raise CheckpointError(f"the checkpoint has no matrix {name}.") from None
+
+
+def _read_perm(checkpoint: Checkpoint, entry: Entry, layout: TileLayout) -> Perm:
+    return checkpoint.read(entry.name, start=layout.perm_offset, nbytes=4 * layout.padded_in).view(np.int32)

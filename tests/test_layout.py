@@ -21,7 +21,7 @@ ROOMS = ("converters", "kernels", "cli")
 ROWS = {
     0: "config messages layout kv_layout errors progress language paths memory",
     1: "checked_file safetensors_file checkpoint packing plan tokenizer template kernels startup",
-    2: "ops ops_grad launch batch cache sampling weights",
+    2: "ops ops_grad launch batch budget cache sampling tiers weights",
     3: "model",
     4: "runner engine generation",
     5: "chat load hub pull_plan fetch stored doctor converters",

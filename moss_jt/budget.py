@@ -1,0 +1,98 @@
+"""Budget: one limit for the whole process, kept while caches grow and shrink.
+
+The plan divides the memory once. What moves afterwards is the KV cache: before it takes a block,
+weights leave to make room, evenly; when it has given blocks back, they return as they pass by.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Protocol
+
+from moss_jt.cache import BLOCK, KVCache
+from moss_jt.errors import ConfigError, DeviceMemoryError
+from moss_jt.memory import format_size
+from moss_jt.plan import MatrixSize, Plan, resident_rows
+from moss_jt.weights import WeightStore
+
+
+class Consumer(Protocol):
+    """Something that takes memory beside the weights."""
+
+    cache: KVCache
+    buffer_bytes: int
+
+
+class Budget:
+    """Keeps weights, caches and buffers within a plan.
+
+    Args:
+        plan: how the memory was divided.
+        sizes: of the matrices.
+        store: where the weights lie.
+    """
+
+    def __init__(self, plan: Plan, sizes: Sequence[MatrixSize], store: WeightStore) -> None:
+        self.plan = plan
+        self._sizes = sizes
+        self._store = store
+        self._held = plan.resident_budget(1)
+        self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
+
+    def most_tokens(self, slots: int) -> int:
+        """Tokens that a cache of `slots` sequences could hold if every weight left for it."""
+        return max(0, self.plan.room // self.plan.needs.kv_bytes(1) - slots + 1) * BLOCK
+
+    def check_tokens(self, tokens: int, slots: int) -> None:
+        """Refuse a cache that could never be filled.
+
+        Raises:
+            ConfigError: says how many tokens would do.
+        """
+        most = self.most_tokens(slots)
+        if tokens > most:
+            raise ConfigError(
+                f"a KV cache of {tokens} tokens in {slots} sequences does not fit in "
+                f"{format_size(self.plan.memory)} beside the rest; take up to {most} tokens, or give more memory."
+            )
+
+    def join(self, consumer: Consumer) -> None:
+        """Count a consumer for as long as it lives. One set of buffers is in the plan; others are counted here.
+
+        Raises:
+            DeviceMemoryError: its buffers do not fit.
+        """
+        self._consumers.add(consumer)
+        try:
+            self._settle(0)
+        except DeviceMemoryError:
+            self._consumers.discard(consumer)
+            raise
+        consumer.cache.on_take = self._settle
+        consumer.cache.on_give = lambda _nbytes: self._settle(0)
+
+    def _settle(self, more: int) -> None:
+        """Hold as many weights as fit beside what is taken, and `more` bytes.
+
+        Raises:
+            DeviceMemoryError: not even without weights; nothing changes then.
+        """
+        consumers = list(self._consumers)
+        buffers = sum(consumer.buffer_bytes for consumer in consumers)
+        extra = max(0, buffers - self.plan.buffer_bytes)
+        taken = sum(consumer.cache.resident_bytes for consumer in consumers) + extra + more
+        if taken > self.plan.room:
+            raise DeviceMemoryError(
+                f"{format_size(taken)} for conversations do not fit in {format_size(self.plan.memory)} beside the rest "
+                f"({format_size(self.plan.room)} are left). Shorten a conversation, forget one, or give more memory."
+            )
+        held = min(self.plan.budget_beside(taken), self.plan.resident_budget(1))
+        if held != self._held:
+            self._store.hold(resident_rows(self._sizes, held))
+            self._held = held
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether weights have left to make room for caches."""
+        return self._held < self.plan.resident_budget(1)

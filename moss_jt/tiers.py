@@ -1,0 +1,222 @@
+"""Tiers: the matrices of a checkpoint, each partly in memory and partly on disk.
+
+Of every matrix the first rows are held in anonymous memory, the rest stays in its file and passes
+through a ring of buffers that native threads fill ahead of the computation, in the order of a pass
+and on over its end. The cut is always between whole units (a tile of 16 rows, or a row), so an
+operation meets the same units whatever is held.
+
+What is held may change between passes. To shrink costs nothing: the last rows of each matrix are
+given back to the system. To grow costs no reading either: a piece that passes by and may stay is
+copied from the ring to its place.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moss_jt.checkpoint import Checkpoint, Entry
+from moss_jt.errors import DeviceMemoryError
+from moss_jt.layout import ALIGNMENT, PlainLayout, RowsLayout, TileLayout, round_up
+from moss_jt.plan import MatrixSize, Plan, cut_rows
+from moss_jt.progress import Progress, Quiet
+from moss_jt.reader import Item, Reader, ReaderStats
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rows of a matrix that pass through the ring at once."""
+
+    index: int  # in the order of a pass
+    first: int
+    count: int
+
+
+@dataclass
+class Matrix:
+    """One matrix: where it lies in its file, and what of it is held.
+
+    Attributes:
+        size: how it may be cut.
+        file: the reader's number of its file.
+        memory_at, memory: room for the rows that may be held, in whole pages; the first `held` rows are here.
+        goal: rows that should be held.
+        cuts: the rest, in order.
+    """
+
+    size: MatrixSize
+    entry: Entry
+    file: int
+    goal: int
+    memory_at: int
+    memory: Bytes
+    held: int = 0
+    cuts: list[Cut] = field(default_factory=list)
+
+    def pages_of(self, rows: int) -> int:
+        """Bytes of memory that hold the first `rows` rows, in whole pages."""
+        return round_up(self.size.bytes_of(rows), ALIGNMENT)
+
+    @property
+    def first_streamed(self) -> int:
+        """The row from which on the current order of reading brings it."""
+        return self.cuts[0].first if self.cuts else self.size.rows
+
+
+class TieredMatrices:
+    """Matrices in the order of a pass, as far as held in memory, the rest streamed.
+
+    Args:
+        checkpoint: whose files are read; they stay open.
+        sizes: of the matrices, in the order in which a pass asks for them.
+        plan: what to hold at first, and the ring; None holds everything. More than at first is never held.
+
+    Raises:
+        DeviceMemoryError: the system does not give the memory.
+        CheckpointError: a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sizes: Sequence[MatrixSize],
+        plan: Plan | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if plan is not None and plan.ring_slots:
+            self._reader = Reader(plan.ring_slots, plan.slot_bytes, progress=progress)
+        else:
+            self._reader = Reader(1, ALIGNMENT, progress=progress)  # to fill memory; nothing passes through its ring
+        self._piece_bytes = plan.piece_bytes if plan is not None else 0
+        rows = plan.resident if plan is not None else {size.name: size.rows for size in sizes}
+        self._matrices: dict[str, Matrix] = {}
+        self.streamed_bytes = 0
+        self._take_memory(checkpoint, sizes, rows)
+        self._fill(Quiet() if progress is None else progress)
+        self._cut_rest()
+
+    def _take_memory(self, checkpoint: Checkpoint, sizes: Sequence[MatrixSize], rows: Mapping[str, int]) -> None:
+        """Take room for what is held at first."""
+        files: dict[Path, int] = {}
+        total = 0
+        for size in sizes:
+            entry, goal = checkpoint.entries[size.name], rows[size.name]
+            assert goal % size.unit == 0 or goal == size.rows, f"{size.name} would be cut within a unit"
+            if entry.file not in files:
+                files[entry.file] = self._reader.add_file(entry.file)
+            matrix = Matrix(size, entry, files[entry.file], goal, total, np.empty(0, np.uint8))
+            self._matrices[size.name] = matrix
+            total += matrix.pages_of(goal)
+        self._arena = _anonymous(total)
+        memory = np.frombuffer(self._arena, np.uint8)
+        for matrix in self._matrices.values():
+            matrix.memory = memory[matrix.memory_at : matrix.memory_at + matrix.pages_of(matrix.goal)]
+
+    def _fill(self, progress: Progress) -> None:
+        """Read what is held from the files."""
+        wanted = [matrix for matrix in self._matrices.values() if matrix.goal]
+        places = [(Item(m.file, m.entry.offset, len(m.memory)), m.memory) for m in wanted]
+        self._reader.fill(places, progress)
+        for matrix in wanted:
+            matrix.held = matrix.goal
+
+    def _cut_rest(self) -> None:
+        """Cut what is not held into pieces that fit a buffer, and start reading ahead."""
+        items: list[Item] = []
+        for matrix in self._matrices.values():
+            matrix.cuts = []
+            if matrix.held == matrix.size.rows:
+                continue
+            for first, count in cut_rows(matrix.size, matrix.held, self._piece_bytes):
+                matrix.cuts.append(Cut(len(items), first, count))
+                start, end = matrix.size.bytes_of(first), matrix.size.bytes_of(first + count)
+                items.append(Item(matrix.file, matrix.entry.offset + start, end - start))
+        self.streamed_bytes = sum(item.nbytes for item in items)
+        self._reader.set_order(items)
+
+    def layout(self, name: str) -> RowsLayout | TileLayout:
+        """How a matrix is stored."""
+        layout = self._matrices[name].entry.layout
+        assert not isinstance(layout, PlainLayout)
+        return layout
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._matrices
+
+    def pieces(self, name: str) -> Iterator[tuple[Bytes, int, int, int]]:
+        """(memory, byte of the first row in it, first row, rows) for all rows in order."""
+        matrix = self._matrices[name]
+        if matrix.first_streamed:
+            yield matrix.memory, 0, 0, matrix.first_streamed
+        for cut in matrix.cuts:
+            start = self._reader.acquire(cut.index)
+            try:
+                yield self._reader.ring, start, cut.first, cut.count
+                self._keep(matrix, cut, start)
+            finally:
+                self._reader.release(cut.index)
+
+    def _keep(self, matrix: Matrix, cut: Cut, start: int) -> None:
+        """Copy a piece that may stay to its place; it is used from there from the next pass on."""
+        if cut.first == matrix.held and cut.first + cut.count <= matrix.goal:
+            at, end = matrix.size.bytes_of(cut.first), matrix.size.bytes_of(cut.first + cut.count)
+            matrix.memory[at:end] = self._reader.ring[start : start + end - at]
+            matrix.held = cut.first + cut.count
+
+    def begin_pass(self) -> None:
+        """Take up what has come to stay since the last pass."""
+        if any(matrix.first_streamed != matrix.held for matrix in self._matrices.values()):
+            self._cut_rest()
+
+    def set_rows(self, rows: Mapping[str, int]) -> None:
+        """Hold this many rows of each matrix: fewer at once, more as they pass by. Only between passes."""
+        shrunk = False
+        for name, matrix in self._matrices.items():
+            matrix.goal = rows[name]
+            assert matrix.pages_of(matrix.goal) <= len(matrix.memory), f"{name} has no room for {matrix.goal} rows"
+            if matrix.goal < matrix.held:
+                self._give_back(matrix)
+                shrunk = True
+        if shrunk:
+            self._cut_rest()
+
+    def _give_back(self, matrix: Matrix) -> None:
+        """Return the pages behind the rows that should be held to the system."""
+        start, end = matrix.pages_of(matrix.goal), matrix.pages_of(matrix.held)
+        matrix.held = matrix.goal
+        if end > start:
+            self._arena.madvise(mmap.MADV_DONTNEED, matrix.memory_at + start, end - start)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of memory that hold weights now, the ring apart."""
+        return sum(matrix.pages_of(matrix.held) for matrix in self._matrices.values())
+
+    @property
+    def stats(self) -> ReaderStats:
+        """What the reader has done so far."""
+        return self._reader.stats
+
+    def close(self) -> None:
+        """Stop the readers."""
+        self._reader.close()
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    """Memory of our own, in huge pages where the system has them."""
+    try:
+        memory = mmap.mmap(-1, max(nbytes, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise DeviceMemoryError(
+            f"the system does not give {nbytes / 2**30:.2f} GiB for weights ({error.strerror}). Give a smaller --memory."
+        ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
