@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("converters", "kernels", "cli")
 ROWS = {
     0: "config messages layout kv_layout errors progress language paths memory",
-    1: "checked_file safetensors_file checkpoint packing plan tokenizer template kernels startup",
+    1: "checked_file safetensors_file checkpoint packing plan tokenizer template kernels startup native reader",
     2: "ops ops_grad launch batch budget cache sampling tiers weights",
     3: "model",
     4: "runner engine generation",
@@ -28,7 +28,7 @@ ROWS = {
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}
-CONVERTERS_SEE = set((ROWS[0] + " " + ROWS[1]).split()) - {"kernels", "startup"} | {"converters"}
+CONVERTERS_SEE = set((ROWS[0] + " " + ROWS[1]).split()) - {"kernels", "startup", "native", "reader"} | {"converters"}
 KERNELS_SEE = set(ROWS[0].split()) | {"packing", "kernels"}
 ONLY_IN = {  # a third-party module -> the parts that may import it
     "jittor": {"startup"},
@@ -280,6 +280,9 @@ def test_every_kernel_has_a_test_and_a_bench() -> None:
     tested = "\n".join(file.read_text("utf-8") for file in sorted((ROOT / "tests" / "kernels").glob("*.py")))
     for header in headers:
         assert re.search(rf"\b{header.stem}\b", tested), f"no test names kernels/cpu/{header.name}"
+    for program in (ROOT / "kernels" / "host").glob("*.cpp"):
+        named = [f for f in (ROOT / "tests").glob("*.py") if f"host/{program.name}" in f.read_text("utf-8")]
+        assert named, f"no test names kernels/host/{program.name}"
     for source in (ROOT / "kernels").glob("*.cu"):
         stem = source.stem
         assert source.with_suffix(".py").is_file(), f"{source.name} has no host wrapper beside it"
