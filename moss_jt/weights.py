@@ -11,7 +11,7 @@ as float32. Matrices handed over by `add` and `put` (low-rank terms, tests) lie 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,22 +167,19 @@ class WeightStore:
             CheckpointError: the file has become shorter.
         """
         entry = self._on_disk.get(name)
-        if entry is None or name in self._matrices:
-            stored = self._find(name)
-            layout, read = stored.layout, stored.data.__getitem__
-        else:
-            layout, read = entry.layout, self._read_part(name)
+        layout = self._find(name).layout if entry is None or name in self._matrices else entry.layout
         assert isinstance(layout, RowsLayout), f"{name} is quantised and has no rows to look up"
         result = np.empty((len(which), layout.shape[1]), np.float32)
         for place, row in enumerate(which):
-            start = int(row) * layout.row_bytes
-            result[place] = widen(read(slice(start, start + layout.row_bytes)), layout.dtype)
+            raw = self._read_part(name, int(row) * layout.row_bytes, layout.row_bytes)
+            result[place] = widen(raw, layout.dtype)
         return result
 
-    def _read_part(self, name: str) -> Callable[[slice], Bytes]:
-        checkpoint = self._checkpoint
-        assert checkpoint is not None
-        return lambda part: checkpoint.read(name, start=part.start, nbytes=part.stop - part.start)
+    def _read_part(self, name: str, start: int, nbytes: int) -> Bytes:
+        """Bytes of a matrix that is not streamed."""
+        if name in self._matrices or self._checkpoint is None:
+            return self._find(name).data[start : start + nbytes]
+        return self._checkpoint.read(name, start=start, nbytes=nbytes)
 
     def add(self, name: str, values: npt.ArrayLike) -> None:
         """Keep a matrix or a small tensor of the caller as float32 in memory, as if it came from the file."""
