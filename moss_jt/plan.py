@@ -50,6 +50,8 @@ class MatrixSize:
         unit: rows that stay together when it is cut: 16 (tile16) or 1 (rows).
         unit_bytes: of them.
         extra_bytes: what is in memory whatever the plan (the permutation); counted in `Needs.small`.
+        inputs: K.
+        stored: as what, "int4", "int8" or a type of floating point.
     """
 
     name: str
@@ -57,6 +59,8 @@ class MatrixSize:
     unit: int
     unit_bytes: int
     extra_bytes: int = 0
+    inputs: int = 0
+    stored: str = ""
 
     @property
     def units(self) -> int:
@@ -228,10 +232,11 @@ def matrix_sizes(config: MossConfig, layouts: Mapping[str, Layout] | None = None
 
 
 def _size_of(name: str, layout: RowsLayout | TileLayout) -> MatrixSize:
+    n, k = layout.shape
     if isinstance(layout, RowsLayout):
-        return MatrixSize(name, layout.shape[0], 1, layout.row_bytes)
+        return MatrixSize(name, n, 1, layout.row_bytes, 0, k, layout.dtype)
     extra = layout.padded_in * 4 if layout.permuted else 0
-    return MatrixSize(name, layout.shape[0], TILE_ROWS, layout.tile_bytes, extra)
+    return MatrixSize(name, n, TILE_ROWS, layout.tile_bytes, extra, k, f"int{layout.bits}")
 
 
 def buffer_widths(config: MossConfig) -> dict[str, int]:
