@@ -64,7 +64,7 @@ def make_plan(shelf: Shelf, options: Options) -> Plan:
         "needs": {name: _files_of(shelf, name, layout) for name, layout in layouts.items()},
         "dropped": {"count": len(found.dropped), "nbytes": sum(tensor.nbytes for tensor in found.dropped)},
     }
-    files = native_files(native_tensor(name, layout) for name, layout in layouts.items())
+    files = native_files((native_tensor(name, layout) for name, layout in layouts.items()), config.format_version)
     return Plan(KIND, inputs, files, INDEX_FILE, {CONFIG_FILE: dump_json(native_config(config, found.raw))})
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from moss_jt.checked_file import CheckedFile
 from moss_jt.checkpoint import CONFIG_FILE, MANIFEST_FILE
-from moss_jt.config import FORMAT_NAME, FORMAT_VERSION
+from moss_jt.config import FORMAT_NAME
 from moss_jt.converters.journal import JOURNAL_FILE, Workplace, disk_error, sync_folder, write_safely
 from moss_jt.converters.plan import Plan, PlannedFile, PlannedTensor, dump_json
 from moss_jt.errors import CheckpointError, DiskError
@@ -264,8 +264,9 @@ def _manifest_text(workplace: Workplace, plan: Plan, done: dict[str, str]) -> st
     for path in sorted(workplace.out.iterdir()):
         if path.name not in {*headers, CONFIG_FILE, plan.index_name, MANIFEST_FILE}:
             others[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    version = int(plan.files[0].metadata["version"])
     return dump_json(
-        {"format": FORMAT_NAME, "version": FORMAT_VERSION, "tensors": tensors, "headers": headers, "others": others}
+        {"format": FORMAT_NAME, "version": version, "tensors": tensors, "headers": headers, "others": others}
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moss_jt.checkpoint import LAYOUTS_KEY
-from moss_jt.config import FORMAT_NAME, FORMAT_VERSION
+from moss_jt.config import FORMAT_NAME
 from moss_jt.layout import ALIGNMENT, Layout, PlainLayout, round_up
 
 SHARD_BYTES = 2 << 30
@@ -145,8 +145,16 @@ def native_tensor(name: str, layout: Layout) -> PlannedTensor:
     return PlannedTensor(name, "U8", (layout.nbytes,), layout.to_dict())
 
 
-def native_files(tensors: Iterable[PlannedTensor], shard_bytes: int = SHARD_BYTES) -> tuple[PlannedFile, ...]:
-    """Divide tensors of the native format into files, matrices first and small tensors last in each."""
+def native_files(
+    tensors: Iterable[PlannedTensor], version: int, shard_bytes: int = SHARD_BYTES
+) -> tuple[PlannedFile, ...]:
+    """Divide tensors of the native format into files, matrices first and small tensors last in each.
+
+    Args:
+        tensors: made by `native_tensor`.
+        version: of the format; that of the config.
+        shard_bytes: of a file, where tensors allow it.
+    """
     shards = _divide(tensors, shard_bytes)
     files = []
     for number, shard in enumerate(shards, 1):
@@ -154,7 +162,7 @@ def native_files(tensors: Iterable[PlannedTensor], shard_bytes: int = SHARD_BYTE
         small = sorted((t for t in shard if t.layout is None), key=lambda t: -CODE_BYTES[t.code])
         metadata = {
             "format": FORMAT_NAME,
-            "version": str(FORMAT_VERSION),
+            "version": str(version),
             LAYOUTS_KEY: dump_json({tensor.name: tensor.layout for tensor in matrices}),
         }
         files.append(plan_file(f"model-{number:05d}-of-{len(shards):05d}.safetensors", [*matrices, *small], metadata))

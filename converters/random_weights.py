@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moss_jt.checkpoint import expected_shapes, is_quantized_name
-from moss_jt.config import MossConfig
+from moss_jt.checkpoint import expected_shapes, quantization_of
+from moss_jt.config import MossConfig, Quantization
 from moss_jt.converters.byte_tokenizer import BYTES, token_of_byte
 from moss_jt.converters.output import PIECE_BYTES, Pieces
-from moss_jt.packing import GptqMatrix, inputs_per_group, plain_groups
+from moss_jt.layout import TileLayout
+from moss_jt.packing import GptqMatrix, inputs_per_group, pack_end, pack_gptq_tiles, plain_groups
 
 _GAIN = 1.5  # standard deviation of a linear layer's output when its inputs have 1
 _SILENT = -20.0  # output bias of a token that must not be said
 _END_BIAS = 1.0  # of the marker that ends an answer, so that it comes after some dozens of characters
 _TABLE_BITS = 16
+_HEAD_ROWS = 4096  # made at a time: 24 MiB of int8 in the large model
 
 
 class RandomWeights:
@@ -56,12 +58,25 @@ class RandomWeights:
 
     def gptq(self, name: str) -> GptqMatrix:
         """The words of a quantised matrix; its zero points lie around the middle of the codes."""
-        quantization = self._config.quantization
-        assert quantization is not None and is_quantized_name(name), "a quantised matrix"
-        n, k = self._shapes[name]
+        quantization = quantization_of(self._config, name)
+        assert quantization is not None, "a quantised matrix"
+        return self._words(name, quantization, self._shapes[name][0], self._bits(name))
+
+    def head_pieces(self, name: str, layout: TileLayout) -> Pieces:
+        """Yield the blob of a quantised head, which is far larger than other matrices, some rows at a time."""
+        quantization = quantization_of(self._config, name)
+        assert quantization is not None and not layout.permuted, "a quantised matrix of whole groups"
+        bits = self._bits(name)
+        for first in range(0, layout.shape[0], _HEAD_ROWS):
+            rows = min(_HEAD_ROWS, layout.shape[0] - first)
+            yield from pack_gptq_tiles(self._words(name, quantization, rows, bits), layout, None)
+        yield pack_end(layout, None)
+
+    def _words(self, name: str, quantization: Quantization, n: int, bits: np.random.SFC64) -> GptqMatrix:
+        """The words of `n` rows of a matrix."""
+        k = self._shapes[name][1]
         per, size = 32 // quantization.bits, inputs_per_group(quantization.group_size, k)
         groups = -(-k // size)
-        bits = self._bits(name)
         codes = (1 << quantization.bits) - 1
         step = self._spread(name, k) / sqrt(((codes + 1) ** 2 - 1) / 12)  # of codes drawn evenly
         scales = step * (0.75 + 0.5 * _raw(bits, groups * n, "<u2").reshape(groups, n) / 65535)

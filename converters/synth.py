@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moss_jt.checkpoint import CONFIG_FILE, INDEX_FILE, expected_shapes, is_quantized_name
+from moss_jt.checkpoint import CONFIG_FILE, INDEX_FILE, expected_shapes, is_quantized_name, quantization_of
 from moss_jt.config import MossConfig, Quantization
 from moss_jt.converters.byte_tokenizer import BYTES, END_OF_MOSS, marker_ids, tokenizer_files
 from moss_jt.converters.hf2jittor import layout_of
@@ -50,13 +50,14 @@ class Synthesis:
     nbytes: int
 
 
-def preset_config(preset: Preset, *, bits: int = 16, layers: int | None = None) -> MossConfig:
+def preset_config(preset: Preset, *, bits: int = 16, layers: int | None = None, head_bits: int = 16) -> MossConfig:
     """The shape of a preset.
 
     Args:
         preset: a key of PRESETS.
         bits: 4, 8, or 16 for float16.
         layers: other than the preset's.
+        head_bits: of lm_head, likewise. The published int4 and int8 checkpoints have a float16 head.
 
     Raises:
         ConfigError: a value cannot work.
@@ -65,19 +66,25 @@ def preset_config(preset: Preset, *, bits: int = 16, layers: int | None = None) 
         raise ConfigError(f"there is no preset {preset!r}; known are {', '.join(PRESETS)}.")
     config = PRESETS[preset]
     assert config.bos_token_id is not None, "presets have special tokens"
-    quantization = None
-    if bits in (4, 8):
-        quantization = Quantization(4 if bits == 4 else 8, GROUP_SIZE)
-    elif bits != 16:
-        raise ConfigError(f"bits is {bits}; known are 4, 8, and 16 for float16.")
+    quantization, head = _quantization("bits", bits), _quantization("head_bits", head_bits)
     return replace(
         config,
         n_layer=layers if layers is not None else config.n_layer,
         eos_token_id=marker_ids(config.bos_token_id)[END_OF_MOSS],
         quantization=quantization,
+        head_quantization=head,
         dtype="float16",
-        name=f"{preset}-random" + (f"-int{bits}" if quantization else ""),
+        name=f"{preset}-random" + (f"-int{bits}" if quantization else "") + (f"-head{head_bits}" if head else ""),
     )
+
+
+def _quantization(what: str, bits: int) -> Quantization | None:
+    """The quantised formats of presets."""
+    if bits == 16:
+        return None
+    if bits not in (4, 8):
+        raise ConfigError(f"{what} is {bits}; known are 4, 8, and 16 for float16.")
+    return Quantization(4 if bits == 4 else 8, GROUP_SIZE)
 
 
 def synthesize(
@@ -122,9 +129,11 @@ def synthesize_foreign(
     Not resumable: the folder appears when it is whole.
 
     Raises:
-        ConfigError: the destination is taken.
+        ConfigError: the destination is taken, or the head is to be quantised, which that form cannot hold.
         DiskError: not enough room, or the disk fails.
     """
+    if config.head_quantization is not None:
+        raise ConfigError("the Hugging Face form has no place for a quantised head. Leave it in float16 there.")
     target = Path(os.path.abspath(dst))  # noqa: PTH100
     report = progress or Quiet()
     tensors = [_foreign_tensor(name, shape) for name, shape in wanted_tensors(config).items()]
@@ -148,7 +157,7 @@ def synthesize_foreign(
 
 def _native_plan(config: MossConfig, seed: int) -> Plan:
     layouts = {name: _layout(config, name, shape) for name, shape in expected_shapes(config).items()}
-    files = native_files(native_tensor(name, layout) for name, layout in layouts.items())
+    files = native_files((native_tensor(name, layout) for name, layout in layouts.items()), config.format_version)
     texts = {CONFIG_FILE: dump_json(native_config(config, {})), **_tokenizer_texts(config)}
     return Plan(KIND, {"config": config.to_dict(), "seed": seed}, files, INDEX_FILE, texts)
 
@@ -157,9 +166,10 @@ def _layout(config: MossConfig, name: str, shape: tuple[int, ...]) -> Layout:
     if len(shape) == 1:
         return PlainLayout(shape, "float16")
     matrix = (shape[0], shape[1])
-    if config.quantization is None or not is_quantized_name(name):
+    quantization = quantization_of(config, name)
+    if quantization is None:
         return RowsLayout(matrix, "float16")
-    return tile_layout(matrix, config.quantization.bits, config.quantization.group_size)
+    return tile_layout(matrix, quantization.bits, quantization.group_size)
 
 
 def _tokenizer_texts(config: MossConfig) -> dict[str, str]:
@@ -183,7 +193,10 @@ def _write_native(
 
 def _native_pieces(weights: RandomWeights, name: str, layout: Layout) -> Pieces:
     if isinstance(layout, TileLayout):
-        yield from pack_gptq_pieces(weights.gptq(name), layout)
+        if is_quantized_name(name):
+            yield from pack_gptq_pieces(weights.gptq(name), layout)
+        else:
+            yield from weights.head_pieces(name, layout)
         return
     written = 0
     for piece in weights.floats(name):

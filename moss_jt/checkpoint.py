@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moss_jt.checked_file import CheckedFile, printable, read_json_object
-from moss_jt.config import FORMAT_NAME, FORMAT_VERSION, FloatType, MossConfig
+from moss_jt.config import FORMAT_NAME, FORMAT_VERSION, FloatType, MossConfig, Quantization
 from moss_jt.errors import CheckpointError, MossError, ShapeError
 from moss_jt.layout import ALIGNMENT, Layout, PlainLayout, RowsLayout, TileLayout, layout_from_dict
 from moss_jt.packing import inputs_per_group
@@ -29,6 +29,7 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "manifest.json"
 SINGLE_FILE = "model.safetensors"
+HEAD = "lm_head.weight"
 LAYOUTS_KEY = "moss_jt.tensors"  # in the metadata of each file
 
 _FLOAT_TYPES: dict[str, FloatType] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
@@ -76,14 +77,21 @@ def expected_shapes(config: MossConfig) -> dict[str, tuple[int, ...]]:
         shapes.update({f"transformer.h.{layer}.{name}": shape for name, shape in of_block.items()})
     shapes["transformer.ln_f.weight"] = (width,)
     shapes["transformer.ln_f.bias"] = (width,)
-    shapes["lm_head.weight"] = (vocab, width)
+    shapes[HEAD] = (vocab, width)
     shapes["lm_head.bias"] = (vocab,)
     return shapes
 
 
 def is_quantized_name(name: str) -> bool:
-    """Whether a quantised model keeps this tensor in int4 or int8."""
+    """Whether a tensor is one of a block's matrices, those that a quantised model keeps in int4 or int8."""
     return name.startswith("transformer.h.") and name.endswith(_QUANTIZED_SUFFIXES)
+
+
+def quantization_of(config: MossConfig, name: str) -> Quantization | None:
+    """How a tensor of a model is quantised, None for floating point."""
+    if name == HEAD:
+        return config.head_quantization
+    return config.quantization if is_quantized_name(name) else None
 
 
 def check_layer_count(config: MossConfig, found: int) -> None:
@@ -306,7 +314,7 @@ def _problems_of(entry: Entry, shape: tuple[int, ...], config: MossConfig) -> li
     layout = entry.layout
     if layout.shape != shape:
         return [f"{entry.name} is {layout.shape}, the config asks for {shape}"]
-    quantization = config.quantization if is_quantized_name(entry.name) else None
+    quantization = quantization_of(config, entry.name)
     if quantization is None:
         wanted: type = RowsLayout if len(shape) == 2 else PlainLayout
         return [] if isinstance(layout, wanted) else [f"{entry.name} is {_kind(layout)}, the config asks for floats"]

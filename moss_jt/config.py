@@ -21,7 +21,7 @@ FloatType = Literal["float16", "bfloat16", "float32"]
 TemplateName = Literal["readme", "fields"]
 
 FORMAT_NAME = "moss-jt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; a folder is written in the oldest that can hold it
 QKV_SLICES = 4  # qkv_proj's rows come in this many equal slices, each query, value, key
 
 _KINDS: tuple[tuple[type, str, Callable[[Any], object], tuple[str, ...]], ...] = (  # of GenerationConfig's fields
@@ -29,6 +29,7 @@ _KINDS: tuple[tuple[type, str, Callable[[Any], object], tuple[str, ...]], ...] =
     (Real, "a number", float, ("temperature", "top_p", "repetition_penalty", "max_time")),
     (Iterable, "a list", tuple, ("stop_ids", "stop_strings")),
 )
+_OURS = ("quantization", "head_quantization", "template", "dtype", "name")  # fields that are under our own key
 _ALIASES = {
     "max_position_embeddings": "n_positions",
     "hidden_size": "n_embd",
@@ -39,7 +40,7 @@ _ALIASES = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the four linear layers of each block are stored.
+    """How matrices are stored as int4 or int8: the four linear layers of each block, or the head.
 
     Attributes:
         bits: 4 or 8.
@@ -65,7 +66,8 @@ class MossConfig:
 
     Attributes:
         n_inner: width of the MLP; None means 4 * n_embd.
-        quantization: None for floating-point weights.
+        quantization: of the blocks' matrices, None for floating-point weights.
+        head_quantization: of lm_head.weight, None for floating point.
         template: the prompt format that the model was trained for, None where nobody said.
         dtype: type of the stored floating-point weights, None where the files decide.
     """
@@ -82,6 +84,7 @@ class MossConfig:
     bos_token_id: int | None = 106028
     eos_token_id: int | None = 106068
     quantization: Quantization | None = None
+    head_quantization: Quantization | None = None
     template: TemplateName | None = None
     dtype: FloatType | None = None
     name: str = field(default="", compare=False)
@@ -122,6 +125,11 @@ class MossConfig:
         """F, the width of the MLP."""
         return self.n_inner if self.n_inner is not None else 4 * self.n_embd
 
+    @property
+    def format_version(self) -> int:
+        """The version of the native format that a folder of this model needs."""
+        return 1 if self.head_quantization is None else 2
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MossConfig:
         """Build from the contents of a config.json, the original's or ours.
@@ -134,7 +142,7 @@ class MossConfig:
         kind = values.get("model_type", "moss")
         if kind not in ("moss", "codegen"):
             raise ConfigError(f'model_type is {kind!r}; this program runs MOSS ("moss"), whose shape "codegen" shares.')
-        known = {f.name for f in fields(cls)} - {"quantization", "template", "dtype", "name"}
+        known = {f.name for f in fields(cls)} - set(_OURS)
         taken: dict[str, Any] = {}
         for key, value in values.items():
             target = _ALIASES.get(key, key)
@@ -176,16 +184,18 @@ class MossConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of our config.json; `from_dict` gives back an equal value."""
         values = asdict(self)
-        for key in ("quantization", "template", "dtype", "name"):
+        for key in _OURS:
             del values[key]
         ours: dict[str, Any] = {
             "format": FORMAT_NAME,
-            "version": FORMAT_VERSION,
+            "version": self.format_version,
             "dtype": self.dtype,
             "template": self.template,
             "name": self.name,
         }
         ours["quantization"] = asdict(self.quantization) if self.quantization else None
+        if self.head_quantization is not None:
+            ours["head_quantization"] = asdict(self.head_quantization)
         return {"model_type": "moss", "architectures": ["MossForCausalLM"], **values, "moss_jt": ours}
 
 
@@ -198,13 +208,23 @@ def _read_our_part(ours: Any) -> dict[str, Any]:
         raise ConfigError(
             f"the native format has version {version!r}; this program reads up to {FORMAT_VERSION}. Update moss-jt."
         )
-    quantization = ours.get("quantization")
     return {
         "dtype": ours.get("dtype"),
         "template": ours.get("template"),
         "name": ours.get("name") or "",
-        "quantization": Quantization(quantization["bits"], quantization["group_size"]) if quantization else None,
+        "quantization": _read_quantization(ours, "quantization"),
+        "head_quantization": _read_quantization(ours, "head_quantization"),
     }
+
+
+def _read_quantization(ours: Mapping[str, Any], key: str) -> Quantization | None:
+    """Bits and group size under a key, None where it is absent or null."""
+    value = ours.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(type(value.get(part)) is int for part in ("bits", "group_size")):
+        raise ConfigError(f'"{key}" of the key "moss_jt" is {value!r}; it must hold bits and group_size, or be null.')
+    return Quantization(value["bits"], value["group_size"])
 
 
 @dataclass(frozen=True)

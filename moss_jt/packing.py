@@ -149,7 +149,7 @@ def pack(matrix: QuantMatrix, layout: TileLayout) -> Bytes:
         rows = slice(first * TILE_ROWS, (first + step) * TILE_ROWS)
         _pack_codes(matrix.codes[rows], perm, layout, tiles[first : first + step])
     _pack_scales_zeros(matrix.scales.T, matrix.zeros.T, layout, tiles)
-    _write_perm(blob, layout, perm)
+    blob[layout.perm_offset :] = pack_end(layout, perm)
     return blob
 
 
@@ -167,6 +167,37 @@ def unpack(blob: Bytes, layout: TileLayout) -> QuantMatrix:
     for first in range(0, layout.n_tiles, step):
         rows = slice(first * TILE_ROWS, min(n, (first + step) * TILE_ROWS))
         _unpack_codes(tiles[first : first + step], perm, layout, codes[rows])
+    scales, zeros = _unpack_scales_zeros(layout, tiles)
+    return QuantMatrix(codes, scales.T[:n], zeros.T[:n], _groups_of(perm, layout))
+
+
+def pack_tiles(matrix: QuantMatrix, layout: TileLayout, perm: Array) -> Bytes:
+    """Make the tiles of some rows of a matrix: its next 16, 32, …, or its last ones.
+
+    Args:
+        matrix: those rows only.
+        layout: of the whole matrix.
+        perm: from `input_order`.
+    """
+    tiles = np.zeros((-(-len(matrix.codes) // TILE_ROWS), layout.tile_bytes), dtype=np.uint8)
+    _pack_codes(matrix.codes, perm, layout, tiles)
+    _pack_scales_zeros(matrix.scales.T, matrix.zeros.T, layout, tiles)
+    return tiles.reshape(-1)
+
+
+def pack_end(layout: TileLayout, perm: Array | None) -> Bytes:
+    """What follows the last tile of a blob: the permutation where there is one, and zeros."""
+    end = np.zeros(layout.nbytes - layout.perm_offset, dtype=np.uint8)
+    if layout.permuted and perm is not None:
+        end[: 4 * layout.padded_in] = perm.astype("<i4").view(np.uint8)
+    return end
+
+
+def unpack_tiles(data: Bytes, layout: TileLayout, perm: Array) -> QuantMatrix:
+    """The rows of some whole tiles, those included that pad the last one; the inverse of `pack_tiles`."""
+    tiles = data.reshape(-1, layout.tile_bytes)
+    codes = np.empty((len(tiles) * TILE_ROWS, layout.shape[1]), dtype=np.uint8)
+    _unpack_codes(tiles, perm, layout, codes)
     scales, zeros = _unpack_scales_zeros(layout, tiles)
     return QuantMatrix(codes, scales.T, zeros.T, _groups_of(perm, layout))
 
@@ -191,9 +222,23 @@ def pack_gptq(words: GptqMatrix, layout: TileLayout) -> Bytes:
 def pack_gptq_pieces(words: GptqMatrix, layout: TileLayout) -> Iterator[Bytes]:
     """Make the tile16 blob piece by piece: new arrays of at most 16 MiB (or one tile), in order."""
     perm = input_order(layout, words.g_idx) if layout.permuted else None
+    yield from pack_gptq_tiles(words, layout, perm)
+    if layout.nbytes > layout.perm_offset:
+        yield pack_end(layout, perm)
+
+
+def pack_gptq_tiles(words: GptqMatrix, layout: TileLayout, perm: Array | None) -> Iterator[Bytes]:
+    """Make the tiles of some rows of a matrix, as `pack_tiles` does, from GPTQ words and piece by piece.
+
+    Args:
+        words: those rows only.
+        layout: of the whole matrix.
+        perm: from `input_order`, None where the layout has none.
+    """
+    n_tiles = -(-words.qweight.shape[1] // TILE_ROWS)
     step = max(1, _PIECE_BYTES // layout.tile_bytes)
-    for first in range(0, layout.n_tiles, step):
-        count = min(step, layout.n_tiles - first)
+    for first in range(0, n_tiles, step):
+        count = min(step, n_tiles - first)
         rows = slice(first * TILE_ROWS, (first + count) * TILE_ROWS)
         tiles = np.zeros((count, layout.tile_bytes), dtype=np.uint8)
         qweight = words.qweight[:, rows]
@@ -203,11 +248,6 @@ def pack_gptq_pieces(words: GptqMatrix, layout: TileLayout) -> Iterator[Bytes]:
         qzeros = words.qzeros[:, first * TILE_ROWS // layout.block : (first + count) * TILE_ROWS // layout.block]
         _pack_scales_zeros(words.scales[:, rows], gptq_zeros(qzeros, layout.bits), layout, tiles)
         yield tiles.reshape(-1)
-    rest = np.zeros(layout.nbytes - layout.perm_offset, dtype=np.uint8)
-    if perm is not None:
-        rest[: 4 * layout.padded_in] = perm.astype("<i4").view(np.uint8)
-    if len(rest):
-        yield rest
 
 
 def unpack_gptq(blob: Bytes, layout: TileLayout) -> GptqMatrix:
@@ -234,7 +274,7 @@ def unpack_gptq(blob: Bytes, layout: TileLayout) -> GptqMatrix:
     else:
         _tiles_to_words(tiles, layout, qweight)
     scales, zeros = _unpack_scales_zeros(layout, tiles)
-    return GptqMatrix(qweight, gptq_words(zeros.T, layout.bits).T, scales, _groups_of(perm, layout))
+    return GptqMatrix(qweight, gptq_words(zeros[:, :n].T, layout.bits).T, scales[:, :n], _groups_of(perm, layout))
 
 
 def gptq_codes(words: Array, bits: Bits) -> Bytes:
@@ -268,7 +308,12 @@ def gptq_zeros(qzeros: Array, bits: Bits) -> Bytes:
 
 
 def read_perm(blob: Bytes, layout: TileLayout) -> npt.NDArray[np.int32]:
-    """Which input lies at each position: (padded_in,) int32, -1 at padding.
+    """Which input lies at each position of a blob: (padded_in,) int32, -1 at padding; raises as `parse_perm` does."""
+    return parse_perm(blob[layout.perm_offset :], layout)
+
+
+def parse_perm(end: Bytes, layout: TileLayout) -> npt.NDArray[np.int32]:
+    """The same from what follows the last tile, made by `pack_end`.
 
     Raises:
         CheckpointError: it does not name every input once, or pads elsewhere than at the ends of groups.
@@ -276,7 +321,7 @@ def read_perm(blob: Bytes, layout: TileLayout) -> npt.NDArray[np.int32]:
     k = layout.shape[1]
     if not layout.permuted:
         return np.arange(k, dtype=np.int32)
-    perm = blob[layout.perm_offset : layout.perm_offset + 4 * layout.padded_in].view("<i4")
+    perm = end[: 4 * layout.padded_in].view("<i4")
     real = perm != -1
     inputs = perm[real]
     if len(inputs) != k or inputs.min() < 0 or inputs.max() >= k or (np.bincount(inputs, minlength=k) != 1).any():
@@ -372,21 +417,16 @@ def _pack_scales_zeros(scales: Array, zeros: Array, layout: TileLayout, tiles: B
 
 
 def _unpack_scales_zeros(layout: TileLayout, tiles: Bytes) -> tuple[npt.NDArray[np.float16], Bytes]:
-    """Scales and zeros, both (G, N)."""
-    n, g = layout.shape[0], layout.n_groups
+    """Scales and zeros of tiles, both (G, rows), padding rows included."""
+    g = layout.n_groups
     start = layout.code_bytes
     raw = np.ascontiguousarray(tiles[:, start : start + g * TILE_ROWS * 2]).view("<f2")
-    scales = raw.reshape(layout.n_tiles, g, TILE_ROWS).transpose(1, 0, 2).reshape(g, -1)[:, :n]
+    scales = raw.reshape(len(tiles), g, TILE_ROWS).transpose(1, 0, 2).reshape(g, -1)
     start += layout.scale_bytes
-    zeros = tiles[:, start : start + g * TILE_ROWS * layout.bits // 8].reshape(layout.n_tiles, g, -1)
+    zeros = tiles[:, start : start + g * TILE_ROWS * layout.bits // 8].reshape(len(tiles), g, -1)
     if layout.bits == 4:
         zeros = np.concatenate([zeros & 15, zeros >> 4], axis=-1)
-    return scales, zeros.transpose(1, 0, 2).reshape(g, -1)[:, :n]
-
-
-def _write_perm(blob: Bytes, layout: TileLayout, perm: Array) -> None:
-    if layout.permuted:
-        blob[layout.perm_offset : layout.perm_offset + 4 * layout.padded_in] = perm.astype("<i4").view(np.uint8)
+    return scales, zeros.transpose(1, 0, 2).reshape(g, -1)
 
 
 def _groups_of(perm: Array, layout: TileLayout) -> npt.NDArray[np.int32]:

@@ -14,6 +14,7 @@ from moss_folders import float_tensors, gptq_tensors, write_folder
 from moss_jt.checkpoint import LAYOUTS_KEY, Checkpoint, expected_shapes, is_native, is_quantized_name
 from moss_jt.config import MossConfig
 from moss_jt.converters.hf2jittor import hf2jittor
+from moss_jt.converters.synth import preset_config, synthesize
 from moss_jt.errors import CheckpointError, ConfigError, DiskError, ShapeError
 from moss_jt.layout import ALIGNMENT, PlainLayout, RowsLayout, TileLayout
 
@@ -176,16 +177,50 @@ def test_quantisation_must_be_that_of_the_config(native: Path, quantized: Path) 
         Checkpoint.open(native)
 
 
+def test_a_quantised_head_is_what_the_config_says_and_makes_version_2(tmp_path: Path) -> None:
+    folder = synthesize(preset_config("tiny", bits=4, layers=1, head_bits=8), tmp_path / "m").path
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.entries["lm_head.weight"].layout == TileLayout((272, 256), 8, 128)
+    assert isinstance(checkpoint.entries["transformer.wte.weight"].layout, RowsLayout)
+    raw = (folder / SHARD).read_bytes()
+    assert json.loads(raw[8:4096])["__metadata__"]["version"] == "2"
+    ours = json.loads((folder / "config.json").read_text())["moss_jt"]
+    assert ours["version"] == json.loads((folder / "manifest.json").read_text())["version"] == 2
+    change_config(folder, moss_jt={**ours, "head_quantization": {"bits": 4, "group_size": 128}})
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is int8 in groups of 128, the config asks for int4"):
+        Checkpoint.open(folder)
+    change_config(folder, moss_jt={**ours, "head_quantization": None})
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is int8 in groups of 128, the config asks for floats"):
+        Checkpoint.open(folder)
+
+
+def test_the_embedding_is_never_quantised(tmp_path: Path) -> None:
+    folder = synthesize(preset_config("tiny", layers=1, head_bits=8), tmp_path / "m").path
+
+    def exchange(header: dict[str, Any]) -> None:
+        one, other = header["transformer.wte.weight"], header["lm_head.weight"]
+        header["transformer.wte.weight"], header["lm_head.weight"] = other, one
+        layouts = json.loads(header["__metadata__"][LAYOUTS_KEY])
+        names = {"transformer.wte.weight": "lm_head.weight", "lm_head.weight": "transformer.wte.weight"}
+        swapped = {names.get(name, name): layout for name, layout in layouts.items()}
+        header["__metadata__"][LAYOUTS_KEY] = json.dumps(swapped)
+
+    change_header(folder, exchange)
+    with pytest.raises(CheckpointError, match=r"wte.weight is int8 in groups of 128, the config asks for floats"):
+        Checkpoint.open(folder)
+
+
 def test_newer_versions_are_refused(native: Path) -> None:
-    change_header(native, lambda header: header["__metadata__"].update(version="2"))
-    with pytest.raises(CheckpointError, match=r"has version 2 of the native format; this program reads up to 1"):
+    ours = json.loads((native / "config.json").read_text())["moss_jt"]
+    assert ours["version"] == 1, "what an older program can read says so"
+    change_header(native, lambda header: header["__metadata__"].update(version="3"))
+    with pytest.raises(CheckpointError, match=r"has version 3 of the native format; this program reads up to 2"):
         Checkpoint.open(native)
     change_header(native, lambda header: header["__metadata__"].update(version="x"))
     with pytest.raises(CheckpointError, match=r"has version 'x' in its metadata"):
         Checkpoint.open(native)
-    ours = json.loads((native / "config.json").read_text())["moss_jt"]
-    change_config(native, moss_jt={**ours, "version": 2})
-    with pytest.raises(ConfigError, match=r"version 2; this program reads up to 1. Update moss-jt"):
+    change_config(native, moss_jt={**ours, "version": 3})
+    with pytest.raises(ConfigError, match=r"version 3; this program reads up to 2. Update moss-jt"):
         Checkpoint.open(native)
 
 

@@ -1,4 +1,4 @@
-"""GenerationConfig: what cannot work is refused where it is written, not within a pass."""
+"""Both configs: what cannot work is refused where it is written, and what is written can be read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moss_jt.config import GenerationConfig
+from moss_jt.config import GenerationConfig, MossConfig, Quantization
 from moss_jt.errors import ConfigError
 
 
@@ -50,3 +50,30 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert [type(value) for value in (config.seed, config.top_k, config.temperature)] == [int, int, float]
     assert config == GenerationConfig(seed=4, top_k=2, temperature=0.5, stop_ids=(1, 2))
     assert hash(config) == hash(GenerationConfig(seed=4, top_k=2, temperature=0.5, stop_ids=(1, 2)))
+
+
+@pytest.mark.parametrize("head", [None, Quantization(8, 128), Quantization(4, -1)])
+@pytest.mark.parametrize("blocks", [None, Quantization(4, 32)])
+def test_a_quantised_head_needs_version_2_and_nothing_else_does(
+    blocks: Quantization | None, head: Quantization | None
+) -> None:
+    config = MossConfig(quantization=blocks, head_quantization=head, dtype="float16", template="readme", name="m")
+    values = config.to_dict()
+    assert MossConfig.from_dict(values) == config
+    assert values["moss_jt"]["version"] == config.format_version == (1 if head is None else 2)
+    assert ("head_quantization" in values["moss_jt"]) == (head is not None)
+
+
+@pytest.mark.parametrize("key", ["quantization", "head_quantization"])
+@pytest.mark.parametrize(
+    "value", [{"bits": 8}, {"bits": "8", "group_size": 128}, {"bits": True, "group_size": 8}, 8, [8]]
+)
+def test_a_broken_quantisation_is_named(key: str, value: Any) -> None:
+    """A missing key was a KeyError."""
+    values = MossConfig(head_quantization=Quantization(8, 128)).to_dict()
+    values["moss_jt"][key] = value
+    with pytest.raises(ConfigError, match=rf'"{key}" of the key "moss_jt" is .* it must hold bits and group_size'):
+        MossConfig.from_dict(values)
+    values["moss_jt"][key] = {"bits": 3, "group_size": 128}
+    with pytest.raises(ConfigError, match=r"only 4 and 8"):
+        MossConfig.from_dict(values)

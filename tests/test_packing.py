@@ -18,12 +18,17 @@ from moss_jt.packing import (
     gptq_codes,
     gptq_words,
     gptq_zeros,
+    input_order,
     pack,
+    pack_end,
     pack_gptq,
+    pack_gptq_tiles,
+    pack_tiles,
     plain_groups,
     tile_layout,
     unpack,
     unpack_gptq,
+    unpack_tiles,
 )
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -112,6 +117,34 @@ def test_act_order_and_broken_blocks_equal_plain_way(bits: Bits, size: int) -> N
     blob = pack_gptq(words, layout)
     assert np.array_equal(blob, pack(plain, layout))
     assert_same_words(unpack_gptq(blob, layout), words)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_blob_made_by_some_rows_at_a_time_is_the_same(bits: Bits, act_order: bool) -> None:
+    n, k, size = 88, 80, 12 if act_order else 16
+    groups = plain_groups(k, size)
+    groups = np.random.default_rng(3).permutation(groups) if act_order else groups
+    words = random_words(bits, n, k, groups)
+    layout = tile_layout((n, k), bits, size, groups)
+    matrix = unpack(pack_gptq(words, layout), layout)
+    perm = input_order(layout, groups)
+    parts, short = [], []
+    for first, stop in ((0, 32), (32, 48), (48, 88)):
+        rows = slice(first, stop)
+        some = QuantMatrix(matrix.codes[rows], matrix.scales[rows], matrix.zeros[rows], groups)
+        parts.append(pack_tiles(some, layout, perm))
+        back = unpack_tiles(parts[-1], layout, perm)
+        for name in ("codes", "scales", "zeros"):
+            found = getattr(back, name)
+            assert np.array_equal(found[: stop - first], getattr(some, name)), name
+            assert not found[stop - first :].any(), name
+        qzeros = words.qzeros[:, first // layout.block : stop // layout.block]
+        part = GptqMatrix(words.qweight[:, rows], qzeros, words.scales[:, rows], groups)
+        short += list(pack_gptq_tiles(part, layout, perm if layout.permuted else None))
+    blob = pack_gptq(words, layout)
+    assert np.array_equal(np.concatenate([*parts, pack_end(layout, perm)]), blob)
+    assert np.array_equal(np.concatenate([*short, pack_end(layout, perm)]), blob)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

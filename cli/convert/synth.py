@@ -36,6 +36,13 @@ from moss_jt.language import pick
     show_default=True,
     help=pick("Of the weights; 16 is float16.", "权重位数；16 即 float16。"),
 )
+@click.option(
+    "--head",
+    type=click.Choice(["fp16", "int8"]),
+    default="fp16",
+    show_default=True,
+    help=pick("Of the output layer; fp16 is what published models have.", "输出层的类型；已发布的模型为 fp16。"),
+)
 @click.option("--layers", type=click.IntRange(min=1), help=pick("Other than the preset's.", "层数；默认与预设相同。"))
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help=pick("Of the weights.", "随机种子。")
@@ -53,13 +60,27 @@ from moss_jt.language import pick
 )
 @click.option("--json", "as_json", is_flag=True, help=pick("Print the result as JSON.", "以 JSON 输出结果。"))
 def command(
-    *, dst: Path, preset: str, bits: str, layers: int | None, seed: int, form: str, resume: bool, as_json: bool
+    *,
+    dst: Path,
+    preset: str,
+    bits: str,
+    head: str,
+    layers: int | None,
+    seed: int,
+    form: str,
+    resume: bool,
+    as_json: bool,
 ) -> None:
     """Make a model."""
     from moss_jt.cli.progress import TerminalProgress
     from moss_jt.converters.synth import preset_config, synthesize, synthesize_foreign
 
-    config = preset_config("tiny" if preset == "tiny" else "moss-moon-003", bits=int(bits), layers=layers)
+    config = preset_config(
+        "tiny" if preset == "tiny" else "moss-moon-003",
+        bits=int(bits),
+        layers=layers,
+        head_bits=8 if head == "int8" else 16,
+    )
     progress = TerminalProgress()
     if form == "hf":
         if resume:

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 from moss_folders import files_of, float_tensors, gptq_tensors, names_in, read_folder, write_folder
 
+from moss_jt.checkpoint import Checkpoint
 from moss_jt.converters import plan as plan_module
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.converters.jittor2hf import jittor2hf
+from moss_jt.converters.synth import preset_config, synthesize
 from moss_jt.errors import CheckpointError, ConfigError
+from moss_jt.layout import TileLayout
+from moss_jt.packing import dequantize, unpack
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -87,3 +91,24 @@ def test_a_foreign_folder_is_not_native(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not in the native format"):
         jittor2hf(source, tmp_path / "back")
     assert names_in(tmp_path) == ["hf"]
+
+
+@pytest.mark.parametrize("piece", [1 << 15, 1 << 24])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_quantised_head_becomes_floats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, piece: int
+) -> None:
+    monkeypatch.setattr("moss_jt.converters.jittor2hf.PIECE_BYTES", piece)
+    checkpoint = Checkpoint.open(
+        synthesize(preset_config("tiny", bits=bits, layers=1, head_bits=8), tmp_path / "m").path
+    )
+    layout = checkpoint.entries["lm_head.weight"].layout
+    assert isinstance(layout, TileLayout)
+    wanted = dequantize(unpack(checkpoint.read("lm_head.weight"), layout)).astype(np.float16)
+    done = jittor2hf(checkpoint.path, tmp_path / "back")
+    assert done.head == "float16"
+    assert np.array_equal(read_folder(done.path)["lm_head.weight"], wanted)
+    again = Checkpoint.open(hf2jittor(done.path, tmp_path / "again").path)
+    assert again.config.head_quantization is None
+    for name in again.entries.keys() - {"lm_head.weight"}:
+        assert np.array_equal(again.read(name), checkpoint.read(name)), name

@@ -83,6 +83,25 @@ def test_numbers_are_sane(tmp_path: Path, bits: int) -> None:
     assert np.array_equal(checkpoint.read_plain("transformer.ln_f.weight"), np.ones(256, np.float32))
 
 
+@pytest.mark.parametrize("head_bits", [4, 8])
+def test_a_quantised_head_is_made_some_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head_bits: int
+) -> None:
+    monkeypatch.setattr("moss_jt.converters.random_weights._HEAD_ROWS", 64)
+    config = preset_config("tiny", bits=4, layers=1, head_bits=head_bits)
+    assert config.name == f"tiny-random-int4-head{head_bits}"
+    with_head = Checkpoint.open(synthesize(config, tmp_path / "a").path)
+    layout = with_head.entries["lm_head.weight"].layout
+    assert isinstance(layout, TileLayout)
+    numbers = dequantize(unpack(with_head.read("lm_head.weight"), layout))
+    assert numbers.shape == (272, 256)
+    assert abs(float(numbers.std()) / (1.5 / 16) - 1) < 0.05
+    assert not np.array_equal(numbers[:64], numbers[64:128])
+    plain = Checkpoint.open(synthesize(preset_config("tiny", bits=4, layers=1), tmp_path / "b").path)
+    for name in plain.entries.keys() - {"lm_head.weight"}:
+        assert np.array_equal(with_head.read(name), plain.read(name)), name
+
+
 def test_pieces_do_not_depend_on_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = RandomWeights(preset_config("tiny"), 0)
     whole = np.concatenate(list(weights.floats("lm_head.weight")))
@@ -123,6 +142,10 @@ def test_what_cannot_be_made_is_refused(tmp_path: Path) -> None:
         preset_config("huge")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"n_layer is 0"):
         preset_config("tiny", layers=0)
+    with pytest.raises(ConfigError, match=r"head_bits is 5; known are 4, 8, and 16"):
+        preset_config("tiny", head_bits=5)
+    with pytest.raises(ConfigError, match=r"has no place for a quantised head"):
+        synthesize_foreign(preset_config("tiny", head_bits=8), tmp_path / "h")
     config = preset_config("tiny", layers=1)
     synthesize(config, tmp_path / "m")
     with pytest.raises(ConfigError, match=r"m exists already"):

@@ -101,7 +101,7 @@ def test_broken_manifests(native: Path) -> None:
     file = native / "manifest.json"
     good = json.loads(file.read_text())
     cases = [
-        ({**good, "version": 2}, "has version 2; this program reads up to 1"),
+        ({**good, "version": 3}, "has version 3; this program reads up to 2"),
         ({**good, "format": "x"}, "is not a manifest of moss-jt"),
         ({**good, "headers": {}}, "does not name the weight files"),
         ({**good, "tensors": {}}, "disagree about: lm_head.bias, lm_head.weight"),
@@ -123,3 +123,16 @@ def test_a_large_tensor_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     floats = hf2jittor(write_folder(tmp_path / "fp", float_tensors())).path
     words = hf2jittor(write_folder(tmp_path / "int8", gptq_tensors(8, 16, act_order=True))).path
     assert verify(floats).tensors == verify(words).tensors == 21
+
+
+def test_a_quantised_head(tmp_path: Path) -> None:
+    path = synthesize(preset_config("tiny", layers=1, head_bits=8), tmp_path / "m").path
+    assert verify(path).tensors == 13
+    entry = Checkpoint.open(path).entries["lm_head.weight"]
+    assert isinstance(entry.layout, TileLayout)
+    overwrite(entry.file, entry.offset + entry.layout.code_bytes + 2, b"\x00\x7e")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight scale of tile\[0, 1\] is NaN"):
+        verify(path)
+    overwrite(entry.file, entry.offset + entry.layout.code_bytes + 2, b"\x00\x00")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not what was written"):
+        verify(path)
