@@ -1,6 +1,7 @@
 """The kernels' formulas in numpy, slow and obvious: what the fast ones are tested against.
 
-Everything is computed in float64 from float32 inputs.
+Everything is computed in float64 from float32 inputs, apart from the product of rounded activations:
+that one follows the kernel operation by operation, for the same bits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moss_jt.layout import TileLayout
+from moss_jt.packing import QuantMatrix
+
 Array = npt.NDArray[Any]
 
 
@@ -17,6 +21,45 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """y = x W^T + bias: (T, K), (N, K), (N,) to (T, N)."""
     y: Array = x.astype(np.float64) @ weight.astype(np.float64).T
     return y if bias is None else y + bias
+
+
+def rounding_blocks(layout: TileLayout, block: int) -> list[tuple[int, int, int]]:
+    """(group, first position, size) of the runs in which activations are rounded: at most `block`, inside a group."""
+    blocks = []
+    for group in range(layout.n_groups):
+        start = group * layout.padded_group
+        end = min(start + layout.padded_group, layout.padded_in)
+        blocks += [(group, at, min(block, end - at)) for at in range(start, end, block)]
+    return blocks
+
+
+def round_activations(x: Array, blocks: list[tuple[int, int, int]]) -> tuple[Array, Array]:
+    """Stored inputs (T, padded_in) float32 as codes, int8 of the same shape, and steps (T, blocks) float32."""
+    codes = np.zeros(x.shape, np.int8)
+    steps = np.zeros((len(x), len(blocks)), np.float32)
+    for index, (_, start, size) in enumerate(blocks):
+        part = x[:, start : start + size]
+        finite = np.isfinite(part).all(axis=1)
+        part = np.where(finite[:, None], part, np.float32(0))
+        step = np.maximum(np.abs(part).max(axis=1) * np.float32(1 / 127), np.finfo(np.float32).tiny)
+        codes[:, start : start + size] = np.rint(part * (np.float32(1) / step)[:, None])
+        steps[:, index] = np.where(finite, step, np.float32(np.nan))
+    return codes, steps
+
+
+def linear_rounded(x: Array, matrix: QuantMatrix, layout: TileLayout, perm: Array, block: int) -> Array:
+    """x W^T with x rounded: (T, K) float32 to (T, N) float32, in the kernel's order of operations."""
+    x = np.where(perm < 0, np.float32(0), x[:, perm])
+    weights = np.where(perm < 0, 0, matrix.codes[:, perm]).astype(np.int64)  # (N, padded_in)
+    blocks = rounding_blocks(layout, block)
+    codes, steps = round_activations(x, blocks)
+    y = np.zeros((len(x), len(weights)), np.float32)
+    for index, (group, start, size) in enumerate(blocks):
+        here = codes[:, start : start + size].astype(np.int64)
+        zeros = matrix.zeros[:, group].astype(np.int64) + 1
+        whole = here @ weights[:, start : start + size].T - here.sum(axis=1)[:, None] * zeros
+        y += whole.astype(np.float32) * (matrix.scales[:, group].astype(np.float32) * steps[:, index, None])
+    return y
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:

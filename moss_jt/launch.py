@@ -27,7 +27,16 @@ from moss_jt.errors import KernelError
 from moss_jt.language import pick
 from moss_jt.progress import Progress, Quiet
 
-HEADERS = ("numbers.h", "linear.h", "pointwise.h", "attention.h")
+HEADERS = (
+    "numbers.h",
+    "linear.h",
+    "rounding.h",
+    "rounded_plain.h",
+    "rounded_x86.h",
+    "rounded.h",
+    "pointwise.h",
+    "attention.h",
+)
 _LOCAL_INCLUDE = re.compile(r'^#(include "|pragma once).*\n', re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -43,6 +52,16 @@ PERMUTE = """
     moss::permute(in0_p, in1_p, out0_p, (int64_t)data["tokens"], (int64_t)data["x_stride"], (int64_t)data["padded_in"]);
 """
 _LINEAR_KEYS = re.findall(r'data\["(\w+)"\]', LINEAR)
+ROUND_ACTIVATIONS = """
+    moss::RoundingShape s{(int64_t)data["tokens"], (int64_t)data["x_stride"], (int64_t)data["padded_in"],
+        (int64_t)data["padded_group"], (int64_t)data["block"], data["permuted"] != 0};
+    moss::round_activations(s, in0_p, in1_p, out0_p, out1_p, out2_p);
+"""
+LINEAR_ROUNDED = LINEAR.replace(
+    "moss::linear(s, in0_p, (const uint8_t*)in1_p, in2_p, out0_p);",
+    """moss::linear_rounded(s, in0_p, (const uint8_t*)in1_p, in2_p, in3_p, in4_p, out0_p, (int64_t)data["block"],
+        (int)data["processor"]);""",
+)
 LAYER_NORM = """
     moss::layer_norm(in0_p, in1_p, in2_p, out0_p, (int64_t)data["tokens"], (int64_t)data["width"], data["eps"]);
 """
@@ -185,6 +204,18 @@ def _idle_calls() -> list[tuple[str, list[Any], list[Any], Mapping[str, float]]]
             [floats(2, 2), share(np.zeros(64, np.uint8)), floats(2)],
             [floats(2, 2)],
             dict.fromkeys(_LINEAR_KEYS, 0),
+        ),
+        (
+            ROUND_ACTIVATIONS,
+            [floats(2, 2), where[0]],
+            [share(np.zeros(2, np.int8)), floats(2), where[1]],
+            dict.fromkeys(("tokens", "x_stride", "padded_in", "padded_group", "block", "permuted"), 0),
+        ),
+        (
+            LINEAR_ROUNDED,
+            [share(np.zeros(2, np.int8)), share(np.zeros(64, np.uint8)), floats(2), floats(2), where[0]],
+            [floats(2, 2)],
+            dict.fromkeys((*_LINEAR_KEYS, "block", "processor"), 0),
         ),
         (PERMUTE, [floats(2, 2), where[0]], [floats(2, 2)], dict.fromkeys(("tokens", "x_stride", "padded_in"), 0)),
         (

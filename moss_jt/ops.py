@@ -24,8 +24,10 @@ from moss_jt.launch import (
     GELU,
     LAYER_NORM,
     LINEAR,
+    LINEAR_ROUNDED,
     PERMUTE,
     ROTATE_AND_APPEND,
+    ROUND_ACTIVATIONS,
     Buffer,
     aligned,
     run,
@@ -38,6 +40,8 @@ Floats = npt.NDArray[np.float32]
 
 MAX_HEAD_DIM = 1024  # of the kernels: one head lies on the stack
 LOGIT_ROWS = 32  # rows of logits that are held at a time
+ROUND_BLOCK = 128  # positions, at most, that share a step when activations are rounded; of the kernels: up to 128
+PROCESSORS = {"best": 0, "plain": 1, "avx2": 2, "avx-vnni": 3, "avx512-vnni": 4}  # versions of the rounded product
 _STORED_KIND = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
@@ -72,6 +76,20 @@ def rotary_table(config: MossConfig) -> Floats:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1, dtype=np.float32)
 
 
+class _RoundedInputs:
+    """Room for activations rounded to int8: codes, and a step and a sum for every block of them."""
+
+    def __init__(self, codes: int, blocks: int) -> None:
+        self.codes = Buffer(aligned((codes,), "int8"))
+        self.steps = Buffer(aligned((blocks,), "float32"))
+        self.sums = Buffer(aligned((blocks,), "int32"))
+        self.vars = [self.codes.var, self.steps.var, self.sums.var]
+
+    def hold(self, codes: int, blocks: int) -> bool:
+        """Whether there is room for so many."""
+        return codes <= self.codes.array.size and blocks <= self.steps.array.size
+
+
 class InferenceOps:
     """The steps of a forward pass over stored weights and a KV cache, in place.
 
@@ -81,9 +99,13 @@ class InferenceOps:
         sincos: the rotary table.
         observe: called with the name and values of each step's result, for tests and debugging;
             the values are a view that the next steps overwrite.
+        rounding: whether products with int4 and int8 matrices round their inputs to int8.
+        processor: which version of those products runs, of PROCESSORS; where it cannot, the best that can.
     """
 
-    def __init__(self, config: MossConfig, store: WeightStore, kv: KVCache, *, capacity: int = 128) -> None:
+    def __init__(
+        self, config: MossConfig, store: WeightStore, kv: KVCache, *, capacity: int = 128, rounding: bool = False
+    ) -> None:
         if config.head_dim > MAX_HEAD_DIM:
             raise ShapeError(f"heads are {config.head_dim} wide; the CPU kernels take up to {MAX_HEAD_DIM}.")
         self.config, self.store, self.cache, self.capacity = config, store, kv, capacity
@@ -110,6 +132,8 @@ class InferenceOps:
         self._table = Buffer(kv.table)
         self.sincos = Buffer(rotary_table(config))
         self._kv = share(kv.memory)
+        self.rounding, self.processor = rounding, "best"
+        self._rounded = _RoundedInputs(2, 2)
         self._small: dict[str, Any] = {}
         self._memory: dict[int, tuple[Any, Any]] = {}
         self._tokens = self._picked_rows = 0
@@ -226,18 +250,41 @@ class InferenceOps:
 
     def _multiply(self, x: Buffer, name: str, bias: Any, y: Buffer, *, add: bool = False) -> None:
         layout = self.store.layout(name)
-        x_var, x_stride = self._stored_order(x, name)
         data = layout_data(layout) | {
             "tokens": self._rows(x),
-            "x_stride": x_stride,
+            "x_stride": x.array.shape[1],
             "y_stride": y.array.shape[1],
             "has_bias": bias is not None,
             "add": add,
         }
         bias = self._nothing.var if bias is None else bias
+        if self.rounding and isinstance(layout, TileLayout):
+            data |= {"block": ROUND_BLOCK, "processor": PROCESSORS[self.processor]}
+            source, (x_var, *more) = LINEAR_ROUNDED, self._round(x, name, layout)
+        else:
+            source, more = LINEAR, []
+            x_var, data["x_stride"] = self._stored_order(x, name)
         for piece in self.store.pieces(name):
             where = {"blob_at": piece.start, "first": piece.first, "out": piece.count}
-            run(LINEAR, [x_var, self._memory_var(piece.data), bias], [y.var], data | where)
+            run(source, [x_var, self._memory_var(piece.data), bias, *more], [y.var], data | where)
+
+    def _round(self, x: Buffer, name: str, layout: TileLayout) -> list[Any]:
+        """Codes, steps and sums of the inputs, in the order in which a matrix holds them."""
+        perm = self.store.perm(name)
+        wide, blocks = layout.padded_in, layout.n_groups * -(-layout.padded_group // ROUND_BLOCK)
+        if not self._rounded.hold(self.capacity * wide, self.capacity * blocks):
+            self._rounded = _RoundedInputs(self.capacity * wide, self.capacity * blocks)
+        data = {
+            "tokens": self._rows(x),
+            "x_stride": x.array.shape[1],
+            "padded_in": wide,
+            "padded_group": layout.padded_group,
+            "block": ROUND_BLOCK,
+            "permuted": perm is not None,
+        }
+        order = self._slots.var if perm is None else self._perm_var(name, perm)
+        run(ROUND_ACTIVATIONS, [x.var, order], self._rounded.vars, data)
+        return self._rounded.vars
 
     def _stored_order(self, x: Buffer, name: str) -> tuple[Any, int]:
         """The inputs in the order in which a matrix holds them, and floats from token to token."""

@@ -1,0 +1,111 @@
+// Activations rounded to int8, a block of positions at a time, for the products in rounded.h.
+//
+// A block is at most `block` (up to kMaxBlock) positions of one group, in the order in which a matrix
+// holds its inputs. Of each token and block there are int8 codes, the step between them and their sum:
+//
+//   step = max(max |x| / 127, smallest normal float)      x is about step * code, off by step / 2 at most
+//   codes  for every block, for every token, the block's codes
+//   steps  (blocks, T) float, NaN where the block holds a NaN or an infinity: it reaches every output
+//   sums   (blocks, T) int32
+#pragma once
+#include "numbers.h"
+
+namespace moss {
+
+constexpr int64_t kMaxBlock = 128;  // more would overflow sixteen bits, in sums of codes and of products
+constexpr float kCodes = 127.0f;    // codes lie between -127 and 127
+constexpr float kSmallestNormal = 1.17549435e-38f;
+
+// The blocks of a row of stored inputs, one after the other:
+//     for (Blocks b(...); b.more(); b.next()) { b.index, b.group, b.start, b.size }
+struct Blocks {
+    int64_t padded_in, padded_group, block;
+    int64_t index = 0, group = 0, start = 0, size = 0, group_end = 0;
+
+    Blocks(int64_t padded_in, int64_t padded_group, int64_t block)
+        : padded_in(padded_in), padded_group(padded_group), block(block) {
+        group_end = padded_group < padded_in ? padded_group : padded_in;
+        fit();
+    }
+    bool more() const { return start < padded_in; }
+    void next() {
+        index++;
+        start += size;
+        if (start == group_end) {
+            group++;
+            group_end = padded_in - start < padded_group ? padded_in : start + padded_group;
+        }
+        fit();
+    }
+    void fit() { size = group_end - start < block ? group_end - start : block; }
+};
+
+// A number that the compiler must take as it is: keeps it from joining a product and a sum, or from
+// putting a sum into another order, which would give each processor bits of its own.
+template <typename T>
+static inline void keep_as_is(T& value) {
+    asm("" : "+m"(value));
+}
+
+struct RoundedCodes {
+    float step;
+    int32_t sum;
+};
+
+// `x` holds kMaxBlock floats, zeros from `size` on.
+static inline RoundedCodes round_block(const float (&x)[kMaxBlock], int64_t size, int8_t* to) {
+    float scaled[kMaxBlock];
+    int32_t codes[kMaxBlock], largest = 0, sum = 0;
+    for (int64_t i = 0; i < kMaxBlock; i++) {  // bits of magnitudes are in the order of the magnitudes, NaN on top
+        const int32_t magnitude = (int32_t)(float_to_bits(x[i]) & 0x7fffffffu);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest >= 0x7f800000) {
+        std::memset(to, 0, size);
+        return {bits_to_float(0x7fc00000u), 0};
+    }
+    const float wide = bits_to_float((uint32_t)largest) * (1.0f / kCodes);
+    float step = wide < kSmallestNormal ? kSmallestNormal : wide;
+    keep_as_is(step);
+    float inverse = 1.0f / step;
+    keep_as_is(inverse);
+    for (int64_t i = 0; i < kMaxBlock; i++) scaled[i] = x[i] * inverse;
+    keep_as_is(scaled);
+    constexpr float shift = 12582912.0f;  // 1.5 * 2^23: the sum's lowest bits are the nearest whole number, ties to even
+    for (int64_t i = 0; i < kMaxBlock; i++) {
+        codes[i] = (int32_t)float_to_bits(scaled[i] + shift) - 0x4b400000;
+        sum += codes[i];
+    }
+    for (int64_t i = 0; i < size; i++) to[i] = (int8_t)codes[i];
+    return {step, sum};
+}
+
+struct RoundingShape {
+    int64_t tokens, x_stride, padded_in, padded_group, block;
+    bool permuted;
+};
+
+static inline void round_token(const RoundingShape& s, int64_t t, const float* x, const int32_t* perm, int8_t* codes,
+                               float* steps, int32_t* sums) {
+    x += t * s.x_stride;
+    for (Blocks b(s.padded_in, s.padded_group, s.block); b.more(); b.next()) {
+        float values[kMaxBlock] = {};
+        if (s.permuted) {
+            const int32_t* from = perm + b.start;
+            for (int64_t i = 0; i < b.size; i++) values[i] = from[i] < 0 ? 0.0f : x[from[i]];
+        } else {
+            std::memcpy(values, x + b.start, b.size * sizeof(float));
+        }
+        const RoundedCodes got = round_block(values, b.size, codes + b.start * s.tokens + t * b.size);
+        steps[b.index * s.tokens + t] = got.step;
+        sums[b.index * s.tokens + t] = got.sum;
+    }
+}
+
+static inline void round_activations(const RoundingShape& s, const float* x, const int32_t* perm, int8_t* codes,
+                                     float* steps, int32_t* sums) {
+#pragma omp parallel for schedule(static) if (s.tokens > 1)
+    for (int64_t t = 0; t < s.tokens; t++) round_token(s, t, x, perm, codes, steps, sums);
+}
+
+}  // namespace moss
