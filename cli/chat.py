@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from moss_jt.cli.options import generation_config, model_options, sampling_options
+from moss_jt.cli.options import generation_config, load_options, model_options, sampling_options
 from moss_jt.language import pick
 
 
@@ -40,11 +40,9 @@ from moss_jt.language import pick
 def command(
     *,
     model: str | None,
-    device: str,
-    compute: Literal["fast", "exact"],
     template: Literal["auto", "readme", "fields"],
     system: str | None,
-    **sampling: Any,
+    **others: Any,
 ) -> None:
     """Talk to a model."""
     from moss_jt.cli.chat_commands import COMMANDS, Talk
@@ -53,9 +51,9 @@ def command(
     from moss_jt.cli.chat_screen import Screen
     from moss_jt.cli.loading import open_model
 
-    config = generation_config(sampling)
+    config, options = generation_config(others), load_options(others)
     screen = Screen(interactive=sys.stdin.isatty() and sys.stdout.isatty())
-    loaded = open_model(model, device=device, compute=compute, screen=screen)
+    loaded = open_model(model, options, screen)
 
     from moss_jt.chat import ChatSession
     from moss_jt.engine import Engine

@@ -6,11 +6,11 @@ import json
 import sys
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from moss_jt.cli.options import generation_config, model_options, sampling_options
+from moss_jt.cli.options import generation_config, load_options, model_options, sampling_options
 from moss_jt.language import pick
 
 if TYPE_CHECKING:
@@ -57,20 +57,18 @@ if TYPE_CHECKING:
 def command(
     *,
     model: str,
-    device: str,
-    compute: Literal["fast", "exact"],
     prompt: str | None,
     ids: str | None,
     markers: bool,
     stop: tuple[str, ...],
     as_json: bool,
-    **sampling: Any,
+    **others: Any,
 ) -> None:
     """Continue one prompt."""
     if (prompt is None) == (ids is None):
         raise click.UsageError(pick("give either --prompt or --ids.", "请给出 --prompt 或 --ids 之一。"))
     given = None if ids is None else parse_ids(ids)
-    config = generation_config(sampling)
+    config, options = generation_config(others), load_options(others)
     text = sys.stdin.read() if prompt == "-" else prompt
 
     from moss_jt.cli.chat_screen import Screen
@@ -78,7 +76,7 @@ def command(
 
     screen = Screen(interactive=False)
     began = time.monotonic()
-    loaded = open_model(model, device=device, compute=compute, screen=screen)
+    loaded = open_model(model, options, screen)
     load_s = time.monotonic() - began
     tokens = given if given is not None else loaded.tokenizer.encode(text or "", allow_special=markers)
     config = replace(config, stop_ids=_stop_ids(loaded), stop_strings=stop)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from moss_jt import paths
 from moss_jt.cli.chat_screen import Screen
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
 PRACTICE_MODEL = "synth-tiny"
 
 
-def open_model(name: str | None, *, device: str, compute: Literal["fast", "exact"], screen: Screen) -> Model:
+def open_model(name: str | None, options: Mapping[str, Any], screen: Screen) -> Model:
     """Load a model by folder or name, the practice model if None, and say what was loaded.
+
+    Args:
+        options: for `load_model`, from `moss_jt.cli.options.load_options`.
 
     Raises:
         MossError: there is no such model, or it cannot be loaded.
@@ -31,7 +35,7 @@ def open_model(name: str | None, *, device: str, compute: Literal["fast", "exact
     began = time.monotonic()
     progress.begin(pick("Starting", "正在启动"), 0, "s")  # around what has progress of its own, and what has none
     try:
-        model = load_model(folder, device=device, compute=compute, progress=progress)
+        model = load_model(folder, **options, progress=progress)
     finally:
         progress.end()
     screen.note(_what_is_loaded(model, name or PRACTICE_MODEL, time.monotonic() - began))
@@ -67,9 +71,14 @@ def _what_is_loaded(model: Model, name: str, seconds: float) -> str:
     config = model.config
     kind = f"int{config.quantization.bits}" if config.quantization else (config.dtype or "float")
     size = f"{config.n_layer} x {config.n_embd}"
+    streamed = model.store.streamed_bytes / 1e9
+    rest = pick(
+        f"; {streamed:.1f} GB of weights are read from disk for each token" if streamed else "",
+        f"；每个词元需从磁盘读取 {streamed:.1f} GB 权重" if streamed else "",
+    )
     return pick(
-        f"{name}: {kind}, {size}, up to {model.max_tokens} tokens, on {model.device}; loaded in {seconds:.1f} s.",
-        f"{name}：{kind}，{size}，最多 {model.max_tokens} 个词元，运行于 {model.device}；加载用时 {seconds:.1f} 秒。",
+        f"{name}: {kind}, {size}, up to {model.max_tokens} tokens, on {model.device}; loaded in {seconds:.1f} s{rest}.",
+        f"{name}：{kind}，{size}，最多 {model.max_tokens} 个词元，运行于 {model.device}；加载用时 {seconds:.1f} 秒{rest}。",
     )
 
 

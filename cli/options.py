@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+LOADING = ("device", "compute", "memory", "kv", "context")
 SAMPLING = ("greedy", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens")
 
 
 def model_options(*, model_required: bool) -> Callable[[F], F]:
-    """Add --model, --device and --compute."""
+    """Add --model and the options of `load_options`."""
     return _all_of(
         click.option(
             "--model",
@@ -42,8 +43,34 @@ def model_options(*, model_required: bool) -> Callable[[F], F]:
             default="fast",
             show_default=True,
             help=pick(
-                "exact: float32 throughout; fast: keys and values cached in float16.",
-                "exact：全程 float32；fast：键值缓存用 float16。",
+                "fast rounds the inputs of int4 and int8 weights to int8; exact computes in float32.",
+                "fast：int4/int8 权重的输入舍入为 int8；exact：全程 float32。",
+            ),
+        ),
+        click.option(
+            "--memory",
+            metavar="SIZE",
+            help=pick(
+                "All memory that may be taken, like 6GiB; weights that do not fit are read from disk as they are "
+                "needed. [default: what is free, less a reserve]",
+                "可用内存总量，如 6GiB；放不下的权重按需从磁盘读取。[默认：空闲内存减去预留]",
+            ),
+        ),
+        click.option(
+            "--kv",
+            type=click.Choice(["fp32", "fp16", "int8"]),
+            help=pick(
+                "Type of the cached keys and values. [default: fp16, with --compute exact fp32]",
+                "键值缓存的类型。[默认 fp16；--compute exact 时为 fp32]",
+            ),
+        ),
+        click.option(
+            "--context",
+            type=click.IntRange(min=1),
+            metavar="TOKENS",
+            help=pick(
+                "Longest conversation. [default: the model's, or what fits]",
+                "对话的最大长度（词元）。[默认：模型上限，或内存所能容纳]",
             ),
         ),
     )
@@ -79,6 +106,12 @@ def sampling_options(function: F) -> F:
         click.option("--greedy", is_flag=True, help=pick("Always take the best token.", "总是选取最优词元。")),
     )
     return add(function)
+
+
+def load_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of loading out of a command's values, as `load_model` names them."""
+    given = {name: values.pop(name) for name in LOADING}
+    return {**given, "max_tokens": given.pop("context")}
 
 
 def generation_config(values: dict[str, Any]) -> GenerationConfig:

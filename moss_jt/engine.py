@@ -97,7 +97,7 @@ class Engine:
         self.model = model
         self.runner = model.runner(slots=slots, tokens=tokens)
         self.runner.ops.on_layer = _weakly(self)
-        self.context_size = min(model.config.n_positions, tokens or model.max_tokens)
+        self.context_size = min(model.config.n_positions, tokens or model.max_tokens, self.runner.cache.room(0))
         # Which slots are free follows from these two, so that an interrupt can nowhere lose one.
         self._tasks: dict[int, _Task] = {}  # by id, which is by age
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
@@ -148,6 +148,7 @@ class Engine:
                 No request has changed; cancel that one, and the others go on.
         """
         self._end_some()
+        self.runner.give_back()
         self._admit()
         rows = self._choose_rows()
         if rows:
@@ -169,8 +170,20 @@ class Engine:
             "cached_tokens": cache.used_tokens,
             "cached_bytes": cache.used_tokens * cache.token_bytes,
             "context_size": self.context_size,
+            **self._memory_stats(),
             "device": self.model.device,
             "compute": self.model.compute,
+        }
+
+    def _memory_stats(self) -> dict[str, float]:
+        """Where the weights are, and what was read for them."""
+        store, reading = self.model.store, self.model.store.reading
+        return {
+            "resident_bytes": store.resident_bytes,
+            "streamed_bytes": store.streamed_bytes,
+            "disk_bytes": reading.disk_bytes,
+            "waited_for_disk_s": reading.waited_s,
+            "memory_limit": self.model.budget.plan.memory if self.model.budget is not None else 0,
         }
 
     def _check(self, request: Request) -> None:

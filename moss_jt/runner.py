@@ -29,6 +29,7 @@ Compute = Literal["exact", "fast"]
 Floats = npt.NDArray[np.float32]
 
 KV_TYPES: dict[str, KVType] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+SPARE_BLOCKS = 2  # of the cache, kept for what comes next
 DEFAULT_KV: dict[Compute, KVType] = {"exact": "float32", "fast": "float16"}
 
 
@@ -48,12 +49,28 @@ class Runner:
         tokens: int,
         kind: KVType,
         capacity: int = PASS_TOKENS,
+        rounding: bool = False,
     ) -> None:
         capacity = min(capacity, config.n_positions * slots)
         self.cache = KVCache(config, slots=slots, tokens=tokens, kind=kind)
-        self.ops = InferenceOps(config, store, self.cache, capacity=capacity)
+        self.ops = InferenceOps(config, store, self.cache, capacity=capacity, rounding=rounding)
         self.network: Moss[Buffer] = Moss(config)
         self.buffer_bytes = buffer_bytes(config, capacity, slots)
+        self._budget: Budget | None = None
+
+    def keep_to(self, budget: Budget) -> None:
+        """Take memory within a budget from now on.
+
+        Raises:
+            DeviceMemoryError: the buffers do not fit beside those of others.
+        """
+        budget.join(self)
+        self._budget = budget
+
+    def give_back(self) -> None:
+        """Give memory of the cache that nobody uses to the weights that had to leave for it."""
+        if self._budget is not None and self._budget.is_tight:
+            self.cache.trim(SPARE_BLOCKS * self.cache.block_bytes)
 
     @property
     def capacity(self) -> int:
@@ -135,7 +152,7 @@ class Model:
             capacity = self.budget.plan.capacity
         runner = Runner(self.config, self.store, slots=slots, tokens=tokens, kind=self.kv, capacity=capacity)
         if self.budget is not None:
-            self.budget.join(runner)
+            runner.keep_to(self.budget)
         return runner
 
     @cached_property

@@ -202,7 +202,7 @@ class TieredMatrices:
     @property
     def stats(self) -> ReaderStats:
         """What the reader has done so far."""
-        return self._reader.stats
+        return self._reader.stats()
 
     def close(self) -> None:
         """Stop the readers."""
