@@ -20,15 +20,16 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("converters", "kernels", "cli")
 ROWS = {
     0: "config messages layout kv_layout errors progress language paths memory",
-    1: "checked_file safetensors_file checkpoint packing plan tokenizer template kernels startup native reader",
-    2: "ops ops_grad launch batch budget cache sampling tiers weights",
+    1: "checked_file safetensors_file checkpoint packing plan tokenizer template kernels startup native reader limits",
+    2: "ops ops_grad launch batch budget cache sampling tiers weights synthetic",
     3: "model",
     4: "runner engine generation",
     5: "chat load hub pull_plan fetch stored doctor converters",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}
-CONVERTERS_SEE = set((ROWS[0] + " " + ROWS[1]).split()) - {"kernels", "startup", "native", "reader"} | {"converters"}
+NOT_FOR_CONVERTERS = {"kernels", "startup", "native", "reader", "limits"}
+CONVERTERS_SEE = set((ROWS[0] + " " + ROWS[1]).split()) - NOT_FOR_CONVERTERS | {"converters"}
 KERNELS_SEE = set(ROWS[0].split()) | {"packing", "kernels"}
 ONLY_IN = {  # a third-party module -> the parts that may import it
     "jittor": {"startup"},
