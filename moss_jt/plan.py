@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from moss_jt.checkpoint import expected_shapes, is_quantized_name
+from moss_jt.checkpoint import expected_shapes, quantization_of
 from moss_jt.config import MossConfig
 from moss_jt.errors import ConfigError
 from moss_jt.kv_layout import BLOCK, KVLayout, KVType
@@ -36,7 +36,7 @@ LOGIT_ROWS = 32  # rows of logits that are held at a time
 PIECE = 4 * MIB  # streamed at a time; the disk's rate no longer grows with more
 RING_SLOTS = 12  # some being read, some ready while the disk hesitates, one in use
 MARGIN = 32 * MIB
-_EMBEDDING = "transformer.wte.weight"
+_EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _FINE = 1 << 40  # steps in which a share is searched
 _PASS_SHARE, _STREAM_SHARE = 16, 32  # a longer pass gets at most these parts of spare memory and of streamed bytes
 
@@ -203,15 +203,17 @@ class Plan:
         return max(0, min(self.total_bytes, self.room - kv_bytes))
 
 
-def matrix_layout(config: MossConfig, name: str) -> RowsLayout | TileLayout:
-    """How a matrix of this config is stored, as far as the config tells (a converter may have to permute)."""
-    n, k = expected_shapes(config)[name]
-    return _layout_of(config, name, (n, k))
+def _layouts_of(config: MossConfig) -> Iterator[tuple[str, RowsLayout | TileLayout]]:
+    """How the matrices are stored, as far as the config tells; converters may have to permute them."""
+    for name, shape in expected_shapes(config).items():
+        if len(shape) == 2:
+            yield name, _layout_of(config, name, (shape[0], shape[1]))
 
 
 def _layout_of(config: MossConfig, name: str, shape: tuple[int, int]) -> RowsLayout | TileLayout:
-    if config.quantization is not None and is_quantized_name(name):
-        return tile_layout(shape, config.quantization.bits, config.quantization.group_size)
+    quantization = quantization_of(config, name)
+    if quantization is not None:
+        return tile_layout(shape, quantization.bits, quantization.group_size)
     return RowsLayout(shape, config.dtype or "float16")
 
 
@@ -222,12 +224,11 @@ def matrix_sizes(config: MossConfig, layouts: Mapping[str, Layout] | None = None
         layouts: by name, of a checkpoint; None takes what the config alone tells.
     """
     sizes = []
-    for name, shape in expected_shapes(config).items():
-        if len(shape) != 2 or name == _EMBEDDING:
-            continue
-        layout = layouts[name] if layouts is not None else _layout_of(config, name, (shape[0], shape[1]))
+    for name, usual in _layouts_of(config):
+        layout = layouts[name] if layouts is not None else usual
         assert not isinstance(layout, PlainLayout), f"{name} is no matrix"
-        sizes.append(_size_of(name, layout))
+        if name != _EMBEDDING:
+            sizes.append(_size_of(name, layout))
     return sizes
 
 
@@ -247,10 +248,10 @@ def buffer_widths(config: MossConfig) -> dict[str, int]:
 
 
 def pass_token_bytes(config: MossConfig) -> int:
-    """What one token of capacity takes: activations, kernels' scratch, its embedding row, its place."""
-    scratch = 2 * max(config.n_embd, config.inner_dim)
-    embedding = 2 * config.n_embd
-    return 4 * (sum(buffer_widths(config).values()) + scratch + embedding) + 8
+    """What one token of capacity takes: activations, inputs put in order or rounded, its embedding row, its place."""
+    layouts = [layout for name, layout in _layouts_of(config) if name == _HEAD or name.startswith("transformer.h.0.")]
+    inputs = max(layout.padded_in if isinstance(layout, TileLayout) else layout.shape[1] for layout in layouts)
+    return 4 * (sum(buffer_widths(config).values()) + inputs + config.n_embd) + 8
 
 
 def buffer_bytes(config: MossConfig, capacity: int, slots: int = 1) -> int:
