@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,13 @@ class Matrix:
     def pages_of(self, rows: int) -> int:
         """Bytes of memory that hold the first `rows` rows, in whole pages."""
         return round_up(self.size.bytes_of(rows), ALIGNMENT)
+
+    def rest(self, piece_bytes: int) -> Iterator[tuple[int, int]]:
+        """(first, count) of pieces for the rows that are not held: those that should be, and then the others."""
+        if self.held < self.goal:
+            yield from cut_rows(replace(self.size, rows=self.goal), self.held, piece_bytes)
+        if max(self.held, self.goal) < self.size.rows:
+            yield from cut_rows(self.size, max(self.held, self.goal), piece_bytes)
 
     @property
     def first_streamed(self) -> int:
@@ -132,9 +139,7 @@ class TieredMatrices:
         items: list[Item] = []
         for matrix in self._matrices.values():
             matrix.cuts = []
-            if matrix.held == matrix.size.rows:
-                continue
-            for first, count in cut_rows(matrix.size, matrix.held, self._piece_bytes):
+            for first, count in matrix.rest(self._piece_bytes):
                 matrix.cuts.append(Cut(len(items), first, count))
                 start, end = matrix.size.bytes_of(first), matrix.size.bytes_of(first + count)
                 items.append(Item(matrix.file, matrix.entry.offset + start, end - start))
@@ -177,15 +182,12 @@ class TieredMatrices:
 
     def set_rows(self, rows: Mapping[str, int]) -> None:
         """Hold this many rows of each matrix: fewer at once, more as they pass by. Only between passes."""
-        shrunk = False
         for name, matrix in self._matrices.items():
             matrix.goal = rows[name]
             assert matrix.pages_of(matrix.goal) <= len(matrix.memory), f"{name} has no room for {matrix.goal} rows"
             if matrix.goal < matrix.held:
                 self._give_back(matrix)
-                shrunk = True
-        if shrunk:
-            self._cut_rest()
+        self._cut_rest()
 
     def _give_back(self, matrix: Matrix) -> None:
         """Return the pages behind the rows that should be held to the system."""
