@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import platform
+import re
 import subprocess
 from importlib import resources
 from pathlib import Path
@@ -21,6 +22,7 @@ from moss_jt.startup import machine
 from moss_jt.startup.jittor_copy import staged
 
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
+_LOCAL_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 _TIMEOUT_S = 600
 
 
@@ -44,31 +46,41 @@ def load_library(name: str, progress: Progress | None = None) -> ctypes.CDLL:
 
 def build_library(name: str, progress: Progress | None = None) -> Path:
     """Compile `kernels/host/<name>.cpp` unless that was done before; the errors are those of `load_library`."""
-    source = resources.files("moss_jt.kernels").joinpath("host").joinpath(f"{name}.cpp").read_text("utf-8")
+    sources = _sources(f"{name}.cpp")
     compiler = machine.require_compiler()
     home = paths.jittor_home()
-    library = home / "native" / f"{name}-{_key(source, compiler)}" / f"{name}.so"
+    library = home / "native" / f"{name}-{_key(sources, compiler)}" / f"{name}.so"
     if not library.is_file():
         machine.require_usable_home(home)
-        _compile(source, compiler, library, Quiet() if progress is None else progress)
+        _compile(sources, compiler, library, Quiet() if progress is None else progress)
     return library
 
 
-def _key(source: str, compiler: Path) -> str:
+def _sources(file: str) -> dict[str, str]:
+    """A source and the headers of ours that it includes: name -> text."""
+    text = resources.files("moss_jt.kernels").joinpath("host").joinpath(file).read_text("utf-8")
+    found = {file: text}
+    for header in _LOCAL_INCLUDE.findall(text):
+        found |= _sources(header)
+    return found
+
+
+def _key(sources: dict[str, str], compiler: Path) -> str:
     """A name for everything that the library depends on."""
     real = compiler.resolve()
     stat = real.stat()
     made_by = f"{real} {stat.st_size} {stat.st_mtime_ns} {platform.machine()} {' '.join(platform.libc_ver())}"
-    return hashlib.sha256("\0".join((source, made_by, *_FLAGS)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join((*sources.values(), made_by, *_FLAGS)).encode()).hexdigest()[:16]
 
 
-def _compile(source: str, compiler: Path, library: Path, progress: Progress) -> None:
-    progress.begin(pick("compiling the reader of weights (once)", "编译权重读取模块（仅首次）"), 1, "files")
+def _compile(sources: dict[str, str], compiler: Path, library: Path, progress: Progress) -> None:
+    name = library.stem
+    progress.begin(pick(f"compiling the program {name} (once)", f"编译程序 {name}（仅首次）"), 1, "files")
     try:
         with staged(library.parent) as stage:
-            text = stage / f"{library.stem}.cpp"
-            text.write_text(source, "utf-8")
-            _run([str(compiler), *_FLAGS, "-o", str(stage / library.name), str(text)], library.stem)
+            for file, text in sources.items():
+                (stage / file).write_text(text, "utf-8")
+            _run([str(compiler), *_FLAGS, "-o", str(stage / library.name), str(stage / f"{name}.cpp")], name)
         progress.advance(1)
     except OSError as error:  # of the folder: the compiler's own failures have their words already
         raise KernelError(

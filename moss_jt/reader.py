@@ -41,6 +41,7 @@ BLOCK = 4096  # of direct I/O
 PIECE_BYTES = 4 << 20
 THREADS = 4
 SLOTS = 12
+_HUGE_PAGE = 2 << 20
 _STEP_MS = 50  # a Ctrl-C waits at most this long
 _READY, _WAITING, _FAILED, _CLOSED = range(4)
 
@@ -307,18 +308,24 @@ def measure_read(path: str | os.PathLike[str], seconds: float, *, threads: int =
 
 
 def _take_memory(nbytes: int) -> Bytes:
-    """Memory of our own that is really there."""
+    """Memory of our own that is really there, in huge pages where the system has them.
+
+    That matters: direct reads into pages of 4 KiB reach half the speed (measured on a virtual disk: 0.8 against
+    2.0 GB/s), since each request to the disk then has many small parts.
+    """
     if nbytes == 0:
         return np.empty(0, np.uint8)
     try:
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise DeviceMemoryError(
             f"{nbytes} bytes for reading weights ahead cannot be had: {error}. Close other programs or allow less memory."
         ) from error
+    array: Bytes = np.frombuffer(memory, np.uint8)
+    start = -array.ctypes.data % _HUGE_PAGE
+    array = array[start : start + nbytes]
     with contextlib.suppress(OSError, AttributeError):  # a kernel, or a Python, without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(memory, np.uint8)
+        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE_PAGE * _HUGE_PAGE)  # not one byte more than asked
     array[::BLOCK] = 0
     return array
 

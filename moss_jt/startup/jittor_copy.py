@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from importlib.metadata import Distribution
 from pathlib import Path
 
@@ -83,5 +84,6 @@ class staged:
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left unfinished in a folder."""
     for left in folder.glob(f"{_PREFIX}*"):
-        if time.time() - left.stat().st_mtime > _STALE_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its maker has just finished
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
