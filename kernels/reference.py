@@ -62,6 +62,17 @@ def linear_rounded(x: Array, matrix: QuantMatrix, layout: TileLayout, perm: Arra
     return y
 
 
+def linear_rows(x: Array, weight: Array) -> Array:
+    """y = x W^T in float32, to the bit: 8 partial sums of fused multiply-adds; (T, K), (N, K) to (T, N)."""
+    pad = -x.shape[1] % 8
+    x, weight = (np.pad(a.astype(np.longdouble), ((0, 0), (0, pad))) for a in (x, weight))
+    sums = np.zeros((len(x), len(weight), 8), np.float32)
+    for k in range(0, x.shape[1], 8):
+        sums = (x[:, None, k : k + 8] * weight[None, :, k : k + 8] + sums).astype(np.float32)
+    s0, s1, s2, s3 = (sums[:, :, i] + sums[:, :, i + 4] for i in range(4))
+    return (s0 + s1) + (s2 + s3)
+
+
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
     """Normalise the last axis by its mean and population variance."""
     wide = x.astype(np.float64)

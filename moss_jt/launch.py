@@ -29,6 +29,8 @@ from moss_jt.progress import Progress, Quiet
 
 HEADERS = (
     "numbers.h",
+    "matrix.h",
+    "rows.h",
     "linear.h",
     "rounding.h",
     "rounded_plain.h",

@@ -8,84 +8,12 @@
 // An output depends on its own token and row only, and is summed in the same order whatever T is and
 // however the matrix is cut: prefill and decode give the same bits, and so does every plan. This is the plain version: float arithmetic throughout.
 #pragma once
-#include "numbers.h"
+#include "matrix.h"
+#include "rows.h"
 
 namespace moss {
 
-enum Stored { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt4 = 4, kInt8 = 8 };
-
-struct LinearShape {
-    int64_t tokens, in, out;      // T, K, rows of this piece
-    int64_t blob_at, first;       // byte of the memory where the piece starts; the row of the matrix that it is
-    int64_t x_stride, y_stride;   // floats from token to token
-    int64_t stored;               // a Stored
-    int64_t group, padded_group;  // int4/int8: inputs of a group, and positions it takes up
-    int64_t padded_in, groups;    // int4/int8: positions of a row, G
-    int64_t scales_at, zeros_at, tile_bytes;  // offsets in bytes, within a tile
-    bool has_bias, add;           // add: y += instead of y =
-};
-
-constexpr int64_t kRowBlock = 4;     // rows whose floats are kept at hand
-constexpr int64_t kTileRows = 16;
 constexpr int64_t kPiece = 128;      // positions of a tile that are widened at a time
-
-template <int R>
-static inline void dot_rows(const float* rows, int64_t in, const float* x, float* out) {
-    f32x8 sum[R][2] = {};
-    int64_t k = 0;
-    for (; k + 16 <= in; k += 16) {
-        const f32x8 x0 = load8(x + k), x1 = load8(x + k + 8);
-        for (int r = 0; r < R; r++) {
-            sum[r][0] += load8(rows + r * in + k) * x0;
-            sum[r][1] += load8(rows + r * in + k + 8) * x1;
-        }
-    }
-    for (int r = 0; r < R; r++) {
-        float rest = 0;
-        for (int64_t i = k; i < in; i++) rest += rows[r * in + i] * x[i];
-        out[r] = sum8(sum[r][0] + sum[r][1]) + rest;
-    }
-}
-
-static inline void widen_row(const uint8_t* blob, int64_t stored, int64_t row, int64_t in, float* to) {
-    if (stored == kFloat32) {
-        std::memcpy(to, blob + row * in * 4, in * 4);
-    } else if (stored == kFloat16) {
-        widen_half((const uint16_t*)(blob) + row * in, to, in);
-    } else {
-        widen_bfloat((const uint16_t*)(blob) + row * in, to, in);
-    }
-}
-
-static inline void put(const LinearShape& s, const float* bias, float* y, int64_t token, int64_t row, float value) {
-    float* to = y + token * s.y_stride + row;
-    if (s.has_bias) value += bias[row];
-    *to = s.add ? *to + value : value;
-}
-
-static inline void linear_rows(const LinearShape& s, const float* x, const uint8_t* blob, const float* bias, float* y) {
-    const int64_t blocks = (s.out + kRowBlock - 1) / kRowBlock;
-#pragma omp parallel
-    {
-        float* rows = new float[kRowBlock * s.in];
-#pragma omp for schedule(dynamic, 8)
-        for (int64_t b = 0; b < blocks; b++) {
-            const int64_t first = b * kRowBlock;
-            const int64_t count = s.out - first < kRowBlock ? s.out - first : kRowBlock;
-            for (int64_t r = 0; r < count; r++) widen_row(blob, s.stored, first + r, s.in, rows + r * s.in);
-            for (int64_t t = 0; t < s.tokens; t++) {
-                float got[kRowBlock];
-                if (count == kRowBlock) {
-                    dot_rows<kRowBlock>(rows, s.in, x + t * s.x_stride, got);
-                } else {
-                    for (int64_t r = 0; r < count; r++) dot_rows<1>(rows + r * s.in, s.in, x + t * s.x_stride, got + r);
-                }
-                for (int64_t r = 0; r < count; r++) put(s, bias, y, t, first + r, got[r]);
-            }
-        }
-        delete[] rows;
-    }
-}
 
 // Codes minus zeros of `n` positions (whole blocks of one group) for 16 rows: to[position][row].
 template <int BITS>
