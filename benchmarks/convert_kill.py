@@ -22,7 +22,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from record import keep
+from moss_jt.record import keep
 
 from moss_jt.converters.synth import preset_config, synthesize_foreign
 

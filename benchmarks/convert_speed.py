@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import keep
+from moss_jt.record import keep
 
 from moss_jt.converters.synth import preset_config, synthesize_foreign
 

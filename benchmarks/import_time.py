@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from record import keep, spread
+from moss_jt.record import keep, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 0.5

@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from record import keep
+from moss_jt.record import keep
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("astunparse", "six", "pillow", "tqdm", "click")

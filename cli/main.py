@@ -36,6 +36,7 @@ class Entry(NamedTuple):
 COMMANDS = {
     "chat": Entry("chat", "Talk to a model.", "与模型对话。"),
     "generate": Entry("generate", "Continue one prompt, for scripts.", "续写一段提示词，供脚本使用。"),
+    "bench": Entry("bench", "Measure how fast a model computes here.", "测量模型在本机的速度。"),
     "doctor": Entry(
         "doctor", "Tell what this machine has, what works, and how to mend the rest.", "检查本机环境并给出修复方法。"
     ),

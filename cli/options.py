@@ -18,9 +18,9 @@ LOADING = ("device", "compute", "memory", "kv", "context")
 SAMPLING = ("greedy", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens")
 
 
-def model_options(*, model_required: bool) -> Callable[[F], F]:
-    """Add --model and the options of `load_options`."""
-    return _all_of(
+def model_options(*, model_required: bool, context: bool = True) -> Callable[[F], F]:
+    """Add --model and the options of `load_options`; without `context` a command has a --context of its own."""
+    options = (
         click.option(
             "--model",
             required=model_required,
@@ -64,16 +64,17 @@ def model_options(*, model_required: bool) -> Callable[[F], F]:
                 "键值缓存的类型。[默认 fp16；--compute exact 时为 fp32]",
             ),
         ),
-        click.option(
-            "--context",
-            type=click.IntRange(min=1),
-            metavar="TOKENS",
-            help=pick(
-                "Longest conversation. [default: the model's, or what fits]",
-                "对话的最大长度（词元）。[默认：模型上限，或内存所能容纳]",
-            ),
+    )
+    longest = click.option(
+        "--context",
+        type=click.IntRange(min=1),
+        metavar="TOKENS",
+        help=pick(
+            "Longest conversation. [default: the model's, or what fits]",
+            "对话的最大长度（词元）。[默认：模型上限，或内存所能容纳]",
         ),
     )
+    return _all_of(*options, longest) if context else _all_of(*options)
 
 
 def sampling_options(function: F) -> F:
@@ -111,7 +112,8 @@ def sampling_options(function: F) -> F:
 def load_options(values: dict[str, Any]) -> dict[str, Any]:
     """Take the options of loading out of a command's values, as `load_model` names them."""
     given = {name: values.pop(name) for name in LOADING}
-    return {**given, "max_tokens": given.pop("context")}
+    given["max_tokens"] = given.pop("context")
+    return given
 
 
 def generation_config(values: dict[str, Any]) -> GenerationConfig:

@@ -60,7 +60,7 @@ def load_model(
             the least that would do is named.
         StartupError: Jittor cannot be started here.
     """
-    _check_arguments(device, compute, kv, max_tokens)
+    check_arguments(device, compute, kv, max_tokens)
     limit = parse_size(memory) if isinstance(memory, str) else memory
     progress = Quiet() if progress is None else progress
     checkpoint = Checkpoint.open(native_folder(Path(path), progress))
@@ -168,7 +168,12 @@ def _fingerprint(path: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _check_arguments(device: str, compute: str, kv: str | None, max_tokens: int | None) -> None:
+def check_arguments(device: str, compute: str, kv: str | None, max_tokens: int | None) -> None:
+    """Refuse what `load_model` could not do.
+
+    Raises:
+        ConfigError: names the argument.
+    """
     if device == "cuda" or str(device).startswith("cuda:"):
         raise ConfigError(f'device is "{device}"; the CUDA kernels are not in this version. Use "auto" or "cpu".')
     if device not in ("auto", "cpu"):

@@ -19,12 +19,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("converters", "kernels", "cli")
 ROWS = {
-    0: "config messages layout kv_layout errors progress language paths memory",
-    1: "checked_file safetensors_file checkpoint packing plan tokenizer template kernels startup native reader limits",
+    0: "config messages layout kv_layout errors progress language paths memory record",
+    1: "checked_file safetensors_file checkpoint packing plan predict tokenizer template kernels startup native reader limits",
     2: "ops ops_grad launch batch budget cache sampling tiers weights synthetic",
     3: "model",
     4: "runner engine generation",
-    5: "chat load hub pull_plan fetch stored doctor converters",
+    5: "chat load hub pull_plan fetch stored doctor bench converters calibrate measuring fit",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}

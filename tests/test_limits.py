@@ -1,4 +1,4 @@
-"""The measuring process: what it answers, and that its figures are those of what it did."""
+"""The measuring process (kernels/host/limits.cpp): what it answers, and that its figures are those of what it did."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The one JSON line that ends every benchmark: what was measured, on what machine, at which commit.
 
-    from record import keep
     keep("import_time", {"import_s": spread(times)}, save=True)
 
-With save the line goes to benchmarks/results/<benchmark>-<machine>.jsonl, newest last.
+With save the line goes to benchmarks/results/<benchmark>-<machine>.jsonl of the checkout, newest last.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from moss_jt.errors import ConfigError
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"  # in a checkout
 
 
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, float | int]:
@@ -37,7 +38,8 @@ def ask(*command: str) -> str | None:
     """The output of a program, None where it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=60, check=False)
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=60, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -63,7 +65,9 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit measured, with "+" where the tree differs from it."""
+    """The commit measured, with "+" where the tree differs from it; None outside of a checkout."""
+    if not BENCHMARKS.is_dir():
+        return None
     name = ask("git", "rev-parse", "--short=12", "HEAD")
     if name is None:
         return None
@@ -76,7 +80,13 @@ def slug(text: str) -> str:
 
 
 def keep(benchmark: str, results: dict[str, Any], *, save: bool) -> str:
-    """Make the line, keep it under results/ if asked, and give it back to be printed last."""
+    """Make the line, keep it under benchmarks/results/ if asked, and give it back to be printed last.
+
+    Raises:
+        ConfigError: it is to be kept, and this is no checkout.
+    """
+    if save and not BENCHMARKS.is_dir():
+        raise ConfigError("results are kept in a checkout, under benchmarks/results/; here the line is only printed.")
     here = machine()
     when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
     line = json.dumps(
@@ -84,7 +94,10 @@ def keep(benchmark: str, results: dict[str, Any], *, save: bool) -> str:
         ensure_ascii=False,
     )
     if save:
-        RESULTS.mkdir(exist_ok=True)
-        with (RESULTS / f"{benchmark}-{slug(here['device'] or here['cpu'])}.jsonl").open("a", encoding="utf-8") as file:
+        results_folder = BENCHMARKS / "results"
+        results_folder.mkdir(exist_ok=True)
+        with (results_folder / f"{benchmark}-{slug(here['device'] or here['cpu'])}.jsonl").open(
+            "a", encoding="utf-8"
+        ) as file:
             file.write(line + "\n")
     return line
