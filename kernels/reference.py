@@ -73,6 +73,14 @@ def linear_rows(x: Array, weight: Array) -> Array:
     return (s0 + s1) + (s2 + s3)
 
 
+def transposed(dy: Array, weight: Array) -> Array:
+    """dx = dy W in float32, to the bit: fused multiply-adds in the order of the rows; (T, N), (N, K) to (T, K)."""
+    dx = np.zeros((len(dy), weight.shape[1]), np.float32)
+    for row in range(len(weight)):
+        dx = (dy[:, row : row + 1].astype(np.longdouble) * weight[row].astype(np.longdouble) + dx).astype(np.float32)
+    return dx
+
+
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
     """Normalise the last axis by its mean and population variance."""
     wide = x.astype(np.float64)

@@ -32,6 +32,7 @@ HEADERS = (
     "matrix.h",
     "rows.h",
     "linear.h",
+    "transposed.h",
     "rounding.h",
     "rounded_plain.h",
     "rounded_x86.h",
@@ -54,6 +55,14 @@ PERMUTE = """
     moss::permute(in0_p, in1_p, out0_p, (int64_t)data["tokens"], (int64_t)data["x_stride"], (int64_t)data["padded_in"]);
 """
 _LINEAR_KEYS = re.findall(r'data\["(\w+)"\]', LINEAR)
+TURN_PRODUCT = LINEAR.replace(
+    "moss::linear(s, in0_p, (const uint8_t*)in1_p, in2_p, out0_p);",
+    "moss::turn_product(s, in0_p, (const uint8_t*)in1_p, out0_p);",
+)
+TURN_BACK = """
+    moss::turn_back(in0_p, in1_p, out0_p, (int64_t)data["tokens"], (int64_t)data["columns"], (int64_t)data["x_stride"],
+        data["permuted"] != 0);
+"""
 ROUND_ACTIVATIONS = """
     moss::RoundingShape s{(int64_t)data["tokens"], (int64_t)data["x_stride"], (int64_t)data["padded_in"],
         (int64_t)data["padded_group"], (int64_t)data["block"], data["permuted"] != 0};

@@ -17,7 +17,7 @@ constexpr int64_t kPiece = 128;      // positions of a tile that are widened at 
 
 // Codes minus zeros of `n` positions (whole blocks of one group) for 16 rows: to[position][row].
 template <int BITS>
-static inline void widen_tile(const uint8_t* codes, int64_t n, const float* zeros, float* to) {
+static inline __attribute__((always_inline)) void widen_tile(const uint8_t* codes, int64_t n, const float* zeros, float* to) {
     constexpr int block = 32 / BITS;
     const f32x8 zero0 = load8(zeros), zero1 = load8(zeros + 8);
     for (int64_t p = 0; p < n; p += block, codes += 64) {
@@ -36,7 +36,7 @@ static inline void widen_tile(const uint8_t* codes, int64_t n, const float* zero
 }
 
 template <int BITS>
-static inline void read_zeros(const uint8_t* from, float* zeros) {
+static inline __attribute__((always_inline)) void read_zeros(const uint8_t* from, float* zeros) {
     for (int r = 0; r < kTileRows; r++) {
         const int stored = BITS == 8 ? from[r] : r < 8 ? from[r] & 15 : from[r - 8] >> 4;
         zeros[r] = (float)(stored + 1);
