@@ -82,12 +82,13 @@ class Budget:
         buffers = sum(consumer.buffer_bytes for consumer in consumers)
         extra = max(0, buffers - self.plan.buffer_bytes)
         taken = sum(consumer.cache.resident_bytes for consumer in consumers) + extra + more
-        if taken > self.plan.room:
-            raise DeviceMemoryError(
-                f"{format_size(taken)} for conversations do not fit in {format_size(self.plan.memory)} beside the rest "
-                f"({format_size(self.plan.room)} are left). Shorten a conversation, forget one, or give more memory."
-            )
         held = min(self.plan.budget_beside(taken), self.plan.resident_budget(1))
+        # without a ring, weights cannot leave
+        if taken > self.plan.room or (held < self._held and not self.plan.ring_slots):
+            raise DeviceMemoryError(
+                f"{format_size(taken)} for conversations and their buffers do not fit in {format_size(self.plan.memory)} "
+                f"beside the rest. Shorten a conversation, forget one, or give more memory."
+            )
         if held != self._held:
             self._store.hold(resident_rows(self._sizes, held))
             self._held = held
