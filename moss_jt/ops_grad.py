@@ -1,6 +1,7 @@
 """The steps of a forward pass with gradients, on Jittor's own operations: for training.
 
-No cache, no stored formats, nothing in place. The tokens of a batch are whole sequences from
+No cache, nothing in place. What is trained is given as Vars; what is not may stay in a store, quantised or
+streamed, and gradients pass through it (`moss_jt.frozen`). The tokens of a batch are whole sequences from
 position 0, all of the same length T (shorter ones are padded at the end by whoever makes the batch:
 a causal model never looks at what comes after). Plain rather than fast.
 """
@@ -18,23 +19,29 @@ from moss_jt import startup
 from moss_jt.batch import Batch
 from moss_jt.config import QKV_SLICES, MossConfig
 from moss_jt.errors import CheckpointError, ShapeError
+from moss_jt.frozen import FrozenProducts
 from moss_jt.ops import Linear, rotary_table
+from moss_jt.weights import WeightStore
 
 Var = Any
 
 
 class GradientOps:
-    """The steps over parameters given as Jittor Vars.
+    """The steps over parameters given as Jittor Vars, and over frozen weights in a store.
 
     Args:
         config: the model's shape.
-        parameters: float32 Vars by checkpoint name ("transformer.h.0.ln_1.weight", …), matrices (N, K).
+        parameters: float32 Vars by checkpoint name ("transformer.h.0.ln_1.weight", …), matrices (N, K);
+            low-rank terms by the names that `Linear.low_rank` gives.
+        store: where every name that is not a parameter is looked up. These weights get no gradients.
     """
 
-    def __init__(self, config: MossConfig, parameters: Mapping[str, Var]) -> None:
+    def __init__(self, config: MossConfig, parameters: Mapping[str, Var], store: WeightStore | None = None) -> None:
         self._jt = startup.import_jittor(device="cpu")
         self.config = config
         self.parameters = parameters
+        self.store = store
+        self._frozen = None if store is None else FrozenProducts(store)
         self.on_layer: Callable[[int], None] | None = None
         self._sequences = self._length = 0
 
@@ -51,6 +58,8 @@ class GradientOps:
             raise ShapeError(
                 "training takes whole sequences of one length from position 0, one after the other; pad them at the end."
             )
+        if self.store is not None:
+            self.store.begin_pass()
         self._sequences, self._length = len(slots), length
         table = rotary_table(self.config)[:length]
         half = self.config.rotary_dim // 2
@@ -64,7 +73,9 @@ class GradientOps:
 
     def embed(self, ids: npt.NDArray[np.int32], name: str) -> Var:
         """Rows of the embedding: (N,) ids to (N, C), N all tokens of the batch."""
-        return self._parameter(name)[self._jt.array(np.ascontiguousarray(ids))]
+        if name in self.parameters or self.store is None:
+            return self._parameter(name)[self._jt.array(np.ascontiguousarray(ids))]
+        return self._constant(self.store.rows(name, ids))
 
     def hidden(self, values: Var) -> Var:
         """Hidden states (N, C) of the layer before."""
@@ -114,13 +125,20 @@ class GradientOps:
         return self.linear(self.layer_norm(x, norm), head, "logits")
 
     def _parameter(self, name: str) -> Var:
-        try:
+        """A parameter; a norm or bias of the store where there is none of this name."""
+        if name in self.parameters:
             return self.parameters[name]
-        except KeyError:
-            raise CheckpointError(f"there is no parameter {name}.") from None
+        if self.store is None:
+            raise CheckpointError(f"there is no parameter {name}.")
+        return self._constant(self.store.small(name))
+
+    def _constant(self, values: npt.NDArray[np.float32]) -> Var:
+        return self._jt.array(values).stop_grad()
 
     def _times(self, x: Var, name: str) -> Var:
-        return self._jt.nn.matmul_transpose(x, self._parameter(name))
+        if name in self.parameters or self._frozen is None:
+            return self._jt.nn.matmul_transpose(x, self._parameter(name))
+        return self._frozen(x, name)
 
     def _rotate(self, x: Var) -> Var:
         """Rotate neighbouring pairs of the first rotary_dim channels; x is (B, H, T, D)."""
