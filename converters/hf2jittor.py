@@ -1,59 +1,16 @@
-"""A Hugging Face folder to a native one, streaming, and able to go on after a kill.
-
-Three moves: look the source over (`survey`), plan every byte of the result (`native_plan`), then make
-each tensor from its source tensors (`native_tensors`) and hand it to the writer (`output`). Tensors
-lie in the result in the order of the model and are made in the order of the source's files, so that
-a file of the source is used up early.
-"""
+"""A Hugging Face folder to a native one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from moss_jt.checkpoint import Checkpoint
-from moss_jt.config import FloatType, MossConfig
-from moss_jt.converters.journal import Workplace, copy_small_files
-from moss_jt.converters.names import source_names
-from moss_jt.converters.native_plan import KIND, Options, make_plan
-from moss_jt.converters.native_tensors import NativeMaker
-from moss_jt.converters.output import TensorWriter, check_room, finish, verify_done
-from moss_jt.converters.plan import Plan, PlannedTensor
-from moss_jt.converters.shelf import Arrive, Shelf, check_deletable
-from moss_jt.converters.survey import problems_of, wanted_tensors
-from moss_jt.converters.using_up import UsingUp, check_no_hole, delete_rest, most_bytes, read_note
-from moss_jt.errors import CheckpointError, ConfigError
-from moss_jt.layout import Layout, PlainLayout, TileLayout, layout_from_dict
-from moss_jt.progress import Progress, Quiet
-from moss_jt.tokenizer import TOKENIZER_FILES
-
-_FLOATS: dict[str, FloatType] = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion did.
-
-    Attributes:
-        path: the native folder.
-        config: of the model.
-        nbytes: of its weight files.
-        dropped: tensors of the source that a model does not need.
-        dropped_bytes: what they took.
-        resumed: tensors that an earlier run had finished.
-        deleted_bytes: of source files, where that was asked.
-    """
-
-    path: Path
-    config: MossConfig
-    nbytes: int
-    dropped: int = 0
-    dropped_bytes: int = 0
-    resumed: int = 0
-    deleted_bytes: int = 0
+from moss_jt.config import FloatType
+from moss_jt.converters.conversion import Conversion, Task, convert
+from moss_jt.converters.native_plan import CONVERT, HeadType, Options
+from moss_jt.converters.rounding import RoundToNearest
+from moss_jt.converters.shelf import Arrive
+from moss_jt.progress import Progress
 
 
 def default_destination(src: Path) -> Path:
@@ -67,6 +24,7 @@ def hf2jittor(
     dst: str | os.PathLike[str] | None = None,
     *,
     dtype: FloatType | None = None,
+    head: HeadType | None = None,
     resume: bool = False,
     delete_source: bool = False,
     name: str | None = None,
@@ -79,6 +37,8 @@ def hf2jittor(
         src: folder with config.json and weights, or one file of weights with config.json beside it.
         dst: folder to make; `default_destination(src)` if not given.
         dtype: of floating-point weights; None keeps the source's.
+        head: type of lm_head's matrix; None treats it as the others. "int8" rounds it, which is the one
+            loss that a conversion can have.
         resume: go on with an interrupted conversion, to the same bytes.
         delete_source: delete each weight file of the source as soon as it has been used up.
         name: of the model, kept in its config; None takes the folder's.
@@ -93,172 +53,9 @@ def hf2jittor(
     """
     source = Path(os.path.abspath(src))  # noqa: PTH100
     target = Path(os.path.abspath(dst if dst is not None else default_destination(source)))  # noqa: PTH100
-    options = Options(dtype, name or source.name)
-    report = progress or Quiet()
-    with Workplace(target, KIND, resume=resume) as workplace:
-        if workplace.whole:
-            opened = Checkpoint.open(target)
-            return Conversion(target, opened.config, _weight_bytes(opened), resumed=len(opened.entries))
-        done: dict[str, str] = {}
-        if workplace.plan is not None:
-            _check_options(workplace, options)
-            done = verify_done(workplace, report)
-        resumed = len(done)
-        deleted: dict[str, int] = {}
-        if workplace.plan is None or len(done) < len(workplace.plan.places()):
-            with Shelf(source, arrive=arrive, partial=workplace.plan is not None) as shelf:
-                if delete_source:
-                    check_deletable(source, shelf.source)
-                if workplace.plan is None:
-                    _begin(workplace, shelf, options, delete_source=delete_source)
-                else:
-                    _check_source(workplace, shelf, done)
-                    _check_room(workplace, shelf, workplace.plan, done, delete_source=delete_source)
-                _write(workplace, shelf, done, deleted if delete_source else None, progress=report)
-        plan = workplace.plan
-        assert plan is not None, "the run has a plan"
-        finish(workplace, done, manifest=True)
-    if delete_source:
-        delete_rest(plan, source, deleted)
-    config = MossConfig.from_file(target / "config.json")
-    dropped = plan.inputs["dropped"]
-    return Conversion(target, config, plan.nbytes, dropped["count"], dropped["nbytes"], resumed, sum(deleted.values()))
-
-
-def _begin(workplace: Workplace, shelf: Shelf, options: Options, *, delete_source: bool) -> None:
-    """Plan, see that there is room, copy the tokenizer, and write the plan down."""
-    plan = make_plan(shelf, options)
-    _check_room(workplace, shelf, plan, (), delete_source=delete_source)
-    folder = shelf.source.path if shelf.source.path.is_dir() else shelf.source.path.parent
-    copy_small_files(folder, TOKENIZER_FILES, workplace.out)
-    workplace.start(plan)
-
-
-def _check_options(workplace: Workplace, options: Options) -> None:
-    """See that the interrupted run was asked for the same."""
-    assert workplace.plan is not None, "there is an interrupted run"
-    begun: dict[str, Any] = workplace.plan.inputs["options"]
-    differing = [
-        f"{key} {begun.get(key)!r}, now {value!r}"
-        for key, value in options.to_dict().items()
-        if begun.get(key) != value
-    ]
-    if differing:
-        raise ConfigError(
-            f"the unfinished conversion in {workplace.path} was begun with {'; '.join(differing)}. "
-            "Go on with the same options, or delete that folder."
-        )
-
-
-def _check_source(workplace: Workplace, shelf: Shelf, done: dict[str, str]) -> None:
-    """See that what is left of the source is what the plan was made from."""
-    plan = workplace.plan
-    assert plan is not None, "there is an interrupted run"
-    changed = [
-        name for name, print_ in shelf.fingerprints().items() if plan.inputs["files"].get(name, print_) != print_
-    ]
-    if shelf.source.config != plan.inputs["config"]:
-        changed.append("config.json")
-    if changed:
-        raise ConfigError(
-            f"{', '.join(changed)} in {shelf.source.path} changed since the conversion began. "
-            f"Delete {workplace.path} and start again."
-        )
-    if not shelf.arriving:
-        there = {file.name for file in shelf.source.files}
-        lost = {file for name, files in plan.inputs["needs"].items() if name not in done for file in files} - there
-        if lost:
-            raise CheckpointError(
-                f"{shelf.source.path} lacks {', '.join(sorted(lost))}, not all of which has been converted. Fetch it again."
-            )
-
-
-def _write(
-    workplace: Workplace, shelf: Shelf, done: dict[str, str], deleted: dict[str, int] | None, *, progress: Progress
-) -> None:
-    """Make and write every tensor that is not done, using up the source where `deleted` counts that."""
-    plan = workplace.plan
-    assert plan is not None, "the run has a plan"
-    places = plan.places()
-    pending = [name for name in _working_order(plan) if name not in done]
-    using_up = UsingUp(workplace, shelf, pending, deleted) if deleted is not None else None
-    noted = read_note(workplace)
-    progress.begin(f"Converting to {workplace.dst.name}", sum(places[name][1].nbytes for name in pending), "B")
-    try:
-        with TensorWriter(workplace, plan, done, progress) as writer:
-            if using_up:
-                using_up.before_start(writer)
-            maker = NativeMaker()
-            for name, after in zip(pending, [*pending[1:], None], strict=True):
-                layout = layout_of(places[name][1])
-                _bring(shelf, plan, name, layout)
-                check_no_hole(shelf, noted, source_names(name, quantized=isinstance(layout, TileLayout)))
-                if after is not None:
-                    _expect(shelf, after)
-                writer.put(name, maker.make(shelf.source, name, layout))
-                if using_up:
-                    using_up.after(name, writer)
-    except CheckpointError:
-        if _is_complete(shelf, plan) and not read_note(workplace):
-            workplace.discard()  # the source is bad and all there: going on could not help
-        raise
-    finally:
-        progress.end()
-
-
-def _expect(shelf: Shelf, name: str) -> None:
-    """Let the system read the source tensors of one of ours ahead, as far as they are there."""
-    for quantized in (False, True):
-        for source_name in source_names(name, quantized=quantized):
-            if source_name in shelf.source.tensors:
-                shelf.source.expect(source_name)
-
-
-def _is_complete(shelf: Shelf, plan: Plan) -> bool:
-    """Whether every file that the plan was made from, or waits for, lies in the source now."""
-    needed = {file for files in plan.inputs["needs"].values() for file in files}
-    return needed <= {file.name for file in shelf.source.files if file.exists()}
-
-
-def layout_of(tensor: PlannedTensor) -> Layout:
-    """The layout of a planned native tensor."""
-    return layout_from_dict(tensor.layout) if tensor.layout else PlainLayout(tensor.shape, _FLOATS[tensor.code])
-
-
-def _bring(shelf: Shelf, plan: Plan, name: str, layout: Layout) -> None:
-    """See that the source tensors of one of ours are there; what has just arrived is looked over."""
-    names = source_names(name, quantized=isinstance(layout, TileLayout))
-    if not shelf.fetch(names):
-        return
-    config = MossConfig.from_dict(plan.inputs["config"])
-    cast = plan.inputs["options"]["dtype"] is not None
-    wanted = wanted_tensors(config)
-    problems = [
-        problem
-        for n, shape in wanted.items()
-        if n in shelf.source.tensors
-        for problem in problems_of(shelf.source.tensors[n], shape, any_float=cast)
-    ]
-    found = shelf.source.tensors[name].dtype
-    if not problems and not cast and not isinstance(layout, TileLayout) and found != layout.dtype:
-        problems = [f"{name} is {found}, but {layout.dtype} was expected from the files before"]
-    if problems:
-        raise CheckpointError(f"{shelf.source.path} does not fit its config.json: {'; '.join(problems)}.")
-
-
-def _working_order(plan: Plan) -> list[str]:
-    """Tensors by the last source file that each needs, else in the order of the model."""
-    needs = plan.inputs["needs"]
-    return sorted(needs, key=lambda name: max(needs[name]))
-
-
-def _check_room(workplace: Workplace, shelf: Shelf, plan: Plan, done: Collection[str], *, delete_source: bool) -> None:
-    """See that the result fits on the disk; what the source gives back on the way counts."""
-    if delete_source:
-        check_room(workplace, most_bytes(shelf, plan, _working_order(plan), done, read_note(workplace)))
-    else:
-        check_room(workplace, plan.nbytes, ", or add --delete-source")
-
-
-def _weight_bytes(checkpoint: Checkpoint) -> int:
-    return sum(file.stat().st_size for file in {entry.file for entry in checkpoint.entries.values()})
+    quantizer = RoundToNearest()
+    options = Options(dtype, name or source.name, head, quantizer=quantizer.label if head == "int8" else "")
+    task = Task(CONVERT, source, target, options, native=False, title=f"Converting to {target.name}")
+    return convert(
+        task, quantizer=quantizer, resume=resume, delete_source=delete_source, arrive=arrive, progress=progress
+    )

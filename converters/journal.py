@@ -3,7 +3,8 @@
 Beside the folder DST to be made stands the hidden folder `.DST.partial`:
 
     plan.json   what will be written, to the byte; there once everything small is in out/
-    journal     "plan SHA256", then one line "SHA256 NAME" for each tensor whose bytes are safe on disk
+    journal     "plan SHA256", then one line "SHA256 NAME" for each tensor whose bytes are safe on disk; what
+                else is to be known of a tensor follows as JSON
     out/        becomes DST by one rename, when it is whole
 
 A line of the journal is written after the bytes it speaks of have reached the disk. A last line cut
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from moss_jt.checked_file import CheckedFile
 from moss_jt.converters.plan import Plan, plan_from_json
@@ -26,6 +29,8 @@ from moss_jt.errors import CheckpointError, ConfigError, DiskError
 PLAN_FILE = "plan.json"
 JOURNAL_FILE = "journal"
 MAX_SMALL_BYTES = 256 << 20
+
+Note = dict[str, Any]
 
 
 def partial_folder(dst: Path) -> Path:
@@ -40,6 +45,7 @@ class Workplace:
         out: the folder that will become DST.
         plan: of the interrupted run that is to be gone on with, None for a new one.
         whole: DST is finished already (the run before was stopped after the rename).
+        notes: what else the journal tells of tensors that are done, by name.
     """
 
     def __init__(self, dst: Path, kind: str, *, resume: bool) -> None:
@@ -49,6 +55,7 @@ class Workplace:
         self.kind = kind
         self.plan: Plan | None = None
         self.whole = False
+        self.notes: dict[str, Note] = {}
         self._resume = resume
         self._lock_fd = -1
 
@@ -86,7 +93,7 @@ class Workplace:
         self.plan = plan
 
     def read_journal(self) -> dict[str, str]:
-        """The tensors that are safe on disk: name -> SHA-256. Cuts off a torn last line.
+        """The tensors that are safe on disk: name -> SHA-256; fills `notes`. Cuts off a torn last line.
 
         Raises:
             ConfigError: the journal belongs to another plan.
@@ -101,8 +108,14 @@ class Workplace:
         if len(kept) != len(raw):
             os.truncate(file, len(kept))
         names = self.plan.places()
-        pairs = [line.split(" ", 1) for line in lines[1:]]
-        return {name: digest for digest, name in pairs if name in names}
+        done = {}
+        for digest, name, note in ([*line.split(" ", 2), ""][:3] for line in lines[1:]):
+            if name in names:
+                done[name] = digest
+                self.notes.pop(name, None)
+                if note:
+                    self.notes[name] = json.loads(note)
+        return done
 
     def publish(self) -> None:
         """Make the finished folder visible as DST and clear the rest away."""

@@ -23,6 +23,6 @@ def gptq_names(name: str) -> dict[str, str]:
     return {part: f"{stem}.{part}" for part in GPTQ_PARTS}
 
 
-def source_names(name: str, *, quantized: bool) -> list[str]:
+def source_names(name: str, *, gptq: bool) -> list[str]:
     """The tensors of the source from which one of ours is made."""
-    return list(gptq_names(name).values()) if quantized else [name]
+    return list(gptq_names(name).values()) if gptq else [name]

@@ -9,6 +9,7 @@ way, and what the system holds back unwritten by the number of unfinished commit
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from moss_jt.checked_file import CheckedFile
 from moss_jt.checkpoint import CONFIG_FILE, MANIFEST_FILE
 from moss_jt.config import FORMAT_NAME
-from moss_jt.converters.journal import JOURNAL_FILE, Workplace, disk_error, sync_folder, write_safely
+from moss_jt.converters.journal import JOURNAL_FILE, Note, Workplace, disk_error, sync_folder, write_safely
 from moss_jt.converters.plan import Plan, PlannedFile, PlannedTensor, dump_json
 from moss_jt.errors import CheckpointError, DiskError
 from moss_jt.progress import Progress
@@ -107,6 +108,7 @@ class TensorWriter:
         progress: Progress,
     ) -> None:
         self.done = done
+        self._notes = workplace.notes
         self._out = workplace.out
         self._journal = workplace.path / JOURNAL_FILE
         self._places = plan.places()
@@ -117,7 +119,7 @@ class TensorWriter:
         self._syncer = ThreadPoolExecutor(1, "sync")
         self._window: deque[tuple[int, list[Future[None]]]] = deque()
         self._window_bytes = 0
-        self._finished: list[tuple[str, Future[str]]] = []
+        self._finished: list[tuple[str, Future[str], Note]] = []
         self._finished_bytes = 0
         self._commits: list[Future[None]] = []
         self._broken: DiskError | None = None  # a write failed: nothing after it may be called safe
@@ -137,8 +139,13 @@ class TensorWriter:
                 os.close(fd)
             self._files.clear()
 
-    def put(self, name: str, pieces: Iterable[npt.NDArray[Any]]) -> None:
-        """Write one tensor. The arrays must not change afterwards.
+    def put(self, name: str, pieces: Iterable[npt.NDArray[Any]], note: Note | None = None) -> None:
+        """Write one tensor.
+
+        Args:
+            name: of the tensor.
+            pieces: its bytes; the arrays must not change afterwards.
+            note: for the manifest; read when the last of the pieces is there.
 
         Raises:
             DiskError: the disk is full or fails.
@@ -154,7 +161,7 @@ class TensorWriter:
             self._submit(file, fd, sha, data, position)
             position += len(data)
         assert position == end, f"{name} has {end - position} bytes fewer than planned"
-        self._finished.append((name, self._hasher.submit(sha.hexdigest)))
+        self._finished.append((name, self._hasher.submit(sha.hexdigest), dict(note or {})))
         self._finished_bytes += tensor.nbytes
         if self._finished_bytes >= COMMIT_BYTES:
             self._commit()
@@ -215,20 +222,22 @@ class TensorWriter:
         if self._broken is not None:
             raise self._broken
 
-    def _make_safe(self, finished: list[tuple[str, Future[str]]], written: Future[None]) -> None:
+    def _make_safe(self, finished: list[tuple[str, Future[str], Note]], written: Future[None]) -> None:
         """Force bytes to disk, then say so in the journal; runs in the syncing thread."""
         written.result()
-        digests = {name: future.result() for name, future in finished}
+        digests = {name: future.result() for name, future, _ in finished}
+        notes = {name: note for name, _, note in finished}
         try:
             for file in {self._places[name][0].name for name in digests}:
                 os.fdatasync(self._files[file])
             with self._journal.open("ab") as journal:
-                journal.write("".join(f"{digest} {name}\n" for name, digest in digests.items()).encode())
+                journal.write("".join(_journal_line(digests[name], name, notes[name]) for name in digests).encode())
                 journal.flush()
                 os.fdatasync(journal.fileno())
         except OSError as error:
             raise disk_error(error, self._journal) from error
         self.done.update(digests)
+        self._notes.update(notes)
 
     def _check_commits(self, limit: int) -> None:
         """Wait until at most `limit` commits are unfinished, and let the trouble of any surface."""
@@ -258,7 +267,10 @@ def finish(workplace: Workplace, done: dict[str, str], *, manifest: bool) -> Non
 
 def _manifest_text(workplace: Workplace, plan: Plan, done: dict[str, str]) -> str:
     """Checksums: of every tensor, of the header of every file, and of the tokenizer; the config may be edited."""
-    tensors = {name: _described(file, tensor, done[name]) for name, (file, tensor) in plan.places().items()}
+    tensors = {
+        name: {**_described(file, tensor, done[name]), **workplace.notes.get(name, {})}
+        for name, (file, tensor) in plan.places().items()
+    }
     headers = {file.name: hashlib.sha256(file.header).hexdigest() for file in plan.files}
     others = {}
     for path in sorted(workplace.out.iterdir()):
@@ -272,6 +284,11 @@ def _manifest_text(workplace: Workplace, plan: Plan, done: dict[str, str]) -> st
 
 def _described(file: PlannedFile, tensor: PlannedTensor, digest: str) -> dict[str, Any]:
     return {"file": file.name, "nbytes": tensor.nbytes, "sha256": digest}
+
+
+def _journal_line(digest: str, name: str, note: Note) -> str:
+    """A line of the journal; see `moss_jt.converters.journal`."""
+    return f"{digest} {name} {json.dumps(note)}\n" if note else f"{digest} {name}\n"
 
 
 def _write_at(path: Path, fd: int, data: memoryview, position: int) -> None:

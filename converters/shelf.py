@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_jt.checked_file import CheckedFile
+from moss_jt.converters.native_source import open_native
 from moss_jt.converters.source import Source, open_source
 from moss_jt.converters.weight_files import find_weight_files
 from moss_jt.errors import CheckpointError, ConfigError, DiskError
@@ -24,20 +25,25 @@ class Shelf:
 
     Attributes:
         source: what is there now.
+        native: whether it is in our own format.
     """
 
-    def __init__(self, path: Path, *, arrive: Arrive | None = None, partial: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, native: bool = False, arrive: Arrive | None = None, partial: bool = False
+    ) -> None:
         """Open what is there.
 
         Args:
             path: the source's folder or file.
+            native: it is a folder of our own format, whole.
             arrive: called with the path of a missing file when it is needed; the file is there afterwards.
             partial: files may have been deleted by an earlier run.
         """
         self._path = path
         self._arrive = arrive
         self._partial = partial or arrive is not None
-        self.source = open_source(path, partial=self._partial)
+        self.native = native
+        self.source = open_native(path) if native else open_source(path, partial=self._partial)
         self._homes: Mapping[str, str] = {}
         if self.source.missing_files:
             self._homes = find_weight_files(path).index

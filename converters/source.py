@@ -8,6 +8,7 @@ piece by piece. Tensors come as the file stores them: no change of dtype, no cha
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from moss_jt.converters.torch_file import read_torch_file
 from moss_jt.converters.torch_zip import ZIP_MAGIC
 from moss_jt.converters.weight_files import WeightFiles, find_weight_files
 from moss_jt.errors import CheckpointError, ConfigError, ShapeError
+from moss_jt.layout import TileLayout
 from moss_jt.safetensors_file import DTYPES, read_open_header
 
 
@@ -53,6 +55,7 @@ class Source:
         files: the files of weights that are there.
         missing_files: those that should be there and are not; empty unless asked for with `partial`.
         tensors: by name, in the order in which they lie in the files.
+        layouts: of quantised matrices of ours, whose blobs are the tensors; empty but for a native folder.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], missing_files: list[Path]) -> None:
@@ -61,8 +64,10 @@ class Source:
         self.files: list[Path] = []
         self.missing_files = missing_files
         self.tensors: dict[str, SourceTensor] = {}
+        self.layouts: dict[str, TileLayout] = {}
         self._open: dict[Path, CheckedFile] = {}
         self._stored: dict[str, StoredTensor] = {}
+        self._view_lock = threading.Lock()
         self._view: tuple[str, npt.NDArray[np.uint8]] | None = None  # the last view that was put in order
 
     def __enter__(self) -> Source:
@@ -97,7 +102,7 @@ class Source:
     def read_into(self, name: str, start: int, out: npt.NDArray[Any]) -> None:
         """Fill `out` with the row-major bytes of a tensor from byte `start` on; raises as `read` does.
 
-        Reads straight into the array's memory. A tensor that is stored as a view is put in order as a
+        Reads straight into the array's memory; several threads may do so at once. A tensor that is stored as a view is put in order as a
         whole at the first piece and kept until another view is asked for.
 
         Raises:
@@ -112,10 +117,11 @@ class Source:
         if stored.contiguous:
             self._open[self.tensors[name].file].read_into(stored.start + start, flat_bytes(out))
             return
-        if self._view is None or self._view[0] != name:
-            self._view = None  # its memory first
-            self._view = (name, self.read(name).reshape(-1).view(np.uint8))
-        flat_bytes(out)[:] = self._view[1][start : start + out.nbytes].data
+        with self._view_lock:
+            if self._view is None or self._view[0] != name:
+                self._view = None  # its memory first
+                self._view = (name, self.read(name).reshape(-1).view(np.uint8))
+            flat_bytes(out)[:] = self._view[1][start : start + out.nbytes].data
 
     def read_bytes(self, name: str, start: int, nbytes: int) -> memoryview:
         """Part of a tensor's row-major bytes, in new memory; raises as `read_into` does."""
@@ -141,7 +147,12 @@ class Source:
             )
         return self._stored[name]
 
-    def _add_file(self, file: CheckedFile, tensors: Mapping[str, StoredTensor]) -> None:
+    def add_file(self, file: CheckedFile, tensors: Mapping[str, StoredTensor]) -> None:
+        """Take up an open file and what it holds; for whoever opens a source.
+
+        Raises:
+            CheckpointError: another file holds one of the tensors too.
+        """
         self.files.append(file.path)
         self._open[file.path] = file
         for name, stored in sorted(tensors.items(), key=lambda item: item[1].start):
@@ -184,7 +195,7 @@ def open_source(path: Path, *, partial: bool = False) -> Source:
         on_failure.callback(source.close)
         for name in weights.found:
             file = on_failure.enter_context(CheckedFile(name))
-            source._add_file(file, _list_tensors(file))
+            source.add_file(file, _list_tensors(file))
         _check_index(source, weights)
         on_failure.pop_all()
     return source

@@ -112,3 +112,9 @@ def problems_of(tensor: SourceTensor, shape: tuple[int, ...], *, any_float: bool
     if tensor.dtype in FLOAT_BYTES:
         return [f"{tensor.name} is {tensor.dtype}, which needs --dtype"]
     return [f"{tensor.name} is {tensor.dtype}, not a floating-point type"]
+
+
+def survey_native(source: Source) -> Survey:
+    """The same of a native folder, which was seen to be whole when it was opened."""
+    config = MossConfig.from_dict(source.config)
+    return Survey(config, source.config, expected_shapes(config), ())

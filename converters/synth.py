@@ -16,7 +16,7 @@ import numpy as np
 from moss_jt.checkpoint import CONFIG_FILE, INDEX_FILE, expected_shapes, is_quantized_name, quantization_of
 from moss_jt.config import MossConfig, Quantization
 from moss_jt.converters.byte_tokenizer import BYTES, END_OF_MOSS, marker_ids, tokenizer_files
-from moss_jt.converters.hf2jittor import layout_of
+from moss_jt.converters.conversion import layout_of
 from moss_jt.converters.journal import Workplace, disk_error, write_safely
 from moss_jt.converters.names import gptq_names
 from moss_jt.converters.native_plan import native_config

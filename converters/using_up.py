@@ -191,7 +191,7 @@ def most_bytes(shelf: Shelf, plan: Plan, order: list[str], done: Collection[str]
 
 def _sources(shelf: Shelf, name: str) -> list[str]:
     """The source tensors of one of ours, those that are there."""
-    names = source_names(name, quantized=False) + source_names(name, quantized=True)
+    names = source_names(name, gptq=False) + source_names(name, gptq=True)
     return [source for source in names if source in shelf.source.tensors]
 
 

@@ -13,8 +13,10 @@ from moss_jt.language import pick
 
 if TYPE_CHECKING:
     from moss_jt.config import FloatType
-    from moss_jt.converters.hf2jittor import Conversion
+    from moss_jt.converters.conversion import Conversion
+    from moss_jt.converters.native_plan import HeadType
 
+HEADS: dict[str, HeadType] = {"fp16": "float16", "int8": "int8"}
 DTYPES: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -37,6 +39,14 @@ DTYPES: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "
     type=click.Choice(list(DTYPES)),
     help=pick("Type of the floating-point weights; else the source's.", "浮点权重的类型；默认与源文件相同。"),
 )
+@click.option(
+    "--head",
+    type=click.Choice(list(HEADS)),
+    help=pick(
+        "Type of the output layer; else like the others. int8 halves what each token reads of it, and rounds it.",
+        "输出层的类型；默认与其他浮点权重相同。int8 使每个词元读取量减半，但有舍入误差。",
+    ),
+)
 @click.option("--resume", is_flag=True, help=pick("Go on with an interrupted conversion.", "继续中断的转换。"))
 @click.option(
     "--delete-source",
@@ -48,7 +58,14 @@ DTYPES: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "
 )
 @click.option("--json", "as_json", is_flag=True, help=pick("Print the result as JSON.", "以 JSON 输出结果。"))
 def command(
-    *, src: Path, dst: Path | None, dtype: str | None, resume: bool, delete_source: bool, as_json: bool
+    *,
+    src: Path,
+    dst: Path | None,
+    dtype: str | None,
+    head: str | None,
+    resume: bool,
+    delete_source: bool,
+    as_json: bool,
 ) -> None:
     """Convert a folder."""
     from moss_jt.cli.progress import TerminalProgress
@@ -59,6 +76,7 @@ def command(
             src,
             dst,
             dtype=DTYPES[dtype] if dtype is not None else None,
+            head=HEADS[head] if head is not None else None,
             resume=resume,
             delete_source=delete_source,
             progress=TerminalProgress(),
@@ -77,13 +95,14 @@ def command(
 
 
 def _as_dict(done: Conversion) -> dict[str, object]:
-    quantization = done.config.quantization
+    quantization, head = done.config.quantization, done.config.head_quantization
     return {
         "path": str(done.path),
         "bytes": done.nbytes,
         "bits": quantization.bits if quantization else 16 if done.config.dtype != "float32" else 32,
         "group_size": quantization.group_size if quantization else None,
         "dtype": done.config.dtype,
+        "head_bits": head.bits if head else None,
         "dropped_tensors": done.dropped,
         "dropped_bytes": done.dropped_bytes,
         "resumed_tensors": done.resumed,
@@ -100,6 +119,9 @@ def _notes(done: Conversion) -> list[str]:
         if quantization
         else done.config.dtype or pick("mixed float types", "混合浮点类型")
     )
+    if done.config.head_quantization is not None:
+        bits = done.config.head_quantization.bits
+        kind += pick(f", lm_head int{bits}", f"，lm_head 为 int{bits}")
     lines = [pick(f"Weights: {in_words(done.nbytes)}, {kind}", f"权重：{in_words(done.nbytes)}，{kind}")]
     if done.dropped:
         lines.append(

@@ -12,6 +12,7 @@ from moss_jt.cli.convert.sizes import in_words
 from moss_jt.language import pick
 
 if TYPE_CHECKING:
+    from moss_jt.config import Quantization
     from moss_jt.converters.inspection import Inspection
 
 SHAPE_KEYS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "rotary_dim")
@@ -46,6 +47,7 @@ def _as_dict(found: Inspection) -> dict[str, object]:
         "shape": {**{key: getattr(config, key) for key in SHAPE_KEYS}, "n_inner": config.inner_dim},
         "bits": quantization.bits if quantization else None,
         "group_size": quantization.group_size if quantization else None,
+        "head_bits": config.head_quantization.bits if config.head_quantization else None,
         "act_order_matrices": found.act_order,
         "parameters": found.parameters,
         "bytes": found.nbytes,
@@ -65,10 +67,12 @@ def _lines(found: Inspection) -> list[str]:
     quantization = config.quantization
     weights = ", ".join(f"{count} x {dtype}" for dtype, count in found.dtypes.items())
     if quantization:
-        size = quantization.group_size
-        groups = pick("one group a row", "每行一组") if size == -1 else pick(f"groups of {size}", f"每组 {size}")
+        groups = _group_words(quantization)
         order = pick(f", {found.act_order} matrices in act-order", f"，{found.act_order} 个矩阵为 act-order")
         weights += f"; int{quantization.bits}, {groups}{order if found.act_order else ''}"
+    head = config.head_quantization
+    if head:
+        weights += f"; lm_head int{head.bits}, {_group_words(head)}"
     lines = [
         (pick("Folder", "目录"), str(found.path)),
         (pick("Format", "格式"), found.form),
@@ -83,6 +87,11 @@ def _lines(found: Inspection) -> list[str]:
         lines.append((pick("Not needed", "无需"), f"{found.dropped} x causal_mask"))
     width = max(len(label) for label, _ in lines)
     return [f"{label:<{width}}  {value}" for label, value in lines]
+
+
+def _group_words(quantization: Quantization) -> str:
+    size = quantization.group_size
+    return pick("one group a row", "每行一组") if size == -1 else pick(f"groups of {size}", f"每组 {size}")
 
 
 def _tokenizer_words(found: Inspection) -> str:

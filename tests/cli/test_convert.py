@@ -45,6 +45,7 @@ def test_a_whole_round(golden: Path, tmp_path: Path) -> None:
         "bytes": (tmp_path / "back" / "model.safetensors").stat().st_size,
         "tensors": 45,
         "resumed_tensors": 0,
+        "dequantised_head": None,
     }
     told = run("inspect", tmp_path / "back").stdout
     assert "int4, groups of 32, 8 matrices in act-order" in told

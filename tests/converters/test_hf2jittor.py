@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from moss_jt.checkpoint import Checkpoint, is_quantized_name
 from moss_jt.config import MossConfig
-from moss_jt.converters import hf2jittor as module
+from moss_jt.converters import conversion as module
 from moss_jt.converters import plan as plan_module
 from moss_jt.converters.hf2jittor import default_destination, hf2jittor
 from moss_jt.converters.jittor2hf import jittor2hf

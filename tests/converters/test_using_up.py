@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from moss_folders import files_of, names_in
 
-from moss_jt.converters import hf2jittor as module
+from moss_jt.converters import conversion as module
 from moss_jt.converters import using_up
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.converters.holes import can_punch, has_hole, is_sparse, punch
