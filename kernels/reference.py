@@ -127,3 +127,27 @@ def attention(qkv: Array, heads: int, rotary_dim: int, slots: Array, positions: 
     shares /= shares.sum(axis=2, keepdims=True)
     merged: Array = np.einsum("hts,shd->thd", shares, value)
     return merged.reshape(len(qkv), -1)
+
+
+def attend(queries: Array, keys: Array, values: Array, positions: Array) -> Array:
+    """Queries at their positions over what a cache holds: (T, H, D), (H, S, D) twice, (T,) to (T, H, D)."""
+    wide = [x.astype(np.float64) for x in (queries, keys, values)]
+    scores = np.einsum("thd,hsd->hts", wide[0], wide[1]) / np.sqrt(queries.shape[2])
+    visible = np.arange(keys.shape[1]) <= positions[:, None]
+    scores = np.where(visible, scores, -np.inf)
+    shares = np.exp(scores - scores.max(axis=2, keepdims=True))
+    shares /= shares.sum(axis=2, keepdims=True)
+    merged: Array = np.einsum("hts,hsd->thd", shares, wide[2])
+    return merged
+
+
+def store_int8(x: Array, channels: int) -> Array:
+    """What is left of rows (..., D) after a cache kept them as int8, `channels` neighbours to a step."""
+    kept = np.zeros_like(x, dtype=np.float32)
+    for start in range(0, x.shape[-1], channels):
+        group = x[..., start : start + channels].astype(np.float32)
+        exact = np.maximum(np.abs(group).max(axis=-1, keepdims=True) * np.float32(1 / 127), np.finfo(np.float32).tiny)
+        bits = exact.view(np.uint32)
+        step = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)  # to bfloat16
+        kept[..., start : start + channels] = np.rint(group * (np.float32(1) / step)) * step
+    return kept

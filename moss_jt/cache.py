@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from moss_jt.config import MossConfig
 from moss_jt.errors import DeviceMemoryError
-from moss_jt.kv_layout import BLOCK, STEP_CHANNELS, KVLayout, KVType
+from moss_jt.kv_layout import BLOCK, HUGE_PAGE, STEP_CHANNELS, KVLayout, KVType
 
 __all__ = ["BLOCK", "KVCache", "KVLayout", "KVType"]
 
@@ -61,8 +61,9 @@ class KVCache:
         self.layout = KVLayout.of(config, kind, len(self.layers))
         self.limit = config.n_positions
         self.table: npt.NDArray[np.int32] = np.zeros((slots, per_slot), np.int32)
-        self._map = _take_addresses(blocks * self.block_bytes)
-        self.memory: Bytes = np.frombuffer(self._map, np.uint8).reshape(blocks, self.block_bytes)
+        self._map, self._start = _take_addresses(blocks * self.block_bytes, self.layout.page_bytes)
+        room = np.frombuffer(self._map, np.uint8, blocks * self.block_bytes, self._start)
+        self.memory: Bytes = room.reshape(blocks, self.block_bytes)
         self.on_take: Callable[[int], None] | None = None
         self.on_give: Callable[[int], None] | None = None
         # Which blocks are free follows from who has them, so that an interrupt can nowhere lose one or give it twice.
@@ -168,7 +169,7 @@ class KVCache:
         idle = sorted(self._touched.difference(*(slot.blocks for slot in self._slots)))
         given = 0
         for block in reversed(idle[keep // self.block_bytes :]):
-            self._map.madvise(mmap.MADV_DONTNEED, block * self.block_bytes, self.block_bytes)
+            self._map.madvise(mmap.MADV_DONTNEED, self._start + block * self.block_bytes, self.block_bytes)
             self._touched.discard(block)  # after it has gone: counted too long rather than too short
             given += self.block_bytes
         if given and self.on_give is not None:
@@ -189,17 +190,17 @@ class KVCache:
             self.memory[there] = self.memory[here]
         self.commit(target, length)
 
-    def parts(self, layer: int) -> Bytes:
-        """One layer of every block, (blocks, 2, H, part_bytes): a view that others than the kernels write, too."""
+    def rows(self, layer: int) -> Bytes:
+        """One layer of every block, (blocks, 2, H, BLOCK, row_bytes): a view that others than the kernels write, too."""
         layout, first = self.layout, self.layers.index(layer) * self.layout.layer_bytes
-        shape = (len(self.memory), 2, layout.heads, layout.part_bytes)
-        strides = (self.block_bytes, layout.heads * layout.part_bytes, layout.part_bytes, 1)
-        return np.ndarray(shape, np.uint8, self.memory, first, strides)
+        shape = (len(self.memory), 2, layout.heads, BLOCK, layout.row_bytes)
+        head, row = BLOCK * layout.row_bytes, layout.row_bytes
+        return np.ndarray(shape, np.uint8, self.memory, first, (self.block_bytes, layout.heads * head, head, row, 1))
 
     def read(self, layer: int, slot: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Keys (rotary applied) and values of a slot, each (H, S, D) float32; a copy, for tests and export."""
         own = self._slots[slot]
-        numbers = _widen(self.parts(layer)[own.blocks], self.layout)  # (blocks, 2, H, BLOCK, D)
+        numbers = _widen(self.rows(layer)[own.blocks], self.layout)  # (blocks, 2, H, BLOCK, D)
         flat = numbers.transpose(1, 2, 0, 3, 4).reshape(2, self.layout.heads, -1, self.layout.width)
         return flat[0, :, : own.length], flat[1, :, : own.length]
 
@@ -213,28 +214,28 @@ class KVCache:
         return sorted(free, key=lambda block: (block not in self._touched, block))[:missing]
 
 
-def _take_addresses(nbytes: int) -> mmap.mmap:
-    """Private memory of our own that is not there before it is touched, and then page by page.
+def _take_addresses(nbytes: int, page: int) -> tuple[mmap.mmap, int]:
+    """Private memory of our own, and where whole pages begin in it; it is not there before it is touched.
 
-    Huge pages would make more of it resident than was touched.
+    Pages are huge only where blocks are whole numbers of them: else more would be resident than was touched.
     """
     try:
-        room = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+        room = mmap.mmap(-1, nbytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
     except (OSError, ValueError, OverflowError) as error:
         raise DeviceMemoryError(
             f"the system does not give {nbytes} bytes of addresses for the KV cache ({error}). Ask for a shorter context."
         ) from error
     with suppress(OSError):  # a system without huge pages does not know the word
-        room.madvise(mmap.MADV_NOHUGEPAGE)
-    return room
+        room.madvise(mmap.MADV_HUGEPAGE if page == HUGE_PAGE else mmap.MADV_NOHUGEPAGE)
+    return room, -np.frombuffer(room, np.uint8).ctypes.data % page
 
 
-def _widen(parts: Bytes, layout: KVLayout) -> npt.NDArray[np.float32]:
-    """What parts hold: (..., part_bytes) to (..., BLOCK, D)."""
-    raw = np.ascontiguousarray(parts[..., : layout.steps_at]).view(layout.kind)
-    numbers = raw.reshape(*parts.shape[:-1], BLOCK, layout.width).astype(np.float32)
+def _widen(rows: Bytes, layout: KVLayout) -> npt.NDArray[np.float32]:
+    """What rows hold: (..., row_bytes) to (..., D)."""
+    raw = np.ascontiguousarray(rows[..., : layout.steps_at]).view(layout.kind)
+    numbers = raw.astype(np.float32)
     if layout.steps:
-        raw_steps = np.ascontiguousarray(parts[..., layout.steps_at :]).view(np.float16)
-        steps = raw_steps.reshape(*parts.shape[:-1], BLOCK, layout.steps).astype(np.float32)
+        bits = np.ascontiguousarray(rows[..., layout.steps_at :]).view(np.uint16)
+        steps = (bits.astype(np.uint32) << 16).view(np.float32)  # bfloat16
         numbers *= np.repeat(steps, STEP_CHANNELS, axis=-1)[..., : layout.width]
     return numbers

@@ -1,11 +1,12 @@
 """KVLayout: where keys and values lie in a block of the KV cache, to the byte; arithmetic only.
 
-    block   (layers, 2, H, part), keys before values, then zeros up to a whole page
-    part    what one head keeps of BLOCK tokens: numbers (BLOCK, D), and behind them, for int8, the
-            steps (BLOCK, ceil(D / STEP_CHANNELS)) float16; a number is code * step
+    block   (layers, 2, H, BLOCK) rows, keys before values, then nothing up to whole pages
+    row     what one head keeps of one token: D numbers, and for int8, behind its codes, ceil(D / STEP_CHANNELS)
+            steps in bfloat16; neighbouring channels share a step, and a number is code * step
 
 A block is the unit in which the cache takes memory and gives it back, and it holds all layers, so
-that a sequence of any length costs whole blocks and nothing else.
+that a sequence of any length costs whole blocks and nothing else. Where that adds little, the pages
+are huge: the kernels then read half as fast again (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Literal
 
 from moss_jt.config import MossConfig
 
-KVType = Literal["float32", "float16"]
+KVType = Literal["float32", "float16", "int8"]
 
 BLOCK = 32  # tokens
 STEP_CHANNELS = 32  # int8: neighbours of a head that share a step
+HUGE_PAGE = 2 << 20
+_HUGE_WASTE = 16  # one part in so many may be lost to whole huge pages
 _ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 _STEP_BYTES = 2
 
@@ -45,23 +48,23 @@ class KVLayout:
 
     @property
     def steps(self) -> int:
-        """Steps of one head and token; 0 where the numbers need none."""
+        """Steps of a row; 0 where the numbers need none."""
         return -(-self.width // STEP_CHANNELS) if self.kind == "int8" else 0
 
     @property
     def steps_at(self) -> int:
-        """Byte of a part where its steps begin."""
-        return BLOCK * self.width * _ITEM_BYTES[self.kind]
+        """Byte of a row where its steps begin."""
+        return self.width * _ITEM_BYTES[self.kind]
 
     @property
-    def part_bytes(self) -> int:
-        """Bytes of one head's keys or values of a block."""
-        return self.steps_at + BLOCK * self.steps * _STEP_BYTES
+    def row_bytes(self) -> int:
+        """Bytes of one head's key or value of a token."""
+        return self.steps_at + self.steps * _STEP_BYTES
 
     @property
     def layer_bytes(self) -> int:
         """Bytes of one layer of a block, keys and values."""
-        return 2 * self.heads * self.part_bytes
+        return 2 * self.heads * BLOCK * self.row_bytes
 
     @property
     def token_bytes(self) -> int:
@@ -69,9 +72,15 @@ class KVLayout:
         return self.layers * self.layer_bytes // BLOCK
 
     @property
+    def page_bytes(self) -> int:
+        """Size of the pages that a block is whole numbers of."""
+        used = self.layers * self.layer_bytes
+        return HUGE_PAGE if -used % HUGE_PAGE * _HUGE_WASTE <= used else mmap.PAGESIZE
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of a block, whole pages."""
-        return -(-self.layers * self.layer_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        return -(-self.layers * self.layer_bytes // self.page_bytes) * self.page_bytes
 
     def bytes_for(self, tokens: int) -> int:
         """Bytes that one sequence of so many tokens takes from the system."""

@@ -38,6 +38,9 @@ HEADERS = (
     "rounded_x86.h",
     "rounded.h",
     "pointwise.h",
+    "ordered.h",
+    "kv_store.h",
+    "kv_store_x86.h",
     "attention.h",
 )
 _LOCAL_INCLUDE = re.compile(r'^#(include "|pragma once).*\n', re.MULTILINE)
@@ -80,20 +83,15 @@ GELU = 'moss::gelu(out0_p, (int64_t)data["count"]);'
 ADD_BOTH = 'moss::add_both(out0_p, in0_p, in1_p, (int64_t)data["count"]);'
 _ATTENTION_SHAPE = """
     moss::AttentionShape s{(int64_t)data["tokens"], (int64_t)data["heads"], (int64_t)data["width"], (int64_t)data["rotary"],
-        (int64_t)data["block"], (int64_t)data["table_width"], (int64_t)data["block_bytes"], (int64_t)data["keys_at"],
-        (int64_t)data["values_at"]};
+        (int64_t)data["block"], (int64_t)data["table_width"], (int64_t)data["block_bytes"], (int64_t)data["row_bytes"],
+        (int64_t)data["keys_at"], (int64_t)data["values_at"], (int64_t)data["kind"], (int64_t)data["steps"],
+        (int64_t)data["step_channels"], (int64_t)data["room"], (int64_t)data["plain"]};
 """
 _ATTENTION_KEYS = re.findall(r'data\["(\w+)"\]', _ATTENTION_SHAPE)
-_CPP_TYPE = {"float32": "float", "float16": "uint16_t"}
-ROTATE_AND_APPEND = {
-    kind: _ATTENTION_SHAPE
-    + f"moss::rotate_and_append<{cpp}>(s, in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, (uint8_t*)out1_p);"
-    for kind, cpp in _CPP_TYPE.items()
-}
-ATTEND = {
-    kind: _ATTENTION_SHAPE + f"moss::attend<{cpp}>(s, in0_p, (const uint8_t*)in1_p, in2_p, in3_p, in4_p, out0_p);"
-    for kind, cpp in _CPP_TYPE.items()
-}
+ROTATE_AND_APPEND = (
+    _ATTENTION_SHAPE + "moss::rotate_and_append(s, in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, (uint8_t*)out1_p);"
+)
+ATTEND = _ATTENTION_SHAPE + "moss::attend(s, in0_p, (const uint8_t*)in1_p, in2_p, in3_p, in4_p, out0_p, out1_p);"
 
 
 _ALONE = threading.RLock()
@@ -240,9 +238,8 @@ def _idle_calls() -> list[tuple[str, list[Any], list[Any], Mapping[str, float]]]
     ]
     cache = share(np.zeros((2, 64), np.uint8))
     shape: dict[str, float] = dict.fromkeys(_ATTENTION_KEYS, 0)
-    for kind in _CPP_TYPE:
-        calls.append((ROTATE_AND_APPEND[kind], [floats(2, 2), floats(2, 2), *where], [floats(2, 2), cache], shape))
-        calls.append((ATTEND[kind], [floats(2, 2), cache, *where], [floats(2, 2)], shape))
+    calls.append((ROTATE_AND_APPEND, [floats(2, 2), floats(2, 2), *where], [floats(2, 2), cache], shape))
+    calls.append((ATTEND, [floats(2, 2), cache, *where], [floats(2, 2), floats(2, 2)], shape))
     return calls
 
 

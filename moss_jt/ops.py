@@ -7,6 +7,7 @@ output rows, and a piece may be gone when the next one comes; the bits are the s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from moss_jt.batch import Batch
 from moss_jt.cache import BLOCK, KVCache
 from moss_jt.config import MossConfig
 from moss_jt.errors import ShapeError
+from moss_jt.kv_layout import STEP_CHANNELS
 from moss_jt.launch import (
     ADD_BOTH,
     ATTEND,
@@ -42,6 +44,8 @@ MAX_HEAD_DIM = 1024  # of the kernels: one head lies on the stack
 LOGIT_ROWS = 32  # rows of logits that are held at a time
 ROUND_BLOCK = 128  # positions, at most, that share a step when activations are rounded; of the kernels: up to 128
 PROCESSORS = {"best": 0, "plain": 1, "avx2": 2, "avx-vnni": 3, "avx512-vnni": 4}  # versions of the rounded product
+STRETCH = 256  # positions after which attention begins a partial result; of the kernels
+_KV_KIND = {"float32": 0, "float16": 1, "int8": 2}
 _STORED_KIND = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
@@ -90,6 +94,14 @@ class _RoundedInputs:
         return codes <= self.codes.array.size and blocks <= self.steps.array.size
 
 
+def _shared_floats(config: MossConfig) -> int:
+    """Floats of the partial results where many threads share the heads of few tokens; 0 where they never do."""
+    items = 4 * len(os.sched_getaffinity(0))  # kItemsPerThread of the kernel
+    if items <= config.n_head:
+        return 0
+    return items * -(-config.n_positions // STRETCH) * (config.head_dim + 10)
+
+
 class InferenceOps:
     """The steps of a forward pass over stored weights and a KV cache, in place.
 
@@ -132,6 +144,7 @@ class InferenceOps:
         self._table = Buffer(kv.table)
         self.sincos = Buffer(rotary_table(config))
         self._kv = share(kv.memory)
+        self._stretches = Buffer(aligned((max(2, _shared_floats(config)),), "float32"))
         self.rounding, self.processor = rounding, "best"
         self._rounded = _RoundedInputs(2, 2)
         self._small: dict[str, Any] = {}
@@ -188,21 +201,10 @@ class InferenceOps:
     def attention(self, qkv: Buffer, layer: int) -> Buffer:
         """Rotate, append to the cache, attend: (T, 3C) to (T, C)."""
         queries, merged = self.buffers["queries"], self.buffers["merged"]
-        kv, at = self.cache.layout, self.cache.layers.index(layer) * self.cache.layout.layer_bytes
-        data = {
-            "tokens": self._tokens,
-            "heads": kv.heads,
-            "width": kv.width,
-            "rotary": self.config.rotary_dim,
-            "block": BLOCK,
-            "table_width": self.cache.table.shape[1],
-            "block_bytes": kv.block_bytes,
-            "keys_at": at,
-            "values_at": at + kv.heads * kv.part_bytes,
-        }
+        data = self._attention_data(layer)
         where = [self._slots.var, self._positions.var, self._table.var]
-        run(ROTATE_AND_APPEND[kv.kind], [qkv.var, self.sincos.var, *where], [queries.var, self._kv], data)
-        run(ATTEND[kv.kind], [queries.var, self._kv, *where], [merged.var], data)
+        run(ROTATE_AND_APPEND, [qkv.var, self.sincos.var, *where], [queries.var, self._kv], data)
+        run(ATTEND, [queries.var, self._kv, *where], [merged.var, self._stretches.var], data)
         return self._seen(f"transformer.h.{layer}.attn.merged", merged)
 
     def gelu(self, x: Buffer, name: str) -> Buffer:
@@ -230,6 +232,26 @@ class InferenceOps:
     def values(self, x: Buffer) -> Floats:
         """The T rows of a buffer, copied."""
         return x.array[: self._rows(x)].copy()
+
+    def _attention_data(self, layer: int) -> dict[str, float]:
+        kv, at = self.cache.layout, self.cache.layers.index(layer) * self.cache.layout.layer_bytes
+        return {
+            "tokens": self._tokens,
+            "heads": kv.heads,
+            "width": kv.width,
+            "rotary": self.config.rotary_dim,
+            "block": BLOCK,
+            "table_width": self.cache.table.shape[1],
+            "block_bytes": kv.block_bytes,
+            "row_bytes": kv.row_bytes,
+            "keys_at": at,
+            "values_at": at + kv.layer_bytes // 2,
+            "kind": _KV_KIND[kv.kind],
+            "steps": kv.steps,
+            "step_channels": STEP_CHANNELS,
+            "room": self._stretches.array.size,
+            "plain": self.processor == "plain",
+        }
 
     def _rows(self, x: Buffer) -> int:
         """Rows of a buffer that hold something in this pass."""

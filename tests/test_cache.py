@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 from moss_jt.cache import BLOCK, KVCache, KVLayout, KVType
 from moss_jt.config import MossConfig
 from moss_jt.errors import DeviceMemoryError
+from moss_jt.kv_layout import HUGE_PAGE
 
 CONFIG = MossConfig(vocab_size=32, n_positions=4 * BLOCK, n_embd=16, n_layer=2, n_head=4, rotary_dim=4)
 
@@ -27,11 +29,8 @@ def fill(cache: KVCache, slot: int, count: int, value: float) -> None:
     for position in range(start, start + count):
         block = cache.table[slot, position // BLOCK]
         for layer in cache.layers:
-            for which, sign in enumerate((1, -1)):
-                for head in cache.parts(layer)[block, which]:
-                    head[: cache.layout.steps_at].view(cache.kind).reshape(BLOCK, 4)[position % BLOCK] = sign * (
-                        value + position
-                    )
+            keys, values = (cache.rows(layer)[block, which, :, position % BLOCK].view(cache.kind) for which in (0, 1))
+            keys[:], values[:] = value + position, -value - position
     cache.commit(slot, count)
 
 
@@ -117,14 +116,16 @@ def test_bytes_are_known_before_the_cache_is_made(kind: KVType) -> None:
     layout = KVLayout.of(config, kind)
     per_head = {"float32": 256 * 4, "float16": 256 * 2, "int8": 256 + 256 // 32 * 2}[kind]
     assert layout.token_bytes == 34 * 2 * 24 * per_head
-    assert layout.bytes_for(33) == 64 * layout.token_bytes  # a block of this model is whole pages
-    cache = KVCache(CONFIG, slots=1, tokens=8, kind=kind)
-    assert (cache.block_bytes, cache.token_bytes) == (layout_of(kind).block_bytes, layout_of(kind).token_bytes)
-    assert cache.resident_bytes == 0
-
-
-def layout_of(kind: KVType) -> KVLayout:
-    return KVLayout.of(CONFIG, kind)
+    assert layout.page_bytes == HUGE_PAGE
+    assert 0 <= layout.block_bytes - BLOCK * layout.token_bytes < HUGE_PAGE
+    assert layout.bytes_for(33) == 2 * layout.block_bytes
+    assert KVLayout.of(config, kind, 17).token_bytes * 2 == layout.token_bytes
+    cache, small = KVCache(CONFIG, slots=1, tokens=8, kind=kind), KVLayout.of(CONFIG, kind)
+    assert (cache.block_bytes, cache.token_bytes) == (small.block_bytes, small.token_bytes)
+    assert (small.block_bytes, cache.resident_bytes) == (
+        mmap.PAGESIZE * -(-BLOCK * small.token_bytes // mmap.PAGESIZE),
+        0,
+    )
 
 
 WIDE = MossConfig(vocab_size=32, n_positions=8 * BLOCK, n_embd=128, n_layer=6, n_head=4, rotary_dim=4)
@@ -210,6 +211,22 @@ def test_refused_memory_changes_nothing() -> None:
         np.testing.assert_array_equal(cache.table, table)
     cache.on_take = None
     touch(cache, 0, BLOCK + 1)
+
+
+def test_huge_pages_stay_within_their_blocks() -> None:
+    """Whether the system gives huge pages or not, what is resident is at most what was counted."""
+    config = MossConfig(vocab_size=32, n_positions=8 * BLOCK, n_embd=1024, n_layer=31, n_head=4, rotary_dim=4)
+    cache = KVCache(config, slots=1, tokens=8 * BLOCK, kind="float16")
+    assert cache.layout.page_bytes == HUGE_PAGE
+    assert cache.memory.ctypes.data % HUGE_PAGE == 0
+    used = BLOCK * cache.token_bytes
+    for count in (1, 2):
+        cache.reserve(0, count * BLOCK)
+        cache.memory[count - 1, :used] = 1
+        assert count * used <= resident(cache) <= cache.resident_bytes == count * cache.block_bytes
+    cache.drop_block(0)
+    cache.trim()
+    assert used <= resident(cache) <= cache.resident_bytes == cache.block_bytes
 
 
 def test_reserving_alone_touches_nothing() -> None:

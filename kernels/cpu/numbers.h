@@ -13,15 +13,18 @@ typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 
-static inline f32x8 load8(const float* p) {
+// Inlined whatever the options of the caller: the compiler refuses where they differ (attention.h).
+#define MOSS_FORCED static inline __attribute__((always_inline))
+
+MOSS_FORCED f32x8 load8(const float* p) {
     f32x8 v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 
-static inline void store8(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
+MOSS_FORCED void store8(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
 
-static inline f32x8 splat8(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
+MOSS_FORCED f32x8 splat8(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
 
 static inline float sum8(f32x8 v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from moss_jt.batch import Batch
-from moss_jt.cache import BLOCK, KVCache, KVType
+from moss_jt.cache import KVCache, KVType
 from moss_jt.config import Bits, FloatType, MossConfig
 from moss_jt.kernels import reference
 from moss_jt.launch import share, warm_up
@@ -186,37 +186,6 @@ def test_gelu_and_residual(jittor: Any) -> None:
     for buffer, part in zip((x, attn, mlp), parts, strict=True):
         buffer.array[:7] = part
     near(bench.ops.values(bench.ops.residual(x, attn, mlp, "r")), parts[0] + parts[1] + parts[2], 1e-6)
-
-
-@pytest.mark.parametrize("kind", get_args(KVType))
-@pytest.mark.parametrize(("heads", "width", "rotary"), [(4, 2, 2), (8, 16, 8), (4, 20, 20), (12, 6, 4)])
-def test_attention_of_mixed_sequences(jittor: Any, kind: KVType, heads: int, width: int, rotary: int) -> None:
-    """Three sequences of different length, each fed in two passes, blocks interleaved in the cache."""
-    rng = np.random.default_rng(heads * width)
-    bench = Bench(width=heads * width, inner=4, heads=heads, rotary=rotary, kind=kind)
-    lengths = (1, BLOCK + 3, 2 * BLOCK + 1)
-    slots = np.repeat(np.arange(3), lengths).astype(np.int32)
-    positions = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)
-    qkv = rng.normal(size=(sum(lengths), 3 * heads * width)).astype(np.float32)
-    got = np.zeros((sum(lengths), heads * width), np.float32)
-    for first in (True, False):
-        here = np.flatnonzero((positions < 20) == first)
-        for slot in range(3):
-            count = int((slots[here] == slot).sum())
-            bench.cache.reserve(slot, count)
-        bench.ops.begin(Batch(np.zeros(len(here), np.int32), slots[here], positions[here], here[:1].astype(np.int32)))
-        buffer = bench.ops.buffers["qkv"]
-        buffer.array[: len(here)] = qkv[here]
-        got[here] = bench.ops.values(bench.ops.attention(buffer, 0))
-        for slot in range(3):
-            bench.cache.commit(slot, int((slots[here] == slot).sum()))
-    want = reference.attention(qkv, heads, rotary, slots, positions)
-    near(got, want, 1e-5 if kind == "float32" else 2e-3)  # half: keys and values to 11 bits
-    keys, values = bench.cache.read(0, 2)
-    _, key, value = reference.split_qkv(qkv[slots == 2], heads)
-    rotated = reference.rotate(key, positions[slots == 2], rotary)
-    near(keys, rotated.transpose(1, 0, 2), 1e-5 if kind == "float32" else 6e-4)
-    np.testing.assert_array_equal(values, value.astype(kind).astype(np.float32).transpose(1, 0, 2))
 
 
 def test_rotary_table_is_that_of_the_formula() -> None:
