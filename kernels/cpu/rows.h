@@ -20,7 +20,7 @@
 #endif
 
 #pragma GCC push_options
-#pragma GCC optimize("no-associative-math,fp-contract=off")
+#pragma GCC optimize("no-associative-math,no-reciprocal-math,signed-zeros,fp-contract=off")
 
 namespace moss {
 
@@ -30,6 +30,7 @@ constexpr int kMostRows = 8, kMostTokens = 6;      // at once, of a panel
 constexpr int64_t kDepth = 256;                    // inputs of a panel
 constexpr int64_t kTokenBlock = 96;                // tokens of a panel's run: their inputs stay in the second cache
 constexpr int64_t kJobRows = 64;                   // rows at most that a thread takes at a time
+constexpr int64_t kWorthSharing = 2000000;         // products of one call, about 100 microseconds: see pointwise.h
 constexpr int64_t kFetchBytes = 2048;              // how far ahead of the products a row is fetched
 
 // How rows and tokens are given: rows as stored and tokens apart, or both in the order in which a panel's kernel
@@ -403,13 +404,14 @@ static inline int64_t job_rows(int64_t out, int64_t threads) {
 static inline void linear_rows(const LinearShape& s, const float* x, const uint8_t* blob, const float* bias, float* y,
                                int version = kRowsBest) {
     const RowsCall call = {s, x, blob, bias, y, rows_kernels(version)};
+    const bool share = s.out * s.in * s.tokens >= kWorthSharing;
     if (s.tokens <= kDirectTokens) {
         const int64_t jobs = (s.out + kMostRows - 1) / kMostRows;
-#pragma omp parallel for schedule(dynamic, 4)
+#pragma omp parallel for schedule(dynamic, 4) if (share)
         for (int64_t j = 0; j < jobs; j++) multiply_direct(call, j * kMostRows, least(s.out, (j + 1) * kMostRows));
         return;
     }
-#pragma omp parallel
+#pragma omp parallel if (share)
     {
         const RowsScratch scratch;
         const int64_t rows = job_rows(s.out, omp_get_num_threads()), jobs = (s.out + rows - 1) / rows;

@@ -15,7 +15,7 @@
 #include "linear.h"
 
 #pragma GCC push_options
-#pragma GCC optimize("no-associative-math,fp-contract=off")
+#pragma GCC optimize("no-associative-math,no-reciprocal-math,signed-zeros,fp-contract=off")
 
 namespace moss {
 
@@ -200,7 +200,7 @@ static inline void turn_product(const LinearShape& s, const float* dy, const uin
     const int64_t columns = tiles ? s.padded_in : s.in;
     blob += s.blob_at;
     dy += s.first;
-#pragma omp parallel
+#pragma omp parallel if (columns * s.out * s.tokens >= kWorthSharing)
     {
         const TurnScratch scratch(s.tokens);
         const int64_t job = job_columns(columns, omp_get_num_threads()), jobs = (columns + job - 1) / job;

@@ -125,6 +125,14 @@ def test_the_bits_depend_on_token_and_row_only(multiply: Multiply, n: int, k: in
             assert np.array_equal(got, want[:tokens]), f"{way}, {tokens} tokens: {np.abs(got - want[:tokens]).max()}"
 
 
+def test_threads_share_the_rows_of_one_token(multiply: Multiply) -> None:
+    rows = Rows(2051, 1027, "float16", 2)  # enough products to wake them
+    want = multiply(rows, Way(threads=1))
+    for way in (Way(threads=2), Way(threads=5), Way("oldest", threads=3), Way(threads=3, cuts=(1, 2040))):
+        for tokens in (1, 2):
+            np.testing.assert_array_equal(multiply(rows, way, tokens=tokens), want[:tokens])
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_fused_where_there_is_no_such_instruction(multiply: Multiply, version: str) -> None:
     """Products that cancel, subnormal and huge ones: rounding twice, or too late, would show."""
