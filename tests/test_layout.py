@@ -24,7 +24,7 @@ ROWS = {
     2: "ops ops_grad frozen launch batch budget cache sampling tiers weights synthetic",
     3: "model",
     4: "runner engine generation",
-    5: "chat load hub pull_plan fetch stored doctor bench converters calibrate measuring fit",
+    5: "chat load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}
