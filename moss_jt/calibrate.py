@@ -112,7 +112,7 @@ class Calibration:
     def rates(self, wanted: Wanted) -> Rates:
         """Medians for a prediction; kernels that were not measured are estimated from the limits."""
         assert self.memory is not None, "calibrate() measures the memory first"
-        disk = self.disks[_disk_of(wanted.folder)]
+        disk = self.disks[disk_of(wanted.folder)]
         return Rates(
             disk=disk.rate.median,
             disk_cpu=disk.cpu,
@@ -183,7 +183,7 @@ def _missing(found: Calibration, wanted: Wanted, *, with_kernels: bool) -> list[
     missing = []
     if found.memory is None or found.fp32 is None or found.int8 is None:
         missing.append("limits")
-    if _disk_of(wanted.folder) not in found.disks:
+    if disk_of(wanted.folder) not in found.disks:
         missing.append("disk")
     if with_kernels:
         if found.layer_s is None or found.token_s is None:
@@ -206,7 +206,7 @@ def _measure(what: str, found: Calibration, wanted: Wanted) -> Calibration:
     if what == "limits":
         return _measure_limits(found)
     if what == "disk":
-        return replace(found, disks={**found.disks, _disk_of(wanted.folder): _measure_disk(wanted.folder)})
+        return replace(found, disks={**found.disks, disk_of(wanted.folder): _measure_disk(wanted.folder)})
     if what == "fixed":
         fixed = measuring.measure_fixed(wanted.kv)
         return replace(found, layer_s=fixed.layer_s, token_s=fixed.token_s)
@@ -273,7 +273,8 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _disk_of(folder: Path) -> str:
+def disk_of(folder: Path) -> str:
+    """The key of `Calibration.disks` for the disk of a folder, which need not exist yet."""
     return str(_existing(folder).stat().st_dev)
 
 

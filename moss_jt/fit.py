@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_jt import paths
-from moss_jt.calibrate import Calibration, Wanted, calibrate
+from moss_jt.calibrate import Calibration, Wanted, calibrate, disk_of, load_calibration
 from moss_jt.checkpoint import HEAD, Checkpoint, expected_shapes, is_native
 from moss_jt.config import Bits, MossConfig, Quantization
 from moss_jt.errors import ConfigError
@@ -23,9 +23,9 @@ from moss_jt.memory import GIB, MIB, automatic_memory, format_size
 from moss_jt.plan import MatrixSize, Plan, make_plan, matrix_sizes, needs_of, resident_rows, smallest_memory
 from moss_jt.predict import Decoding, Predictor, Prefill, Rates
 from moss_jt.progress import Progress
-from moss_jt.runner import DEFAULT_KV, KV_TYPES, Compute
+from moss_jt.runner import DEFAULT_KV, KV_TYPES, Compute, Model
 
-BASE_BYTES = 330 * MIB  # of a process with Jittor, kernels and tokenizer, before any weight
+BASE_BYTES = 200 * MIB  # of a process with Jittor, kernels and tokenizer, before any weight
 SHARES = (0, 25, 50, 100)  # per cent of the context at which decoding is predicted
 PROMPTS = (128, 512)
 SHORT_CONTEXT = 512
@@ -214,6 +214,22 @@ def fit(
         rates=rates,
         measured=found.is_measured(wanted),
     )
+
+
+def predictor_for(model: Model) -> Predictor | None:
+    """Predictions for a loaded model, from what is kept of this machine; nothing is measured.
+
+    None where the model has no budget, or the machine was not measured for it (`moss-jt fit` does that).
+    """
+    if model.budget is None:
+        return None
+    layouts = {size.name: model.store.layout(size.name) for size in matrix_sizes(model.config)}
+    sizes = matrix_sizes(model.config, layouts)
+    wanted = Wanted(frozenset(size.stored for size in sizes), model.compute, model.kv, model.path)
+    found = load_calibration()
+    if not found.is_measured(wanted) or disk_of(model.path) not in found.disks or found.memory is None:
+        return None
+    return Predictor(model.config, sizes, model.budget.plan, found.rates(wanted))
 
 
 def _look_at(model: Path | MossConfig) -> tuple[MossConfig, Mapping[str, Layout] | None, Path, str]:

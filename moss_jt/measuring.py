@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moss_jt import sampling
 from moss_jt.batch import single_batch
 from moss_jt.cache import KVCache
 from moss_jt.checkpoint import expected_shapes
-from moss_jt.config import FloatType, MossConfig, Quantization
+from moss_jt.config import FloatType, GenerationConfig, MossConfig, Quantization
 from moss_jt.kv_layout import KVType
 from moss_jt.launch import computing
 from moss_jt.layout import RowsLayout, TileLayout
@@ -30,7 +31,7 @@ from moss_jt.packing import tile_layout
 from moss_jt.predict import Spread
 from moss_jt.weights import Stored, WeightStore
 
-WIDTH = 4096
+WIDTH, NARROW = 4096, 128
 GROUP = 128
 TOKENS = 128  # of a prefill pass
 CONTEXT = 2048
@@ -75,36 +76,50 @@ def measure_layers(stored: str, kv: KVType, *, rounding: bool, fixed: FixedTimes
     Raises:
         KernelError: the kernels cannot be compiled or fail.
     """
-    bench = _Bench(stored, kv, rounding=rounding, width=WIDTH)
-    overhead = bench.layers * fixed.layer_s + fixed.token_s
+    bench = Bench(stored, kv, rounding=rounding)
     bench.step(0, 1)
-    decode = Spread.of(bench.times(_SECONDS, start=0, count=1))
+    one = Spread.of(bench.times(_SECONDS, start=0, count=1))
     late = Spread.of(bench.times(_SECONDS, start=CONTEXT - 1, count=1))
     tokens = bench.tokens_within(2 * _SECONDS)
-    prefill = Spread.of(bench.times(2 * _SECONDS, start=0, count=tokens))
-    cached, decode_s = (CONTEXT - 1) * bench.cache.token_bytes, decode.median
-    return LayerRates(
-        decode=decode.map(lambda seconds: bench.nbytes / max(seconds - overhead, seconds / 2)),
-        prefill=prefill.map(lambda seconds: 2 * bench.numbers * tokens / seconds),
-        attention=late.map(lambda seconds: cached / max(seconds - decode_s, seconds / 100)),
-    )
+    many = Spread.of(bench.times(2 * _SECONDS, start=0, count=tokens))
+    return bench.rates(one, late, many, tokens, fixed)
 
 
 def measure_fixed(kv: KVType) -> FixedTimes:
-    """Measure models so narrow that only the steps themselves take time."""
+    """Measure models so narrow that only the steps themselves take time, and the choice of a token."""
     seconds = {}
     for layers in (2, 18):
-        bench = _Bench("float32", kv, rounding=False, width=128, layers=layers)
+        bench = Bench("int4", kv, rounding=True, width=NARROW, layers=layers)
         bench.step(0, 1)
         seconds[layers] = statistics.median(bench.times(_SECONDS / 4, start=0, count=1))
     layer_s = max(0.0, (seconds[18] - seconds[2]) / 16)
-    return FixedTimes(layer_s, max(0.0, seconds[2] - 2 * layer_s))
+    return FixedTimes(layer_s, max(0.0, seconds[2] - 2 * layer_s) + _choosing_s())
 
 
-class _Bench:
-    """A model of constant numbers, and passes over it."""
+def _choosing_s() -> float:
+    """Seconds of drawing a token from the vocabulary of the 16B model."""
+    config, taken = GenerationConfig(seed=0), []
+    logits = np.random.default_rng(0).standard_normal(MossConfig().vocab_size).astype(np.float32)
+    for step in range(9):
+        began = time.perf_counter()
+        sampling.choose(sampling.process(logits, [1], config), config, sampling.step_rng(0, step))
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
 
-    def __init__(self, stored: str, kv: KVType, *, rounding: bool, width: int, layers: int | None = None) -> None:
+
+class Bench:
+    """A model of constant numbers, larger than the caches, and passes over it.
+
+    Args:
+        stored, kv, rounding: as in `measure_layers`.
+        width: of the model.
+        layers: of the model; None for as many as no cache holds.
+    """
+
+    def __init__(
+        self, stored: str, kv: KVType, *, rounding: bool, width: int | None = None, layers: int | None = None
+    ) -> None:
+        width = WIDTH if width is None else width
         config = _config(stored, width)
         per_layer = sum(layout.nbytes for layout in _layouts(config, stored).values())
         self.layers = _layer_count(per_layer) if layers is None else layers
@@ -140,6 +155,16 @@ class _Bench:
         few = 16
         per_token = self.step(0, few) / few
         return max(few, min(TOKENS, int(seconds / per_token) // few * few))
+
+    def rates(self, one: Spread, late: Spread, many: Spread, tokens: int, fixed: FixedTimes) -> LayerRates:
+        """Rates from seconds: of a token, of one at the end of CONTEXT, and of a pass over `tokens`."""
+        overhead = self.layers * fixed.layer_s + fixed.token_s
+        cached = (CONTEXT - 1) * self.cache.token_bytes
+        return LayerRates(
+            decode=one.map(lambda seconds: self.nbytes / max(seconds - overhead, seconds / 2)),
+            prefill=many.map(lambda seconds: 2 * self.numbers * tokens / max(seconds - overhead, seconds / 2)),
+            attention=late.map(lambda seconds: cached / max(seconds - one.median, seconds / 100)),
+        )
 
 
 def _config(stored: str, width: int, layers: int = 1) -> MossConfig:

@@ -25,7 +25,7 @@ from functools import cached_property
 from moss_jt.checkpoint import expected_shapes, quantization_of
 from moss_jt.config import MossConfig
 from moss_jt.errors import ConfigError
-from moss_jt.kv_layout import BLOCK, KVLayout, KVType
+from moss_jt.kv_layout import BLOCK, KVLayout, KVType, whole_pages
 from moss_jt.layout import ALIGNMENT, TILE_ROWS, Layout, PlainLayout, RowsLayout, TileLayout, round_up
 from moss_jt.memory import MIB, format_size
 from moss_jt.packing import tile_layout
@@ -119,7 +119,7 @@ class Needs:
     @property
     def block_bytes(self) -> int:
         """Of a block of the cache, whole pages."""
-        return round_up(BLOCK * self.kv_token_bytes, ALIGNMENT)
+        return whole_pages(BLOCK * self.kv_token_bytes)
 
     def _blocks(self, tokens: int) -> int:
         per_sequence = -(-self.positions // BLOCK)
@@ -225,10 +225,11 @@ def matrix_sizes(config: MossConfig, layouts: Mapping[str, Layout] | None = None
     """
     sizes = []
     for name, usual in _layouts_of(config):
+        if name == _EMBEDDING:
+            continue
         layout = layouts[name] if layouts is not None else usual
         assert not isinstance(layout, PlainLayout), f"{name} is no matrix"
-        if name != _EMBEDDING:
-            sizes.append(_size_of(name, layout))
+        sizes.append(_size_of(name, layout))
     return sizes
 
 

@@ -14,7 +14,8 @@ from moss_jt.calibrate import Wanted
 from moss_jt.config import MossConfig, Quantization
 from moss_jt.converters.synth import preset_config, synthesize
 from moss_jt.errors import ConfigError
-from moss_jt.fit import Fit, fit
+from moss_jt.fit import Fit, fit, predictor_for
+from moss_jt.load import load_model
 from moss_jt.memory import GIB, MIB
 from moss_jt.plan import make_plan, matrix_sizes, needs_of
 
@@ -160,3 +161,13 @@ def test_all_can_be_written_as_json(make: Callable[[], Fit]) -> None:
     assert values["decode"][0]["bound"] in ("disk", "compute")
     assert {part["key"] for part in values["parts"]} >= {"layers", "head", "embedding", "kv", "process"}
     assert values["calibration"] == {"when": "2026-01-01T00:00Z", "kernels_measured": True}
+
+
+def test_a_loaded_model_is_predicted_from_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(synthesize(preset_config("tiny", bits=4), tmp_path / "tiny").path, compute="fast", memory=GIB)
+    assert predictor_for(model) is None, "nothing was measured"
+    monkeypatch.setattr("moss_jt.fit.load_calibration", lambda: known_machine.known(model.path))
+    predictor = predictor_for(model)
+    assert predictor is not None
+    assert predictor.decoding(10).tokens_per_s > 10
+    assert fit(model.path, memory=GIB).decoding[0].streamed_bytes == predictor.decoding(0).streamed_bytes == 0
