@@ -72,16 +72,26 @@ class KVLayout:
         return self.layers * self.layer_bytes // BLOCK
 
     @property
-    def page_bytes(self) -> int:
-        """Size of the pages that a block is whole numbers of."""
-        used = self.layers * self.layer_bytes
-        return HUGE_PAGE if -used % HUGE_PAGE * _HUGE_WASTE <= used else mmap.PAGESIZE
-
-    @property
     def block_bytes(self) -> int:
         """Bytes of a block, whole pages."""
-        return -(-self.layers * self.layer_bytes // self.page_bytes) * self.page_bytes
+        return whole_pages(self.layers * self.layer_bytes)
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of those pages."""
+        return page_size(self.layers * self.layer_bytes)
 
     def bytes_for(self, tokens: int) -> int:
         """Bytes that one sequence of so many tokens takes from the system."""
         return -(-tokens // BLOCK) * self.block_bytes
+
+
+def page_size(used: int) -> int:
+    """The pages for blocks of which so many bytes are used."""
+    return HUGE_PAGE if -used % HUGE_PAGE * _HUGE_WASTE <= used else mmap.PAGESIZE
+
+
+def whole_pages(used: int) -> int:
+    """What a block takes of which so many bytes are used."""
+    page = page_size(used)
+    return -(-used // page) * page
