@@ -255,6 +255,17 @@ def test_without_a_wish_the_context_gets_shorter_before_the_budget_is_refused() 
     assert longest_context(sizes, needs, GIB) >= plan.context
 
 
+def test_in_the_smallest_memory_everything_goes_through_a_small_ring() -> None:
+    """Four slots of one unit: 16 rows of the widest int4 matrix, or a row of the head."""
+    sizes = matrix_sizes(INT4)
+    needs = needs_of(INT4, sizes, base=350 * MIB, kv="float16")
+    unit = max(size.unit_bytes for size in sizes)
+    least = smallest_memory(sizes, needs)
+    assert least <= needs.fixed + needs.kv_bytes(LEAST_CONTEXT) + 4 * (unit + 2 * ALIGNMENT)
+    plan = make_plan(sizes, needs, memory=least)
+    assert (plan.ring_slots, plan.piece_bytes, plan.resident_bytes, plan.capacity) == (4, unit, 0, 128)
+
+
 def test_a_refusal_says_what_would_do() -> None:
     sizes = matrix_sizes(INT4)
     needs = needs_of(INT4, sizes, base=350 * MIB, kv="float16")
