@@ -73,11 +73,15 @@ class Budget:
         consumer.cache.on_give = lambda _nbytes: self._settle(0)
 
     def _settle(self, more: int) -> None:
-        """Hold as many weights as fit beside what is taken, and `more` bytes.
+        """Hold as many weights as fit beside what is taken, and `more` bytes; a pass in another thread ends first.
 
         Raises:
             DeviceMemoryError: not even without weights; nothing changes then.
         """
+        with self._store.lock:
+            self._settle_alone(more)
+
+    def _settle_alone(self, more: int) -> None:
         consumers = list(self._consumers)
         buffers = sum(consumer.buffer_bytes for consumer in consumers)
         extra = max(0, buffers - self.plan.buffer_bytes)
@@ -90,10 +94,11 @@ class Budget:
                 f"beside the rest. Shorten a conversation, forget one, or give more memory."
             )
         if held != self._held:
+            self._held = -1  # an interrupt may strike before all rows are told
             self._store.hold(resident_rows(self._sizes, held))
             self._held = held
 
     @property
     def is_tight(self) -> bool:
         """Whether weights have left to make room for caches."""
-        return self._held < self.plan.resident_budget(1)
+        return self._held < self.plan.resident_budget(1)  # after an interrupt, too

@@ -31,6 +31,8 @@ _FAULTS = {
 _PIECE = 1 << 30  # one preadv moves at most 2 GiB
 _HTML_STARTS = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")
 
+Stamp = tuple[int, int, int, int]
+
 
 class CheckedFile:
     """A regular file open for reading by position; a context manager.
@@ -38,6 +40,7 @@ class CheckedFile:
     Attributes:
         path: as given.
         size: bytes when it was opened.
+        stamp: tells it from every other file, and from itself after a change.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,6 +64,7 @@ class CheckedFile:
             self.close()
             raise
         self.size = status.st_size
+        self.stamp = _stamp(status)
 
     def __enter__(self) -> CheckedFile:
         return self
@@ -73,6 +77,40 @@ class CheckedFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def check_unchanged(self) -> None:
+        """See that nobody has written to the file since it was opened.
+
+        That another file may have its name by now does not matter: this one is open.
+
+        Raises:
+            CheckpointError: somebody has.
+            DiskError: the disk fails.
+        """
+        try:
+            now = os.fstat(self._fd)
+        except OSError as error:
+            raise DiskError(f"{printable(self.path)} cannot be looked at: {error.strerror}. Check the disk.") from error
+        if _stamp(now) != self.stamp:
+            found = "it was written to"
+            if now.st_size != self.size:
+                found = f"it ends at offset {now.st_size} and not at {self.size} as before"
+            raise CheckpointError(
+                f"{printable(self.path)} has changed: {found}. Load the model again when it is whole."
+            )
+
+    def check_in_place(self, stamp: Stamp) -> None:
+        """See that it is the file of this stamp, and still has its name.
+
+        Raises:
+            CheckpointError: it is another one.
+        """
+        try:
+            named = _stamp(self.path.stat())
+        except OSError:
+            named = None
+        if not stamp == self.stamp == named:
+            raise CheckpointError(f"{printable(self.path)} was replaced while it was read. Load the model again.")
 
     def expect(self, start: int, count: int) -> None:
         """Let the system read ahead; a hint, without any effect on what is read."""
@@ -117,6 +155,10 @@ class CheckedFile:
     def head(self, count: int) -> bytearray:
         """The first `count` bytes, fewer where the file is shorter."""
         return self.read(0, min(count, self.size))
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def printable(value: object, limit: int = 300) -> str:

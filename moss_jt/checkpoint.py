@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moss_jt.checked_file import CheckedFile, printable, read_json_object
+from moss_jt.checked_file import CheckedFile, Stamp, printable, read_json_object
 from moss_jt.config import FORMAT_NAME, FORMAT_VERSION, FloatType, MossConfig, Quantization
 from moss_jt.errors import CheckpointError, MossError, ShapeError
 from moss_jt.layout import ALIGNMENT, Layout, PlainLayout, RowsLayout, TileLayout, layout_from_dict
 from moss_jt.packing import inputs_per_group
-from moss_jt.safetensors_file import RawTensor, read_header
+from moss_jt.safetensors_file import RawTensor, read_open_header
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -122,12 +122,16 @@ class Checkpoint:
         path: the folder.
         config: what config.json says.
         entries: every tensor by name, in the order of `expected_shapes`.
+        stamps: of the weight files, as they were when their headers were read.
     """
 
-    def __init__(self, path: Path, config: MossConfig, entries: dict[str, Entry]) -> None:
+    def __init__(
+        self, path: Path, config: MossConfig, entries: dict[str, Entry], stamps: dict[Path, Stamp] | None = None
+    ) -> None:
         self.path = path
         self.config = config
         self.entries = entries
+        self.stamps = stamps or {}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
@@ -145,10 +149,13 @@ class Checkpoint:
                 f"{folder} is not in the native format. Convert it with: moss-convert hf2jittor {folder}"
             )
         found: dict[str, Entry] = {}
-        for file, names in _files_of(folder).items():
-            for entry in _entries_of(file, names):
-                found[entry.name] = entry
-        return cls(folder, config, _compare(folder, config, found))
+        stamps: dict[Path, Stamp] = {}
+        for path_of_file, names in _files_of(folder).items():
+            with CheckedFile(path_of_file) as file:
+                stamps[file.path] = file.stamp
+                for entry in _entries_of(file, names):
+                    found[entry.name] = entry
+        return cls(folder, config, _compare(folder, config, found), stamps)
 
     def read(
         self, name: str, *, start: int = 0, nbytes: int | None = None, out: npt.NDArray[np.uint8] | None = None
@@ -237,9 +244,10 @@ def _files_of(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _entries_of(file: Path, indexed: set[str] | None) -> list[Entry]:
+def _entries_of(opened: CheckedFile, indexed: set[str] | None) -> list[Entry]:
     """The tensors of one file; names and metadata must agree with each other and the index."""
-    tensors, metadata = read_header(file)
+    file = opened.path
+    tensors, metadata = read_open_header(opened)
     _check_format(file, metadata)
     try:
         layouts = json.loads(metadata.get(LAYOUTS_KEY, "{}"))

@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from moss_jt.batch import single_batch
 from moss_jt.errors import CheckpointError, ConfigError, DiskError
-from moss_jt.launch import computing
 from moss_jt.plan import LOGIT_ROWS
 from moss_jt.progress import Progress, Quiet
 from moss_jt.runner import Model, Runner
@@ -208,16 +207,9 @@ def _score(runner: Runner, tokens: IntArray, window: Window, progress: Progress)
         runner.cache.commit(0, stop - start)
         for first in range(max(start, window.first), stop, LOGIT_ROWS):
             last = min(first + LOGIT_ROWS, stop)
-            total += _nats(_logits(runner, range(first - start, last - start)), tokens[first + 1 : last + 1])
+            total += _nats(runner.logits(range(first - start, last - start)), tokens[first + 1 : last + 1])
         progress.advance(stop - start)
     return total
-
-
-def _logits(runner: Runner, which: range) -> npt.NDArray[np.float32]:
-    """Logits of some tokens of the last pass, (R, V)."""
-    ops, network = runner.ops, runner.network
-    with computing():
-        return ops.logits(ops.buffers["x"], network.ln_f, network.lm_head, np.array(which, np.int32))
 
 
 def _nats(logits: npt.NDArray[np.float32], targets: IntArray) -> float:

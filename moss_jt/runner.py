@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,9 +19,10 @@ from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import MossConfig
 from moss_jt.errors import ShapeError
 from moss_jt.launch import Buffer, computing
+from moss_jt.memory import memory_for
 from moss_jt.model import Moss
 from moss_jt.ops import InferenceOps
-from moss_jt.plan import PASS_TOKENS, buffer_bytes
+from moss_jt.plan import LOGIT_ROWS, PASS_TOKENS, buffer_bytes
 from moss_jt.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -53,7 +56,8 @@ class Runner:
     ) -> None:
         capacity = min(capacity, config.n_positions * slots)
         self.cache = KVCache(config, slots=slots, tokens=tokens, kind=kind)
-        self.ops = InferenceOps(config, store, self.cache, capacity=capacity, rounding=rounding)
+        with memory_for("activations"):
+            self.ops = InferenceOps(config, store, self.cache, capacity=capacity, rounding=rounding)
         self.network: Moss[Buffer] = Moss(config)
         self.buffer_bytes = buffer_bytes(config, capacity, slots)
         self._budget: Budget | None = None
@@ -79,9 +83,24 @@ class Runner:
 
     def forward(self, batch: Batch) -> Floats:
         """Logits (R, V) of the wanted tokens. Room must be reserved; nothing is committed."""
-        with computing():
+        with self._passing():
             logits: Floats = self.network.execute(self.ops, batch)
         return logits
+
+    def logits(self, which: Sequence[int]) -> Floats:
+        """Logits (R, V) of some tokens of the last pass, by their places in it."""
+        network, wanted = self.network, np.array(which, np.int32)
+        with self._passing():
+            logits: Floats = self.ops.logits(self.ops.buffers["x"], network.ln_f, network.lm_head, wanted)
+        return logits
+
+    @contextmanager
+    def _passing(self) -> Iterator[None]:
+        """Have the weights to oneself; what was read of changed files is of no worth."""
+        store = self.ops.store
+        with store.lock, computing(), memory_for("a pass"):
+            yield
+        store.check_files()
 
 
 class Model:
@@ -171,7 +190,7 @@ class Model:
             attention_mask: 1 for real tokens, 0 for padding, same shape as `ids`; None for no padding.
 
         Returns:
-            (B, T, V) float32; (T, V) ids give B = 1. Zero where the mask is 0.
+            (B, T, V) float32; (T, V) ids give B = 1. Zero where the mask is 0. Its memory comes on top of the budget.
 
         Raises:
             ShapeError: wrong shape, an id outside the vocabulary, or more than n_positions tokens.
@@ -210,8 +229,11 @@ class Model:
         for start in range(0, len(real), runner.capacity):
             places = real[start : start + runner.capacity]
             runner.cache.reserve(0, len(places))
-            into[places] = runner.forward(single_batch(ids[places], start=start, wanted=np.arange(len(places))))
+            runner.forward(single_batch(ids[places], start=start, wanted=[]))
             runner.cache.commit(0, len(places))
+            for first in range(0, len(places), LOGIT_ROWS):
+                which = range(first, min(first + LOGIT_ROWS, len(places)))
+                into[places[which.start : which.stop]] = runner.logits(which)
 
 
 def _table(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from moss_jt.checked_file import MAX_JSON_BYTES, CheckedFile, parse_json_object, printable, wrong_kind
@@ -54,7 +53,7 @@ class RawTensor:
     nbytes: int
 
 
-def read_header(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
+def read_open_header(file: CheckedFile) -> tuple[dict[str, RawTensor], dict[str, str]]:
     """Read the header of a safetensors file.
 
     Returns:
@@ -63,12 +62,6 @@ def read_header(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
     Raises:
         CheckpointError: anything is wrong with the file; its tensors then are not to be trusted.
     """
-    with CheckedFile(path) as file:
-        return read_open_header(file)
-
-
-def read_open_header(file: CheckedFile) -> tuple[dict[str, RawTensor], dict[str, str]]:
-    """As `read_header`, for a file that is open already."""
     where = printable(file.path)
     kind = wrong_kind(file.head(64))
     if kind:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from moss_jt.checkpoint import Checkpoint, Entry
 from moss_jt.errors import DeviceMemoryError
 from moss_jt.layout import ALIGNMENT, PlainLayout, RowsLayout, TileLayout, round_up
+from moss_jt.memory import format_size
 from moss_jt.plan import MatrixSize, Plan, cut_rows
 from moss_jt.progress import Progress, Quiet
 from moss_jt.reader import Item, Reader, ReaderStats
@@ -104,6 +106,8 @@ class TieredMatrices:
         self._piece_bytes = plan.piece_bytes if plan is not None else 0
         rows = plan.resident if plan is not None else {size.name: size.rows for size in sizes}
         self._matrices: dict[str, Matrix] = {}
+        self._is_cut = False  # whether the reader's order is that of all cuts
+        self._loan: object = None  # names the piece on loan
         self.streamed_bytes = 0
         self._take_memory(checkpoint, sizes, rows)
         self._fill(Quiet() if progress is None else progress)
@@ -135,7 +139,11 @@ class TieredMatrices:
             matrix.held = matrix.goal
 
     def _cut_rest(self) -> None:
-        """Cut what is not held into pieces that fit a buffer, and start reading ahead."""
+        """Cut what is not held into pieces that fit a buffer, and start reading ahead.
+
+        An interrupt may strike anywhere in here: then the next pass cuts again.
+        """
+        self._is_cut = False
         items: list[Item] = []
         for matrix in self._matrices.values():
             matrix.cuts = []
@@ -145,6 +153,7 @@ class TieredMatrices:
                 items.append(Item(matrix.file, matrix.entry.offset + start, end - start))
         self.streamed_bytes = sum(item.nbytes for item in items)
         self._reader.set_order(items)
+        self._is_cut = True
 
     def layout(self, name: str) -> RowsLayout | TileLayout:
         """How a matrix is stored."""
@@ -161,12 +170,14 @@ class TieredMatrices:
         if matrix.first_streamed:
             yield matrix.memory, 0, 0, matrix.first_streamed
         for cut in matrix.cuts:
+            loan = self._loan = object()
             start = self._reader.acquire(cut.index)
             try:
                 yield self._reader.ring, start, cut.first, cut.count
                 self._keep(matrix, cut, start)
             finally:
-                self._reader.release(cut.index)
+                if self._loan is loan:  # what broke off may be closed late, when another pass has the same piece
+                    self._reader.release(cut.index)
 
     def _keep(self, matrix: Matrix, cut: Cut, start: int) -> None:
         """Copy a piece that may stay to its place; it is used from there from the next pass on."""
@@ -177,11 +188,12 @@ class TieredMatrices:
 
     def begin_pass(self) -> None:
         """Take up what has come to stay since the last pass."""
-        if any(matrix.first_streamed != matrix.held for matrix in self._matrices.values()):
+        if not self._is_cut or any(matrix.first_streamed != matrix.held for matrix in self._matrices.values()):
             self._cut_rest()
 
     def set_rows(self, rows: Mapping[str, int]) -> None:
         """Hold this many rows of each matrix: fewer at once, more as they pass by. Only between passes."""
+        self._is_cut = False
         for name, matrix in self._matrices.items():
             matrix.goal = rows[name]
             assert matrix.pages_of(matrix.goal) <= len(matrix.memory), f"{name} has no room for {matrix.goal} rows"
@@ -194,6 +206,10 @@ class TieredMatrices:
         start, end = matrix.pages_of(matrix.goal), matrix.pages_of(matrix.held)
         matrix.held = matrix.goal
         if end > start:
+            # With huge pages a row that returns would bring its neighbours' empty places with it, and the system
+            # might fill up any place where a little is left.
+            with suppress(OSError, AttributeError):  # a kernel, or a Python, without them
+                self._arena.madvise(mmap.MADV_NOHUGEPAGE)
             self._arena.madvise(mmap.MADV_DONTNEED, matrix.memory_at + start, end - start)
 
     @property
@@ -217,8 +233,8 @@ def _anonymous(nbytes: int) -> mmap.mmap:
         memory = mmap.mmap(-1, max(nbytes, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise DeviceMemoryError(
-            f"the system does not give {nbytes / 2**30:.2f} GiB for weights ({error.strerror}). Give a smaller --memory."
+            f"the system does not give {format_size(nbytes)} for weights ({error.strerror}). Give a smaller --memory."
         ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

@@ -11,12 +11,16 @@ as float32. Matrices handed over by `add` and `put` (low-rank terms, tests) lie 
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from moss_jt.checked_file import CheckedFile
 from moss_jt.checkpoint import Checkpoint, Entry
 from moss_jt.errors import CheckpointError
 from moss_jt.layout import PlainLayout, RowsLayout, TileLayout
@@ -76,12 +80,15 @@ class WeightStore:
     """The weights of one checkpoint; without one, what is added.
 
     Args:
-        checkpoint: whose weights; its files must stay as they are.
+        checkpoint: whose weights. Its files are held open: they may be removed or replaced, but not written to.
         plan: what is held in memory and what is streamed; without one everything is held.
         progress: told how much has been read.
 
+    Attributes:
+        lock: held by whoever computes a pass or changes what is held, so that neither meets the other.
+
     Raises:
-        CheckpointError: a file cannot be read.
+        CheckpointError: a file cannot be read, or was replaced meanwhile.
         DeviceMemoryError: the system does not give the memory.
     """
 
@@ -93,13 +100,18 @@ class WeightStore:
         self._small: dict[str, Floats] = {}
         self._on_disk: dict[str, Entry] = {}  # tables of which single rows are read
         self._checkpoint = checkpoint
+        self._files: dict[Path, CheckedFile] = {}
         self._tiers: TieredMatrices | None = None
+        self.lock = threading.RLock()
+        weakref.finalize(self, _close, self._files)
         if checkpoint is not None:
             self._load(checkpoint, plan, progress)
 
     def _load(self, checkpoint: Checkpoint, plan: Plan | None, progress: Progress | None) -> None:
         sizes = matrix_sizes(checkpoint.config, {name: entry.layout for name, entry in checkpoint.entries.items()})
         streamable = {size.name for size in sizes}
+        for path in {entry.file for entry in checkpoint.entries.values()}:
+            self._files[path] = CheckedFile(path)
         for name, entry in checkpoint.entries.items():
             if isinstance(entry.layout, PlainLayout):
                 self._small[name] = checkpoint.read_plain(name)
@@ -108,6 +120,18 @@ class WeightStore:
             elif isinstance(entry.layout, TileLayout) and entry.layout.permuted:
                 self._perms[name] = _read_perm(checkpoint, entry, entry.layout)
         self._tiers = TieredMatrices(checkpoint, sizes, plan, progress)
+        for path, file in self._files.items():
+            file.check_in_place(checkpoint.stamps.get(path, file.stamp))
+
+    def check_files(self) -> None:
+        """See that what was read so far is what the files held when they were opened.
+
+        Raises:
+            CheckpointError: somebody has written to one.
+            DiskError: the disk fails.
+        """
+        for file in self._files.values():
+            file.check_unchanged()
 
     def begin_pass(self) -> None:
         """A pass over the layers begins."""
@@ -165,21 +189,24 @@ class WeightStore:
 
         Raises:
             CheckpointError: the file has become shorter.
+            DiskError: the disk fails.
         """
         entry = self._on_disk.get(name)
         layout = self._find(name).layout if entry is None or name in self._matrices else entry.layout
         assert isinstance(layout, RowsLayout), f"{name} is quantised and has no rows to look up"
         result = np.empty((len(which), layout.shape[1]), np.float32)
         for place, row in enumerate(which):
-            raw = self._read_part(name, int(row) * layout.row_bytes, layout.row_bytes)
+            raw = self._read_part(entry, name, int(row) * layout.row_bytes, layout.row_bytes)
             result[place] = widen(raw, layout.dtype)
         return result
 
-    def _read_part(self, name: str, start: int, nbytes: int) -> Bytes:
+    def _read_part(self, entry: Entry | None, name: str, start: int, nbytes: int) -> Bytes:
         """Bytes of a matrix that is not streamed."""
-        if name in self._matrices or self._checkpoint is None:
+        if name in self._matrices or entry is None:
             return self._find(name).data[start : start + nbytes]
-        return self._checkpoint.read(name, start=start, nbytes=nbytes)
+        raw = np.empty(nbytes, np.uint8)
+        self._files[entry.file].read_into(entry.offset + start, raw.data)
+        return raw
 
     def add(self, name: str, values: npt.ArrayLike) -> None:
         """Keep a matrix or a small tensor of the caller as float32 in memory, as if it came from the file."""
@@ -223,6 +250,11 @@ class WeightStore:
             return self._matrices[name]
         except KeyError:
             raise CheckpointError(f"the checkpoint has no matrix {name}.") from None
+
+
+def _close(files: Mapping[Path, CheckedFile]) -> None:
+    for file in files.values():
+        file.close()
 
 
 def _read_perm(checkpoint: Checkpoint, entry: Entry, layout: TileLayout) -> Perm:

@@ -12,8 +12,9 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import save_file
 
+from moss_jt.checked_file import CheckedFile
 from moss_jt.errors import CheckpointError
-from moss_jt.safetensors_file import RawTensor, read_header
+from moss_jt.safetensors_file import RawTensor, read_open_header
 
 
 def write(path: Path, header: dict[str, Any] | bytes, data: bytes) -> Path:
@@ -21,6 +22,11 @@ def write(path: Path, header: dict[str, Any] | bytes, data: bytes) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
+
+
+def read_header(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
+    with CheckedFile(path) as file:
+        return read_open_header(file)
 
 
 def test_agrees_with_the_library_that_writes_the_format(tmp_path: Path) -> None:
