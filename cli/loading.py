@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moss_jt import paths
 from moss_jt.cli.chat_screen import Screen
 from moss_jt.language import pick
+from moss_jt.memory import require_room_to_start
 
 if TYPE_CHECKING:
     from moss_jt.runner import Model
@@ -27,6 +28,7 @@ def open_model(name: str | None, options: Mapping[str, Any], screen: Screen) -> 
     Raises:
         MossError: there is no such model, or it cannot be loaded.
     """
+    require_room_to_start()
     from moss_jt.hub import resolve_model
     from moss_jt.load import load_model
 

@@ -170,10 +170,11 @@ def exit_code_of(command: click.Command, args: Sequence[str], prog_name: str = "
     try:
         code = command.main(list(args), prog_name=prog_name, standalone_mode=False)
         sys.stdout.flush()
-    except MossError as error:
+    except (MossError, MemoryError) as error:
         if "--debug" in args:
             raise
-        click.echo(f"{prog_name}: {one_line(str(error))}", err=True)
+        words = _exhausted(error) if isinstance(error, MemoryError) else str(error)
+        click.echo(f"{prog_name}: {one_line(words)}", err=True)
         return 1
     except click.ClickException as error:
         error.show()
@@ -201,6 +202,13 @@ def one_line(message: str) -> str:
 def _is_full(error: OSError) -> bool:
     """Whether the disk behind stdout is full; where the library writes files, it says so itself, with their names."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None
+
+
+def _exhausted(error: MemoryError) -> str:
+    return pick(
+        f"the system gives no more memory ({str(error) or 'how much was wanted is not known'}). Close other programs.",
+        f"系统无法再分配内存（{str(error) or '所需大小未知'}）。请关闭其他程序。",
+    )
 
 
 def _full(error: OSError) -> str:

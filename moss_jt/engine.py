@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from moss_jt import sampling
 from moss_jt.batch import Batch
-from moss_jt.errors import CheckpointError, ConfigError, KernelError
+from moss_jt.errors import CheckpointError, ConfigError, DeviceMemoryError, KernelError
 from moss_jt.messages import Event, FinishedEvent, PrefillEvent, Reason, Request, TokenEvent
 from moss_jt.runner import Model
 
@@ -146,6 +146,8 @@ class Engine:
         Raises:
             KernelError: the model gave a request (named in the message) logits that are not numbers.
                 No request has changed; cancel that one, and the others go on.
+            DeviceMemoryError: others within the same budget of memory leave none for the oldest request.
+            CheckpointError, DiskError: weights cannot be read. After any of these the next step tries again.
         """
         self._end_some()
         self.runner.give_back()
@@ -283,15 +285,22 @@ class Engine:
         """
         cache = self.runner.cache
         in_pass = {row.task.id for row in rows}
-        while cache.room(slot) < count:
+        while True:
+            refused = None
+            try:
+                if cache.room(slot) >= count:
+                    cache.reserve(slot, count)
+                    return True
+            except DeviceMemoryError as error:  # others share the budget, and hold what is left of it
+                refused = error
             if self._kept:
                 self._forget_oldest()
                 continue
             younger = [t.slot for t in self._tasks.values() if t.id > task.id and t.id not in in_pass]
             if not any(cache.drop_block(other) for other in reversed(younger) if other is not None):
+                if refused is not None and not rows:
+                    raise refused
                 return False
-        cache.reserve(slot, count)
-        return True
 
     def _pass(self, rows: list[_Row]) -> None:
         """Run the network over the rows, and take up what it gives."""

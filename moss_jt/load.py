@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,16 +15,26 @@ from typing import Literal, get_args
 from moss_jt import launch, paths
 from moss_jt.budget import Budget
 from moss_jt.checkpoint import Checkpoint, is_native
-from moss_jt.errors import CheckpointError, ConfigError, DiskError, MossError
+from moss_jt.errors import CheckpointError, ConfigError, DeviceMemoryError, DiskError, MossError
 from moss_jt.kv_layout import KVType
-from moss_jt.memory import automatic_memory, parse_size, resident_memory
-from moss_jt.plan import MatrixSize, Plan, make_plan, matrix_sizes, needs_of
+from moss_jt.memory import (
+    automatic_memory,
+    format_size,
+    memory_for,
+    parse_size,
+    require_room_to_start,
+    resident_memory,
+    room_in_process,
+)
+from moss_jt.plan import MatrixSize, Plan, make_plan, matrix_sizes, needs_of, smallest_memory
 from moss_jt.progress import Progress, Quiet
 from moss_jt.runner import DEFAULT_KV, KV_TYPES, Compute, Model
 from moss_jt.tokenizer import TOKENIZER_FILES, load_tokenizer
 from moss_jt.weights import WeightStore
 
 Device = Literal["auto", "cpu"] | str  # "cuda", "cuda:1"
+
+_UNSTEADY = 1 << 20  # bytes by which the same process is larger or smaller from start to start
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +73,7 @@ def load_model(
     """
     check_arguments(device, compute, kv, max_tokens)
     limit = parse_size(memory) if isinstance(memory, str) else memory
+    require_room_to_start()
     progress = Quiet() if progress is None else progress
     checkpoint = Checkpoint.open(native_folder(Path(path), progress))
     launch.warm_up(progress)
@@ -70,7 +82,8 @@ def load_model(
     with contextlib.suppress(MossError):  # whoever needs it is told then what is wrong with it
         tokenizer = load_tokenizer(checkpoint.path)
     plan, sizes = _plan(checkpoint, kind, limit, max_tokens)
-    store = WeightStore(checkpoint, plan, progress)
+    with memory_for("the weights"):
+        store = WeightStore(checkpoint, plan, progress)
     return Model(
         checkpoint,
         store,
@@ -89,11 +102,37 @@ def _plan(
     """Divide the memory, now that the process has everything but the weights."""
     config = checkpoint.config
     sizes = matrix_sizes(config, {name: entry.layout for name, entry in checkpoint.entries.items()})
-    base = resident_memory()
+    base, room = resident_memory(), room_in_process()
     needs = needs_of(config, sizes, base=base, kv=kind)
     context = None if max_tokens is None else min(max_tokens, config.n_positions)
-    memory = base + automatic_memory() if limit is None else limit
-    return make_plan(sizes, needs, memory=memory, context=context), sizes
+    if limit is None:
+        free = automatic_memory()
+        limit = base + (free if room is None else min(free, max(0, room) // 2))
+    try:
+        plan = make_plan(sizes, needs, memory=limit, context=context)
+    except ConfigError:
+        smaller = replace(needs, base=base - _UNSTEADY)  # what an earlier, smaller process named must do
+        if limit < smallest_memory(sizes, smaller, context):
+            raise
+        plan = make_plan(sizes, smaller, memory=limit, context=context)
+    _check_room(plan, limit - base, room)
+    return plan, sizes
+
+
+def _check_room(plan: Plan, more: int, room: int | None) -> None:
+    """Refuse a plan that the limits of the process forbid.
+
+    Jittor reserves addresses as large as the largest memory that it is shown, beside it.
+
+    Raises:
+        DeviceMemoryError: they do.
+    """
+    wanted = more + max(plan.resident_bytes, plan.ring_bytes, plan.kv_bytes(plan.context))
+    if room is not None and wanted > room:
+        raise DeviceMemoryError(
+            f"{format_size(plan.memory)} of memory need {format_size(wanted)} of addresses; ulimit -v or ulimit -d leave "
+            f"{format_size(max(0, room))}. Raise them, or give less memory."
+        )
 
 
 def native_folder(path: Path, progress: Progress) -> Path:

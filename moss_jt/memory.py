@@ -7,16 +7,26 @@ itself (address space, data). Nothing here imports numpy or Jittor.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
-from moss_jt.errors import ConfigError, StartupError
+from moss_jt.errors import ConfigError, DeviceMemoryError, StartupError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 RESERVE = GIB  # left to the rest of the machine at least,
 RESERVE_SHARE = 10  # or one part in this many of what is free
+
+_TO_START = {"Max address space": (384 * MIB, 64 * MIB), "Max data size": (128 * MIB, 16 * MIB)}  # and for each core
+_A_THREAD = {
+    "Max address space": 72 * MIB,
+    "Max data size": 8 * MIB,
+}  # its stack, and what its first allocation reserves
+_OTHER_THREADS = 4  # that read
+_OPTIONS = {"Max address space": "ulimit -v", "Max data size": "ulimit -d"}
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 _UNITS = {
@@ -71,7 +81,53 @@ def available_memory(root: Path = Path("/")) -> int:
         StartupError: the system does not say how much memory it has.
     """
     machine = _machine_available(root)
-    return max(0, min([machine, *_left_in_groups(root), *_left_in_process(root)]))
+    process = [left for _, left in _left_in_process(root)]
+    return max(0, min([machine, *_left_in_groups(root), *process]))
+
+
+def require_room_to_start(root: Path = Path("/")) -> None:
+    """Refuse to start where `ulimit -v` or `ulimit -d` leave too little for numpy and Jittor themselves.
+
+    They would hang or crash: their threads and tables do not expect to be refused memory.
+
+    Raises:
+        DeviceMemoryError: names the limit, and what it should leave.
+    """
+    for limit, left in _left_in_process(root):
+        start, a_core = _TO_START[limit]
+        wanted = start + a_core * usable_cores()
+        if left < wanted:
+            raise DeviceMemoryError(
+                f"{_OPTIONS[limit]} leaves {format_size(max(0, left))} to this process; {format_size(wanted)} are needed "
+                "to start. Raise it."
+            )
+
+
+def room_in_process(root: Path = Path("/")) -> int | None:
+    """Bytes that the limits of this process leave when its threads have started; None where there are no limits."""
+    threads = usable_cores() + _OTHER_THREADS
+    return min((left - threads * _A_THREAD[limit] for limit, left in _left_in_process(root)), default=None)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Say what memory was for, where Python or numpy cannot have it.
+
+    Raises:
+        DeviceMemoryError: in place of MemoryError.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        wanted = f" ({' '.join(str(error).split())})" if str(error) else ""
+        raise DeviceMemoryError(
+            f"the system does not give the memory for {what}{wanted}. Close other programs, or give a smaller --memory."
+        ) from error
 
 
 def resident_memory() -> int:
@@ -155,8 +211,8 @@ def _cached(file: Path, name: str) -> int:
         return 0
 
 
-def _left_in_process(root: Path) -> Iterator[int]:
-    """What `ulimit -v` and `ulimit -d` leave."""
+def _left_in_process(root: Path) -> Iterator[tuple[str, int]]:
+    """What `ulimit -v` and `ulimit -d` leave, with the system's name of the limit."""
     try:
         limits = (root / "proc" / "self" / "limits").read_text("ascii", "replace")
         used = (root / "proc" / "self" / "status").read_text("ascii", "replace")
@@ -166,4 +222,4 @@ def _left_in_process(root: Path) -> Iterator[int]:
         limit = re.search(rf"^{name}\s+(\d+)\s", limits, re.MULTILINE)
         now = re.search(rf"^{field}:\s+(\d+) kB", used, re.MULTILINE)
         if limit:
-            yield int(limit.group(1)) - (int(now.group(1)) << 10 if now else 0)
+            yield name, int(limit.group(1)) - (int(now.group(1)) << 10 if now else 0)
