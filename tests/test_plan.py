@@ -263,7 +263,8 @@ def test_in_the_smallest_memory_everything_goes_through_a_small_ring() -> None:
     least = smallest_memory(sizes, needs)
     assert least <= needs.fixed + needs.kv_bytes(LEAST_CONTEXT) + 4 * (unit + 2 * ALIGNMENT)
     plan = make_plan(sizes, needs, memory=least)
-    assert (plan.ring_slots, plan.piece_bytes, plan.resident_bytes, plan.capacity) == (4, unit, 0, 128)
+    assert (plan.ring_slots, plan.piece_bytes, plan.capacity) == (4, unit, 128)
+    assert plan.resident_budget(plan.context) == 0
 
 
 def test_a_refusal_says_what_would_do() -> None:
