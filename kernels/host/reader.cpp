@@ -257,11 +257,13 @@ class Reader {
         slot.state = State::FREE;
     }
 
-    // One that holds the piece already, else an empty one, else the one that was used longest ago.
+    // One that holds the piece already; else an empty one, where all pieces can stay; else the one that was used
+    // last: its piece is needed again last of all, and few slots in turn are more likely to be in the CPU's cache.
     Slot& free_slot(int64_t piece) {
-        const auto rank = [piece](const Slot& slot) {
-            if (slot.piece == piece) return INT64_C(-3);
-            return slot.piece < 0 ? INT64_C(-2) : slot.turn;
+        const bool all_stay = order_.size() <= slots_.size();
+        const auto rank = [=](const Slot& slot) {
+            if (slot.piece == piece) return INT64_MIN;
+            return all_stay && slot.piece < 0 ? INT64_MIN + 1 : -slot.turn;
         };
         Slot* best = nullptr;
         for (Slot& slot : slots_)
