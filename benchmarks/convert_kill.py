@@ -22,9 +22,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from moss_jt.record import keep
-
 from moss_jt.converters.synth import preset_config, synthesize_foreign
+from moss_jt.record import keep
 
 ROOT = Path(__file__).resolve().parent.parent
 CONVERT = [sys.executable, "-c", "from moss_jt.cli.convert import main; main()"]

@@ -20,9 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from moss_jt.record import keep
-
 from moss_jt.converters.synth import preset_config, synthesize_foreign
+from moss_jt.record import keep
 
 ROOT = Path(__file__).resolve().parent.parent
 CONVERT = [sys.executable, "-c", "from moss_jt.cli.convert import main; main()"]

@@ -82,11 +82,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Timed:
-    """A run: how many passes or tokens, and what they took."""
+    """A run: how many passes or prompt tokens, what they took, and what was answered to each prompt."""
 
     count: int
     seconds: float
     cpu_seconds: float
+    answers: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def each_s(self) -> float:
+        """Seconds of one pass or prompt token."""
+        return self.seconds / self.count
 
 
 def parse_synthetic(name: str, *, layers: int | None = None, head_bits: int = 8) -> MossConfig:
@@ -166,17 +172,33 @@ def measure(model: Model, settings: Settings, limits: Limits, progress: Progress
         raise ConfigError(
             f"{settings.longest} tokens are asked for; this model holds {model.max_tokens}. Ask for less."
         )
-    bench = _Bench(model, settings, limits)
+    bench = Bench(model, settings, limits)
     runs = (len(settings.prompt_tokens) + len(settings.contexts)) * settings.pairs
     progress = Quiet() if progress is None else progress
     progress.begin(pick("measuring", "测量中"), runs, "runs")
     try:
         bench.warm_up()
+        written = written_bytes()
         prefill = [bench.prefill(count, progress) for count in settings.prompt_tokens]
         decode = [bench.decode(count, progress) for count in settings.contexts]
     finally:
         progress.end()
-    return {"model": bench.described, "prefill": prefill, "decode": decode, "peak_memory_bytes": peak_memory()}
+    return {
+        "model": bench.described,
+        "prefill": prefill,
+        "decode": decode,
+        "written_bytes": written_bytes() - written,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def written_bytes() -> int:
+    """What this process has caused to be written to disks so far; 0 where the system does not tell."""
+    try:
+        text = Path("/proc/self/io").read_text("ascii")
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("write_bytes:"))
 
 
 def pass_bytes(sizes: Sequence[MatrixSize]) -> int:
@@ -195,16 +217,22 @@ def ratios(values: Sequence[float], limits: Sequence[float]) -> list[float]:
     return [2 * value / (before + after) for value, before, after in zip(values, limits, limits[1:], strict=False)]
 
 
-class _Bench:
-    """A model, an engine over it, and the machine's limits."""
+class Bench:
+    """A model, an engine over it, and the machine's limits.
+
+    Attributes:
+        sizes: the matrices of a pass.
+        engine: what computes; it keeps `settings.batch` conversations of each length.
+    """
 
     def __init__(self, model: Model, settings: Settings, limits: Limits) -> None:
         self.settings, self.limits, self.model = settings, limits, model
         config = model.config
         stored = {size.name: model.store.layout(size.name) for size in matrix_sizes(config)}
         self.sizes = matrix_sizes(config, {**layouts_of(config), **stored})
-        self.engine = Engine(model, slots=settings.batch, tokens=settings.batch * settings.longest)
-        self.random = np.random.default_rng(_SEED)
+        tokens = max(settings.longest, sum(settings.contexts))  # the prompt of every length stays cached
+        slots = settings.batch * max(1, len(settings.contexts))
+        self.engine = Engine(model, slots=slots, tokens=settings.batch * tokens)
         self.rounds = model.compute == "fast" and config.quantization is not None
 
     @property
@@ -226,14 +254,14 @@ class _Bench:
 
     def warm_up(self) -> None:
         """Compute a little, so that nothing is done for the first time while it is timed."""
-        self._prefill(8)
+        self.time_prefill(8)
 
     def prefill(self, tokens: int, progress: Progress) -> dict[str, Any]:
         """Time prompts of so many tokens up to their first new token."""
         ask = self.limits.int8 if self.rounds else self.limits.fp32
         limits, runs = [ask()], []
         for _ in range(self.settings.pairs):
-            runs.append(self._prefill(tokens))
+            runs.append(self.time_prefill(tokens))
             limits.append(ask())
             progress.advance(1)
         work = operations(self.sizes, tokens)
@@ -250,19 +278,18 @@ class _Bench:
 
     def decode(self, context: int, progress: Progress) -> dict[str, Any]:
         """Time answers that end when so many tokens are cached."""
-        prompts = [self._prompt(context - self.settings.new_tokens) for _ in range(self.settings.batch)]
-        self._answer(prompts, context, 1)
+        prompts = [self.prompt(context - self.settings.new_tokens, n) for n in range(self.settings.batch)]
+        self.time_answers(prompts, context, 1)
         memory, disk = [self._memory()], self._disk()
         runs = []
         for _ in range(self.settings.pairs):
-            runs.append(self._answer(prompts, context, self.settings.new_tokens))
+            runs.append(self.time_answers(prompts, context, self.settings.new_tokens))
             memory.append(self._memory())
             disk += self._disk()
             progress.advance(1)
-        seconds = [run.seconds / run.count for run in runs]  # of a pass: one token for each conversation
+        seconds = [run.each_s for run in runs]  # of a pass: one token for each conversation
         cpu = [run.cpu_seconds / run.count for run in runs]
-        cached = self.settings.batch * (context - self.settings.new_tokens // 2)
-        kv = cached * self.engine.runner.cache.token_bytes
+        kv = self.kv_bytes(context)
         moved = pass_bytes(self.sizes) + kv
         found = {
             "context": context,
@@ -270,6 +297,8 @@ class _Bench:
             "tokens_per_s": spread([self.settings.batch / s for s in seconds]),
             "cpu_s_per_pass": spread(cpu),
             "kv_bytes": kv,
+            "answer": list(runs[0].answers[0]),
+            "same_answers": len({run.answers for run in runs}) == 1,
             "weight_gb_per_s": spread([pass_bytes(self.sizes) / s / 1e9 for s in seconds]),
             "gb_per_s": spread([moved / s / 1e9 for s in seconds]),
             "gb_per_cpu_s": spread([moved / s / 1e9 for s in cpu]),
@@ -283,6 +312,11 @@ class _Bench:
             found["disk_limit"] = self._limit(disk, "gb_per_s")
             found["of_disk_limit"] = spread(ratios([streamed / s for s in seconds], [m.per_second for m in disk]))
         return found
+
+    def kv_bytes(self, context: int) -> int:
+        """Bytes of keys and values that a pass reads, in the middle of an answer that ends at `context`."""
+        cached = self.settings.batch * (context - self.settings.new_tokens // 2)
+        return cached * self.engine.runner.cache.token_bytes
 
     def _limit(self, limits: Sequence[Measured], unit: str) -> dict[str, Any]:
         cpu = unit.replace("_s", "_cpu_s")
@@ -304,33 +338,39 @@ class _Bench:
         files = sorted(self.model.path.glob("*.safetensors"), key=lambda file: file.stat().st_size)
         return [self.limits.disk(files[-1])]
 
-    def _prompt(self, tokens: int) -> tuple[int, ...]:
-        return tuple(int(i) for i in self.random.integers(0, self.model.config.vocab_size, tokens))
+    def prompt(self, tokens: int, number: int = 0) -> tuple[int, ...]:
+        """Random ids, the same for the same length and number: answers of different runs can be compared."""
+        random = np.random.default_rng([_SEED, tokens, number])
+        return tuple(int(i) for i in random.integers(0, self.model.config.vocab_size, tokens))
 
-    def _prefill(self, tokens: int) -> Timed:
+    def time_prefill(self, tokens: int) -> Timed:
         """One prompt, up to its first new token."""
         began, cpu = time.perf_counter(), time.process_time()
-        self.engine.submit(Request(self._prompt(tokens), _greedy(1)))
+        self.engine.submit(Request(self.prompt(tokens), _greedy(1)))
         while self.engine.busy:
             self.engine.step()
         return Timed(tokens, time.perf_counter() - began, time.process_time() - cpu)
 
-    def _answer(self, prompts: Sequence[tuple[int, ...]], context: int, new_tokens: int) -> Timed:
+    def time_answers(self, prompts: Sequence[tuple[int, ...]], context: int, new_tokens: int) -> Timed:
         """An answer to each prompt; the passes after the first token of all are timed."""
-        for number, ids in enumerate(prompts):
+        requests = [
             self.engine.submit(Request(ids, _greedy(new_tokens), conversation=f"{context} {number}"))
-        waiting, passes, seconds, cpu_seconds = len(prompts), 0, 0.0, 0.0
-        answering: set[int] = set()
+            for number, ids in enumerate(prompts)
+        ]
+        passes, seconds, cpu_seconds = 0, 0.0, 0.0
+        answers: dict[int, list[int]] = {request: [] for request in requests}
         while self.engine.busy:
-            timed = len(answering) == waiting
+            timed = all(answers.values())
             began, cpu = time.perf_counter(), time.process_time()
             events = self.engine.step()
             if timed:
                 passes += 1
                 seconds += time.perf_counter() - began
                 cpu_seconds += time.process_time() - cpu
-            answering.update(event.request for event in events if isinstance(event, TokenEvent))
-        return Timed(passes, seconds, cpu_seconds)
+            for event in events:
+                if isinstance(event, TokenEvent):
+                    answers[event.request].append(event.id)
+        return Timed(passes, seconds, cpu_seconds, tuple(tuple(answer) for answer in answers.values()))
 
 
 def _greedy(new_tokens: int) -> GenerationConfig:

@@ -82,7 +82,7 @@ class Limits:
         """Operations on 8-bit numbers with 32-bit sums, without memory."""
         return self._ask(f"int8 {self._threads} {seconds}")
 
-    def disk(self, file: Path, seconds: float = 0.5, *, readers: int = READERS) -> Measured:
+    def disk(self, file: Path, seconds: float = 1.0, *, readers: int = READERS) -> Measured:
         """Bytes read from a file, from where the last call ended; the page cache is passed by.
 
         Raises:
