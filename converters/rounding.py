@@ -24,12 +24,10 @@ from moss_jt.packing import QuantMatrix, inputs_per_group, plain_groups
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
-_SHRINKS: dict[Bits, tuple[float, ...]] = {
-    4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55),
-    8: (1.0, 0.99, 0.98),
-}
-_ROUNDS = 2
+_SHRINKS: dict[Bits, tuple[float, ...]] = {4: (1.0, 0.9, 0.8, 0.7, 0.6), 8: (1.0,)}
+_NUDGES: dict[Bits, tuple[float, ...]] = {4: (0.05,), 8: (0.01, 0.005)}  # int8 gains where several scales are tried
 _NUMBERS_AT_ONCE = 1 << 17  # half a MiB: less would leave numpy in the overhead of its calls
+_APART = 272  # numbers: 1088 bytes
 _LONGEST_COLUMN = 1024  # longer groups lie in rows
 _LEAST_SCALE = 2.0**-25  # anything smaller is 0 in float16
 
@@ -60,15 +58,15 @@ class Quantizer(Protocol):
 class RoundToNearest:
     """Every weight to its nearest code, after a search for the scale and zero point of its group.
 
-    The range from the least to the greatest weight is shrunk by several factors; the best is improved, its
-    zero point moved one down and one up, and the best of these improved again. It is never worse than
-    plain rounding, group by group.
+    The range from the least to the greatest weight is shrunk by several factors; scales a little below and
+    above the best are tried, then zero points one below and one above. It is never worse than plain rounding,
+    group by group.
     """
 
     @property
     def label(self) -> str:
         """Name and settings."""
-        return f"nearest, least squares {_SHRINKS} {_ROUNDS}"
+        return f"nearest, least squares {_SHRINKS} {_NUDGES}"
 
     def quantize(self, name: str, rows: Floats, quantization: Quantization) -> QuantMatrix:
         """Quantise rows (R, K); see `Quantizer`."""
@@ -85,8 +83,9 @@ class RoundToNearest:
             flat = part.take(rows)
             codes = np.empty(flat.shape, dtype=np.uint8)
             scales, zeros = np.empty(len(flat), dtype=np.float16), np.empty(len(flat), dtype=np.uint8)
+            memory = _memory_for(flat)
             for some in _some_at_a_time(flat):
-                groups = _Groups(flat[some], quantization.bits)
+                groups = _Groups(flat[some], quantization.bits, memory)
                 with np.errstate(over="ignore", invalid="ignore"):  # of weights too large for a float16 scale
                     scale, zero = groups.search()
                     codes[some] = groups.codes(scale, zero)
@@ -122,24 +121,21 @@ def measure(rows: Floats, matrix: QuantMatrix, quantization: Quantization) -> Er
     total = Errors()
     for part in _parts(k, size):
         flat = part.take(rows)
-        for some in _some_at_a_time(flat):
-            groups = _Groups(flat[some], quantization.bits)
-            with np.errstate(over="ignore", invalid="ignore"):
-                plain = groups.errors(*groups.plain())
-            total += Errors(_sum_of_squares(groups.x), 0.0, float(plain.sum(dtype=np.float64)))
+        memory = _memory_for(flat)
         codes = part.take(matrix.codes)
         scales, zeros = (part.take_each(of).astype(np.float32) for of in (matrix.scales, matrix.zeros))
         for some in _some_at_a_time(flat):
-            off = codes[some].astype(np.float32)
-            off -= zeros[some] + np.float32(1)
+            groups = _Groups(flat[some], quantization.bits, memory)
+            signal = groups.squares()
+            with np.errstate(over="ignore", invalid="ignore"):
+                plain = groups.errors(*groups.plain())
+            off = memory[0, : flat[some].size].reshape(-1, part.size)
+            np.subtract(codes[some], zeros[some] + np.float32(1), out=off)
             off *= scales[some]
             off -= flat[some]
-            total += Errors(error=_sum_of_squares(off))
+            np.multiply(off, off, out=off)
+            total += Errors(*(float(np.sum(values, dtype=np.float64)) for values in (signal, off, plain)))
     return total
-
-
-def _sum_of_squares(values: Floats) -> float:
-    return float(np.sum(values * values, dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -187,26 +183,39 @@ def _some_at_a_time(flat: Array) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, len(flat), step))
 
 
+def _memory_for(flat: Array) -> Floats:
+    """Three arrays for some of the groups, to be used again and again: fresh memory costs page faults.
+
+    They do not lie whole pages apart, since a store then delays loads from the same place of another page.
+    """
+    return np.empty((3, max(_NUMBERS_AT_ONCE, flat.shape[1]) + _APART), dtype=np.float32)
+
+
 class _Groups:
     """Some groups of weights, and the best numbers for them that were found.
 
     Scales and zero points are float32 arrays that broadcast over `x`. The zero point is the whole one,
     1 to 2^bits: the format stores it minus 1.
 
+    Args:
+        flat: (M, size).
+        bits: 4 or 8.
+        memory: from `_memory_for`; the groups live in it until the next ones are made there.
+
     Attributes:
         x: the weights; a group is a column, or a row where it is long.
         low, high: the least and the greatest weight of each group, 0 included.
     """
 
-    def __init__(self, flat: Floats, bits: Bits) -> None:
+    def __init__(self, flat: Floats, bits: Bits, memory: Floats) -> None:
         self._axis = 0 if flat.shape[1] <= _LONGEST_COLUMN else 1
-        self.x: Floats = np.ascontiguousarray(flat.T if self._axis == 0 else flat)
+        shape = flat.shape[::-1] if self._axis == 0 else flat.shape
+        self.x, self._t, self._spare = (part[: flat.size].reshape(shape) for part in memory)
+        self.x[...] = flat.T if self._axis == 0 else flat
         self.low: Floats = np.minimum(self.x.min(axis=self._axis, keepdims=True), 0)
         self.high: Floats = np.maximum(self.x.max(axis=self._axis, keepdims=True), 0)
         self._top = np.float32((1 << bits) - 1)  # the greatest code
-        self._shrinks = _SHRINKS[bits]
-        self._t = np.empty_like(self.x)
-        self._spare = np.empty_like(self.x)
+        self._shrinks, self._nudges = _SHRINKS[bits], _NUDGES[bits]
 
     def plain(self) -> tuple[Floats, Floats]:
         """Scale, as float16 holds it, and zero point that spread the codes evenly over the weights."""
@@ -220,15 +229,24 @@ class _Groups:
         best = _Best(plain_scale, plain_zero)
         for shrink in self._shrinks:
             self._judge(plain_scale * np.float32(shrink), plain_zero, best)
-        self._improve(best)
-        for step in (np.float32(-1), np.float32(1)):
-            self._judge(best.scale, np.clip(best.zero + step, 1, self._top + 1), best)
-        self._improve(best)
+        for nudge in self._nudges:
+            below, above = best.scale * np.float32(1 - nudge), best.scale * np.float32(1 + nudge)
+            self._judge(below, best.zero, best)
+            self._judge(above, best.zero, best)
+        self._judge(best.scale, best.zero, best)
+        here, lower, upper = best.scale.copy(), best.zero - np.float32(1), best.zero + np.float32(1)
+        self._judge(here, np.maximum(lower, 1), best)
+        self._judge(here, np.minimum(upper, self._top + 1), best)
+        self._judge(best.scale, best.zero, best)
         scale = _as_stored(best.scale)
         worse = ~(self.errors(scale, best.zero) <= self.errors(plain_scale, plain_zero))
         np.copyto(scale, plain_scale, where=worse)
         np.copyto(best.zero, plain_zero, where=worse)
         return scale, best.zero
+
+    def squares(self) -> Floats:
+        """The sum of squares of each group."""
+        return self._sum_of_products(self.x, self.x)
 
     def errors(self, scale: Floats, zero: Floats) -> Floats:
         """The squared error of each group."""
@@ -258,10 +276,6 @@ class _Groups:
         product, square = self._sum_of_products(self.x, t), self._sum_of_products(t, t)
         improved = np.divide(product, square, out=scale.copy(), where=product > 0)
         best.take(product * improved, improved, zero)
-
-    def _improve(self, best: _Best) -> None:
-        for _ in range(_ROUNDS):
-            self._judge(best.scale, best.zero, best)
 
     def _sum_of_products(self, a: Floats, b: Floats) -> Floats:
         total: Floats = np.add.reduce(np.multiply(a, b, out=self._spare), axis=self._axis, keepdims=True)
