@@ -65,15 +65,16 @@ static inline void rotate(const float* from, const float* sincos, int64_t rotary
 }
 
 // A head's row of keys (at keys_at) or values for one position.
-static inline uint8_t* row_of(const AttentionShape& s, const uint8_t* cache, int64_t at, const int32_t* blocks, int64_t head,
-                              int64_t position) {
+static inline uint8_t* row_of(const AttentionShape& s, const uint8_t* cache, int64_t at, const int32_t* blocks,
+                              int64_t head, int64_t position) {
     const int64_t row = head * s.block + position % s.block;
     return (uint8_t*)cache + blocks[position / s.block] * s.block_bytes + at + row * s.row_bytes;
 }
 
 // Rotate queries (into `queries`, (T, H, D)) and keys; write keys and values to the cache.
-static inline void rotate_and_append(const AttentionShape& s, const float* qkv, const float* sincos, const int32_t* slots,
-                                     const int32_t* positions, const int32_t* table, float* queries, uint8_t* cache) {
+static inline void rotate_and_append(const AttentionShape& s, const float* qkv, const float* sincos,
+                                     const int32_t* slots, const int32_t* positions, const int32_t* table,
+                                     float* queries, uint8_t* cache) {
     const KVRows rows = s.rows();
     const KVStore store = kv_store(rows, s.plain);
 #pragma omp parallel for schedule(static) if (s.tokens > 2)
@@ -105,8 +106,8 @@ MOSS_FORCED f32x8 load_once(const float* from) {
 
 // Scores of Q queries with eight keys: to[query * stride + key].
 template <int Q>
-static inline void score_eight(const float* queries, int64_t query_stride, const float* keys, int64_t padded, float* to,
-                               int64_t stride) {
+static inline void score_eight(const float* queries, int64_t query_stride, const float* keys, int64_t padded,
+                               float* to, int64_t stride) {
     constexpr int at_once = 8 / Q;  // keys; eight sums run side by side
     f32x8 sum[Q][8];
     for (int k = 0; k < 8; k += at_once) {
@@ -127,8 +128,8 @@ static inline void score_eight(const float* queries, int64_t query_stride, const
 
 // sums += weights[row] * values[row], row after row, for J vectors of channels and Q queries.
 template <int Q, int J>
-static inline void add_rows(const float* weights, int64_t weight_stride, const float* values, int64_t padded, int64_t rows,
-                            float* sums, int64_t sum_stride) {
+static inline void add_rows(const float* weights, int64_t weight_stride, const float* values, int64_t padded,
+                            int64_t rows, float* sums, int64_t sum_stride) {
     f32x8 sum[Q][J];
     for (int q = 0; q < Q; q++)
         for (int j = 0; j < J; j++) sum[q][j] = load8(sums + q * sum_stride + 8 * j);
@@ -145,8 +146,8 @@ static inline void add_rows(const float* weights, int64_t weight_stride, const f
 }
 
 template <int Q>
-static inline void add_values(const float* weights, int64_t weight_stride, const float* values, int64_t padded, int64_t rows,
-                              float* sums) {
+static inline void add_values(const float* weights, int64_t weight_stride, const float* values, int64_t padded,
+                              int64_t rows, float* sums) {
     constexpr int wide = 8 / Q;
     int64_t d = 0;
     for (; d + 8 * wide <= padded; d += 8 * wide)
@@ -182,13 +183,60 @@ struct AttentionScratch {
 
 class Attention {
   public:
-    Attention(const AttentionShape& shape, const AttentionInputs& inputs)
-        : s(shape), in(inputs), kv(shape.rows()), store(kv_store(kv, shape.plain)) {}
+    Attention(const AttentionShape& shape, const AttentionInputs& inputs, float* result)
+        : s(shape), in(inputs), out(result), kv(shape.rows()), store(kv_store(kv, shape.plain)) {}
+
+    // Rows [first, end) of the batch, one head, run after run.
+    void attend_rows(int64_t first, int64_t end, int64_t head, AttentionScratch& x) const {
+        while (first < end) {
+            const Run run = find_run(first, end, head);
+            take_queries(run, x);
+            stretch(run, 0, x, x.all);
+            for (int64_t start = kStretch; start < run.longest; start += kStretch) {
+                stretch(run, start, x, x.stretch);
+                for (int64_t i = 0; i < run.count; i++) {
+                    if (x.visible[i] == 0) continue;
+                    merge(&x.all.best[i], &x.all.total[i], x.all.sums + i * kv.padded, x.stretch.best[i],
+                          x.stretch.total[i], x.stretch.sums + i * kv.padded);
+                }
+            }
+            for (int64_t i = 0; i < run.count; i++) finish(first + i, head, x.all.total[i], x.all.sums + i * kv.padded);
+            first += run.count;
+        }
+    }
+
+    // One stretch of one token by itself. `to` gets best, total, sums.
+    void attend_stretch(int64_t t, int64_t head, int64_t start, AttentionScratch& x, float* to) const {
+        const Run run = find_run(t, t + 1, head);
+        if (start >= run.longest) return;
+        take_queries(run, x);
+        stretch(run, start, x, x.stretch);
+        to[0] = x.stretch.best[0];
+        to[1] = x.stretch.total[0];
+        std::memcpy(to + 2, x.stretch.sums, kv.padded * sizeof(float));
+    }
+
+    // What attend_stretch gave for all stretches of a token, one after the other in `parts`.
+    void merge_stretches(int64_t t, int64_t head, float* parts) const {
+        for (int64_t start = kStretch; start <= in.positions[t]; start += kStretch) {
+            const float* later = parts + start / kStretch * (kv.padded + 2);
+            merge(parts, parts + 1, parts + 2, later[0], later[1], later + 2);
+        }
+        finish(t, head, parts[1], parts + 2);
+    }
+
+  private:
+    const AttentionShape& s;
+    const AttentionInputs& in;
+    float* out;
+    const KVRows kv;
+    const KVStore store;
 
     // The run that starts at a row, and ends at `end` at the latest.
     Run find_run(int64_t first, int64_t end, int64_t head) const {
         Run run = {first, 0, head, 0, in.table + in.slots[first] * s.table_width};
-        for (int64_t t = first; t < end && in.slots[t] == in.slots[first]; t++, run.count++)
+        const int64_t most = end - first < kTogether ? end : first + kTogether;
+        for (int64_t t = first; t < most && in.slots[t] == in.slots[first]; t++, run.count++)
             run.longest = in.positions[t] + 1 > run.longest ? in.positions[t] + 1 : run.longest;
         return run;
     }
@@ -203,7 +251,7 @@ class Attention {
         }
     }
 
-    // One stretch of a run, from position `start` on, into `to`.
+    // One stretch of a run, from position `start` on.
     void stretch(const Run& run, int64_t start, AttentionScratch& x, Partial& to) const {
         for (int64_t i = 0; i < run.count; i++) {
             const int64_t seen = in.positions[run.first + i] + 1 - start;
@@ -215,29 +263,6 @@ class Attention {
         gather(run, start, end, x, to.sums);
     }
 
-    // `all` and a later stretch of it become one.
-    void merge(float* best, float* total, float* sums, float later_best, float later_total, const float* later) const {
-        const float top = *best > later_best ? *best : later_best;
-        const float base = top == -std::numeric_limits<float>::infinity() ? 0.0f : top;
-        const float keep = exp1(*best - base), take = exp1(later_best - base);
-        *best = top;
-        *total = *total * keep + later_total * take;
-        for (int64_t d = 0; d < kv.padded; d += 8)
-            store8(sums + d, load8(sums + d) * splat8(keep) + load8(later + d) * splat8(take));
-    }
-
-    void finish(int64_t t, int64_t head, float total, const float* sums, float* out) const {
-        float* to = out + (t * s.heads + head) * s.width;
-        const float inverse = 1.0f / total;
-        for (int64_t d = 0; d < s.width; d++) to[d] = sums[d] * inverse;
-    }
-
-  private:
-    const AttentionShape& s;
-    const AttentionInputs& in;
-    const KVRows kv;
-    const KVStore store;
-
     const uint8_t* row(const Run& run, int64_t at, int64_t position) const {
         return row_of(s, in.cache, at, run.blocks, run.head, position);
     }
@@ -245,14 +270,17 @@ class Attention {
     // What is read kAhead positions later: of a stretch first all keys, then all values.
     const uint8_t* after_keys(const Run& run, int64_t position, int64_t end) const {
         const int64_t after = position + kAhead;
-        return after < end ? row(run, s.keys_at, after) : row(run, s.values_at, position / kStretch * kStretch + after - end);
+        if (after < end) return row(run, s.keys_at, after);
+        return row(run, s.values_at, position / kStretch * kStretch + after - end);
     }
 
     const uint8_t* after_values(const Run& run, int64_t position, int64_t end) const {
         const int64_t after = position + kAhead;
-        return row(run, after < end || after >= run.longest ? s.values_at : s.keys_at, after < run.longest ? after : position);
+        if (after >= run.longest) return row(run, s.values_at, position);
+        return row(run, after < end ? s.values_at : s.keys_at, after);
     }
 
+    // Scores of all positions up to `end`, those too that a token must not see.
     void score(const Run& run, int64_t start, int64_t end, AttentionScratch& x) const {
         for (int64_t p = start; p < end; p += kKeyRows) {
             const uint8_t *keys = row(run, s.keys_at, p), *ahead = after_keys(run, p, end);
@@ -288,6 +316,7 @@ class Attention {
         *total = sum_lanes(sum);
     }
 
+    // Values summed with the weights, of each token those that it sees.
     void gather(const Run& run, int64_t start, int64_t end, AttentionScratch& x, float* sums) const {
         std::memset(sums, 0, run.count * kv.padded * sizeof(float));
         for (int64_t p = start; p < end; p += kValueRows) {
@@ -318,83 +347,70 @@ class Attention {
             if (x.visible[i] < end) return false;
         return true;
     }
+
+    // What came before and a later stretch become one.
+    void merge(float* best, float* total, float* sums, float later_best, float later_total, const float* later) const {
+        const float top = *best > later_best ? *best : later_best;
+        const float base = top == -std::numeric_limits<float>::infinity() ? 0.0f : top;
+        const float keep = exp1(*best - base), take = exp1(later_best - base);
+        *best = top;
+        *total = *total * keep + later_total * take;
+        for (int64_t d = 0; d < kv.padded; d += 8)
+            store8(sums + d, load8(sums + d) * splat8(keep) + load8(later + d) * splat8(take));
+    }
+
+    void finish(int64_t t, int64_t head, float total, const float* sums) const {
+        float* to = out + (t * s.heads + head) * s.width;
+        const float inverse = 1.0f / total;
+        for (int64_t d = 0; d < s.width; d++) to[d] = sums[d] * inverse;
+    }
 };
 
-// Rows [first, end) of the batch, one head, run after run.
-static inline void attend_rows(const AttentionShape& s, const AttentionInputs& in, const Attention& a, int64_t first,
-                               int64_t end, int64_t head, AttentionScratch& x, float* out) {
-    const int64_t padded = s.padded();
-    while (first < end) {
-        const Run run = a.find_run(first, end, head);
-        a.take_queries(run, x);
-        a.stretch(run, 0, x, x.all);
-        for (int64_t start = kStretch; start < run.longest; start += kStretch) {
-            a.stretch(run, start, x, x.stretch);
-            for (int64_t i = 0; i < run.count; i++)
-                if (x.visible[i])
-                    a.merge(&x.all.best[i], &x.all.total[i], x.all.sums + i * padded, x.stretch.best[i], x.stretch.total[i],
-                            x.stretch.sums + i * padded);
+// How the work of a pass is cut; it changes no bit of what comes out.
+struct Cut {
+    int64_t together, windows;  // rows of the batch that go together, and how many times that
+    int64_t stretches;          // of the longest sequence
+    bool share;                 // each stretch of each token and head by itself
+
+    Cut(const AttentionShape& s, const int32_t* slots, const int32_t* positions) {
+        int64_t longest = 0, runs = 0;
+        for (int64_t t = 0; t < s.tokens; t++) {
+            longest = positions[t] + 1 > longest ? positions[t] + 1 : longest;
+            runs += t == 0 || slots[t] != slots[t - 1];
         }
-        for (int64_t i = 0; i < run.count; i++) a.finish(first + i, head, x.all.total[i], x.all.sums + i * padded, out);
-        first += run.count;
+        const int64_t wanted = kItemsPerThread * omp_get_max_threads(), items = s.tokens * s.heads;
+        together = s.tokens < 2 * runs ? 1 : kTogether;
+        while (together > 1 && (s.tokens + together - 1) / together * s.heads < wanted) together /= 2;
+        windows = (s.tokens + together - 1) / together;
+        stretches = (longest + kStretch - 1) / kStretch;
+        share = items < wanted && stretches > 1 && items * stretches * (s.padded() + 2) <= s.room;
     }
-}
-
-// The same with each stretch by itself. `shared` holds for every token, head and stretch: best, total, sums.
-static inline void attend_one_stretch(const AttentionShape& s, const AttentionInputs& in, const Attention& a, int64_t t,
-                                      int64_t head, int64_t start, AttentionScratch& x, float* to) {
-    const Run run = a.find_run(t, t + 1, head);
-    if (start >= run.longest) return;
-    a.take_queries(run, x);
-    a.stretch(run, start, x, x.stretch);
-    to[0] = x.stretch.best[0];
-    to[1] = x.stretch.total[0];
-    std::memcpy(to + 2, x.stretch.sums, s.padded() * sizeof(float));
-}
-
-static inline void merge_stretches(const AttentionShape& s, const AttentionInputs& in, const Attention& a, int64_t t,
-                                   int64_t head, float* shared, float* out) {
-    const int64_t each = s.padded() + 2;
-    for (int64_t start = kStretch; start <= in.positions[t]; start += kStretch) {
-        const float* later = shared + start / kStretch * each;
-        a.merge(shared, shared + 1, shared + 2, later[0], later[1], later + 2);
-    }
-    a.finish(t, head, shared[1], shared + 2, out);
-}
+};
 
 static inline void attend(const AttentionShape& s, const float* queries, const uint8_t* cache, const int32_t* slots,
                           const int32_t* positions, const int32_t* table, float* out, float* shared) {
     const AttentionInputs in = {queries, cache, slots, positions, table};
-    const Attention a(s, in);
-    int64_t longest = 0, runs = 0;
-    for (int64_t t = 0; t < s.tokens; t++) {
-        longest = positions[t] + 1 > longest ? positions[t] + 1 : longest;
-        runs += t == 0 || slots[t] != slots[t - 1];
-    }
-    const int64_t wanted = kItemsPerThread * omp_get_max_threads();
-    int64_t together = s.tokens < 2 * runs ? 1 : kTogether;
-    while (together > 1 && (s.tokens + together - 1) / together * s.heads < wanted) together /= 2;
-    const int64_t windows = (s.tokens + together - 1) / together, stretches = (longest + kStretch - 1) / kStretch;
+    const Attention attention(s, in, out);
+    const Cut cut(s, slots, positions);
     const int64_t each = s.padded() + 2, items = s.tokens * s.heads;
-    const bool share = items < wanted && stretches > 1 && items * stretches * each <= s.room;
 #pragma omp parallel
     {
         AttentionScratch x;
-        if (share) {
+        if (cut.share) {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < items * stretches; i++) {
-                const int64_t th = i / stretches, start = i % stretches * kStretch;
-                attend_one_stretch(s, in, a, th / s.heads, th % s.heads, start, x, shared + i * each);
+            for (int64_t i = 0; i < items * cut.stretches; i++) {
+                const int64_t th = i / cut.stretches, start = i % cut.stretches * kStretch;
+                attention.attend_stretch(th / s.heads, th % s.heads, start, x, shared + i * each);
             }
 #pragma omp for schedule(static)
             for (int64_t th = 0; th < items; th++)
-                merge_stretches(s, in, a, th / s.heads, th % s.heads, shared + th * stretches * each, out);
+                attention.merge_stretches(th / s.heads, th % s.heads, shared + th * cut.stretches * each);
         } else {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t i = 0; i < windows * s.heads; i++) {  // one head after the other, so that they share its cache
-                const int64_t first = (windows - 1 - i % windows) * together;  // long ones first
-                const int64_t end = first + together < s.tokens ? first + together : s.tokens;
-                attend_rows(s, in, a, first, end, i / windows, x, out);
+            for (int64_t i = 0; i < cut.windows * s.heads; i++) {  // one head after the other: they share its cache
+                const int64_t first = (cut.windows - 1 - i % cut.windows) * cut.together;  // long ones first
+                const int64_t end = first + cut.together < s.tokens ? first + cut.together : s.tokens;
+                attention.attend_rows(first, end, i / cut.windows, x);
             }
         }
     }

@@ -31,7 +31,8 @@ struct KVStore {
     // Straight from the stored numbers, for one query; the same operations as widen, then score_eight or
     // add_values (attention.h). Null where there is no such version.
     void (*score)(const KVRows& s, const float* query, const uint8_t* rows, const uint8_t* ahead, float* to);
-    void (*add)(const KVRows& s, const float* weights, const uint8_t* rows, int64_t count, const uint8_t* ahead, float* sums);
+    void (*add)(const KVRows& s, const float* weights, const uint8_t* rows, int64_t count, const uint8_t* ahead,
+                float* sums);
 };
 
 MOSS_FORCED void fetch(const uint8_t* from) { __builtin_prefetch(from, 0, 2); }  // not into the first, smallest cache
@@ -46,7 +47,9 @@ static inline void widen_floats(const KVRows& s, const uint8_t* rows, int64_t co
     }
 }
 
-static inline void narrow_floats(const KVRows& s, const float* from, uint8_t* row) { std::memcpy(row, from, s.width * 4); }
+static inline void narrow_floats(const KVRows& s, const float* from, uint8_t* row) {
+    std::memcpy(row, from, s.width * 4);
+}
 
 static inline void widen_halves(const KVRows& s, const uint8_t* rows, int64_t count, const uint8_t* ahead, float* to) {
     for (int64_t r = 0; r < count; r++, rows += s.row_bytes, to += s.padded) {

@@ -26,7 +26,9 @@ MOSS_ORDERED
 struct StoredFloats {
     static constexpr int64_t bytes = 4 * kGroup;
     MOSS_AVX2_INLINE __m256 prepare(const KVRows&, const uint8_t*, int64_t) { return _mm256_setzero_ps(); }
-    MOSS_AVX2_INLINE __m256 eight(const uint8_t* group, int i, __m256) { return _mm256_loadu_ps((const float*)group + 8 * i); }
+    MOSS_AVX2_INLINE __m256 eight(const uint8_t* group, int i, __m256) {
+        return _mm256_loadu_ps((const float*)group + 8 * i);
+    }
 };
 
 struct StoredHalves {
@@ -71,7 +73,8 @@ MOSS_AVX2 static void widen_avx2(const KVRows& s, const uint8_t* rows, int64_t c
 
 // Scores of one query with eight keys, a few rows side by side: nearly in the order of their addresses.
 template <class Stored>
-MOSS_AVX2 static void score_avx2(const KVRows& s, const float* query, const uint8_t* rows, const uint8_t* ahead, float* to) {
+MOSS_AVX2 static void score_avx2(const KVRows& s, const float* query, const uint8_t* rows, const uint8_t* ahead,
+                                 float* to) {
     const int64_t groups = s.width / kGroup;
     f32x8 each[8];
     for (int first = 0; first < 8; first += kSideBySide) {
@@ -95,8 +98,8 @@ MOSS_AVX2 static void score_avx2(const KVRows& s, const float* query, const uint
 
 // sums += weights[row] * values[row], row after row.
 template <class Stored>
-MOSS_AVX2 static void add_avx2(const KVRows& s, const float* weights, const uint8_t* rows, int64_t count, const uint8_t* ahead,
-                               float* sums) {
+MOSS_AVX2 static void add_avx2(const KVRows& s, const float* weights, const uint8_t* rows, int64_t count,
+                               const uint8_t* ahead, float* sums) {
     const int64_t groups = s.width / kGroup;
     for (int64_t first = 0; first < count; first += kSideBySide) {
         const int64_t some = count - first < kSideBySide ? count - first : kSideBySide;
