@@ -1,7 +1,7 @@
 """The budget holds: the peak memory of processes under random budgets, through load, prefill, answers and exit.
 
     python benchmarks/peak_memory.py                       4 layers, 200 budgets
-    python benchmarks/peak_memory.py --layers 34 --count 10 --long
+    python benchmarks/peak_memory.py --layers 34 --count 10 --new-tokens 16 --long
 
 Budgets are drawn between the smallest that is accepted and what holds every weight, and each is given to
 a process of its own, which loads the model, answers, ends the conversation and answers again. With --long
@@ -33,8 +33,9 @@ from moss_jt.messages import FinishedEvent, Request
 from moss_jt.plan import matrix_sizes
 from moss_jt.record import keep, spread
 
-SHORT = (24, 16)  # tokens of the prompt, of the answer
-LONG = (2000, 48)
+PROMPT = 24  # tokens
+SECOND_ANSWER = 2
+LONG = (2000, 48)  # tokens of the prompt, of the answer
 SPARE = 64 * MIB  # of the largest budget, above what holds everything
 
 
@@ -44,8 +45,8 @@ def child(folder: Path, memory: int, prompt: int, new: int, kv: str | None) -> d
     model = load_model(folder, compute="fast", memory=memory, kv=kv, max_tokens=prompt + new)
     loaded = time.perf_counter()
     engine = Engine(model)
-    config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=new)
-    for name, length in (("first", prompt), ("second", min(prompt, SHORT[0]))):
+    for name, length, count in (("first", prompt, new), ("second", PROMPT, SECOND_ANSWER)):
+        config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=count)
         ids = tuple(number % model.config.vocab_size for number in range(3, 3 + length))
         engine.submit(Request(ids, config, conversation=name))
         finished = 0
@@ -94,6 +95,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_options(parser, layers=4)
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--new-tokens", type=int, default=8, help="of each answer but the long one")
     parser.add_argument("--seed", type=int, default=0, help="of the budgets")
     parser.add_argument("--kv", choices=["fp32", "fp16", "int8"])
     parser.add_argument("--long", action="store_true", help="one long prompt among them")
@@ -105,12 +107,13 @@ def main() -> int:
         return 0
     folder = folder_of(chosen)
     numbers = random.Random(chosen.seed)
-    low = smallest(folder, sum(SHORT), chosen.kv)
+    short = (PROMPT, chosen.new_tokens)
+    low = smallest(folder, sum(short), chosen.kv)
     high = largest(folder, low)
     low_long = smallest(folder, sum(LONG), chosen.kv) if chosen.long else low
     rows = []
     for number in range(chosen.count):
-        prompt, new = LONG if chosen.long and number == 0 else SHORT
+        prompt, new = LONG if chosen.long and number == 0 else short
         memory = numbers.randrange(low_long if prompt == LONG[0] else low, high)
         rows.append({**in_process(folder, memory, prompt, new, chosen.kv), "prompt": prompt, "new": new})
         print(json.dumps(rows[-1]), flush=True)
