@@ -122,7 +122,7 @@ static inline void widen_tile_columns(const LinearShape& s, const uint8_t* tile,
 // Inputs [from, to) of a row.
 static inline void widen_row_columns(const LinearShape& s, WidenKernel widen, const uint8_t* row, int64_t from, int64_t to,
                                      float* panel) {
-    const int64_t item = s.stored == kFloat32 ? 4 : 2, whole = (to - from) / kLanes, rest = (to - from) % kLanes;
+    const int64_t item = bytes_of((int)s.stored), whole = (to - from) / kLanes, rest = (to - from) % kLanes;
     widen(row + from * item, whole, panel, kLanes);
     if (!rest) return;
     uint8_t bytes[kLanes * 4] = {};
@@ -137,7 +137,7 @@ static inline void widen_block(const LinearShape& s, WidenKernel widen, const ui
     if (to - from < kColumnBlock) std::memset(panel, 0, kPanelRows * kColumnBlock * sizeof(float));
     for (int64_t r = 0; r < rows; r += TILES ? kTileRows : 1) {
         if (!TILES) {
-            const uint8_t* row = blob + (first + r) * s.in * (s.stored == kFloat32 ? 4 : 2);
+            const uint8_t* row = blob + (first + r) * s.in * bytes_of((int)s.stored);
             widen_row_columns(s, widen, row, from, to, panel + r * kColumnBlock);
         } else if (s.stored == kInt4) {
             widen_tile_columns<4>(s, blob + (first + r) / kTileRows * s.tile_bytes, from, to, panel + r);
