@@ -18,6 +18,7 @@ enum Processor { kBest = 0, kPlain = 1, kAvx2 = 2, kAvxVnni = 3, kAvx512Vnni = 4
 
 constexpr int64_t kTilesAtOnce = 4;   // tiles that share the codes of a run of tokens
 constexpr int64_t kTokensAtOnce = 32; // a run of tokens: its codes and sums stay in the first cache
+constexpr int64_t kTilesKept = 32;    // tiles whose results are written together
 
 static inline bool can_run(int processor) {
     if (processor == kPlain) return true;
@@ -58,81 +59,102 @@ struct RoundedCall {
     RoundedKernels kernels;
 };
 
-// What a kernel must know of one block of a tile, for the tokens from `t` on.
-static inline RoundedBlock block_of(const RoundedCall& call, const Blocks& b, const uint8_t* tile, int64_t t) {
+// `count` blocks of a tile from `b` on, for the tokens from `t` on.
+static inline BlockRun run_of(const RoundedCall& call, int64_t tile, const Blocks& b, int64_t count, int64_t t) {
     const LinearShape& s = call.s;
-    const int64_t per_chunk = 32 / s.stored, scale_bytes = kTileRows * 2, zero_bytes = kTileRows * s.stored / 8;
-    RoundedBlock to;
-    to.codes = tile + b.start / per_chunk * 64;
-    to.scales = (const uint16_t*)(tile + s.scales_at + b.group * scale_bytes);
-    to.zeros = tile + s.zeros_at + b.group * zero_bytes;
-    to.chunks = b.size / per_chunk;
-    to.ahead = s.tile_bytes;
-    to.x = call.codes + b.start * s.tokens + t * b.size;
-    to.stride = b.size;
-    to.steps = call.steps + b.index * s.tokens + t;
-    to.sums = call.sums + b.index * s.tokens + t;
-    return to;
+    const uint8_t* from = call.blob + tile * s.tile_bytes;
+    const int64_t per_chunk = 32 / s.stored;
+    BlockRun run;
+    run.codes = from + b.start / per_chunk * 64;
+    run.chunks = b.size / per_chunk;
+    run.count = count;
+    run.scales = (const uint16_t*)(from + s.scales_at) + b.group * kTileRows;
+    run.zeros = from + s.zeros_at + b.group * kTileRows * s.stored / 8;
+    run.left_in_group = b.left_in_group();
+    run.per_group = b.per_group();
+    run.x = call.codes + b.start * s.tokens + t * b.size;
+    run.x_block = s.tokens * b.size;
+    run.x_token = b.size;
+    run.steps = call.steps + b.index * s.tokens + t;
+    run.sums = call.sums + b.index * s.tokens + t;
+    run.tokens = s.tokens;
+    return run;
 }
 
 static inline void write_totals(const RoundedCall& call, int64_t tile, int64_t t, int64_t tokens, const float* total) {
     const int64_t first = tile * kTileRows, left = call.s.out - first, rows = left < kTileRows ? left : kTileRows;
-    for (int64_t i = 0; i < tokens; i++)
-        for (int64_t r = 0; r < rows; r++) put(call.s, call.bias, call.y, t + i, first + r, total[i * kTileRows + r]);
+    const bool has_bias = call.s.has_bias, add = call.s.add;
+    for (int64_t i = 0; i < tokens; i++, total += kTileRows) {
+        float* y = call.y + (t + i) * call.s.y_stride + first;
+        float values[kTileRows];
+        for (int64_t r = 0; r < kTileRows; r++) values[r] = total[r];
+        if (has_bias) {
+            for (int64_t r = 0; r < rows; r++) values[r] += call.bias[first + r];
+        }
+        keep_as_is(values);
+        if (add) {
+            for (int64_t r = 0; r < rows; r++) values[r] += y[r];
+        }
+        std::memcpy(y, values, rows * sizeof(float));
+    }
 }
 
-// Some tokens, at most kFew, of one tile.
-static inline void few_tokens(const RoundedCall& call, int64_t tile, int64_t t, int64_t tokens) {
-    float total[kFew * kTileRows] = {};
-    const LinearShape& s = call.s;
-    const BlockKernel kernel = call.kernels.few[tokens - 1];
-    for (Blocks b(s.padded_in, s.padded_group, call.block); b.more(); b.next()) {
-        RoundedBlock block = block_of(call, b, call.blob + tile * s.tile_bytes, t);
-        block.total = total;
-        kernel(block);
+// Some tokens, at most kFew, of one tile: 16 rows a token to `total`.
+static inline void few_tokens(const RoundedCall& call, int64_t tile, int64_t t, int64_t tokens, float* total) {
+    int32_t sums[kRunBlocks * kFew * kTileRows];
+    std::memset(total, 0, tokens * kTileRows * sizeof(float));
+    int64_t count;
+    for (Blocks b(call.s.padded_in, call.s.padded_group, call.block); b.more(); b.next(count)) {
+        const int64_t alike = b.alike();
+        count = alike < kRunBlocks ? alike : kRunBlocks;
+        const BlockRun run = run_of(call, tile, b, count, t);
+        call.kernels.sum[tokens - 1](run, sums);
+        call.kernels.add[tokens - 1](run, sums, total);
     }
-    write_totals(call, tile, t, tokens, total);
+}
+
+// Some tokens, at most kFew, of some tiles. Results are kept back and written together: a write now and then would
+// disturb the stream of reads.
+static inline void few_tokens_of(const RoundedCall& call, int64_t tile, int64_t tiles, int64_t t, int64_t tokens) {
+    float total[kTilesKept][kFew * kTileRows];
+    for (int64_t first = 0; first < tiles; first += kTilesKept) {
+        const int64_t count = tiles - first < kTilesKept ? tiles - first : kTilesKept;
+        for (int64_t i = 0; i < count; i++) few_tokens(call, tile + first + i, t, tokens, total[i]);
+        for (int64_t i = 0; i < count; i++) write_totals(call, tile + first + i, t, tokens, total[i]);
+    }
 }
 
 // Some tokens, at most kTokensAtOnce, of some tiles, at most kTilesAtOnce.
 static inline void many_tokens(const RoundedCall& call, int64_t tile, int64_t tiles, int64_t t, int64_t tokens) {
     float total[kTilesAtOnce][kTokensAtOnce * kTileRows] = {};
     ReadyBlock ready[kTilesAtOnce];
-    const LinearShape& s = call.s;
-    for (Blocks b(s.padded_in, s.padded_group, call.block); b.more(); b.next()) {
-        RoundedBlock block;
+    for (Blocks b(call.s.padded_in, call.s.padded_group, call.block); b.more(); b.next()) {
+        BlockRun run;
         for (int64_t i = 0; i < tiles; i++) {
-            block = block_of(call, b, call.blob + (tile + i) * s.tile_bytes, t);
-            call.kernels.prepare(block, ready[i]);
+            run = run_of(call, tile + i, b, 1, t);
+            call.kernels.prepare(run, ready[i]);
         }
-        for (int64_t at = 0; at < tokens;) {
-            const int64_t count = tokens - at < call.kernels.width ? tokens - at : call.kernels.width;
-            const ReadyKernel kernel = call.kernels.ready[count - 1];
-            for (int64_t i = 0; i < tiles; i++) {
-                block.total = total[i] + at * kTileRows;
-                kernel(block, ready[i]);
-            }
-            at += count;
-            block.x += count * block.stride;
-            block.steps += count;
-            block.sums += count;
-        }
+        const BlockTokens x{tokens, run.x, run.x_token, run.steps, run.sums};
+        for (int64_t i = 0; i < tiles; i++) call.kernels.multiply(ready[i], x, total[i]);
     }
     for (int64_t i = 0; i < tiles; i++) write_totals(call, tile + i, t, tokens, total[i]);
 }
 
 static inline void rounded_tiles(const RoundedCall& call, int64_t tile, int64_t tiles) {
     const int64_t tokens = call.s.tokens;
-    if (tokens <= kFew || call.kernels.prepare == nullptr) {
-        for (int64_t i = tile; i < tile + tiles; i++)
-            for (int64_t t = 0; t < tokens; t += kFew)
-                few_tokens(call, i, t, tokens - t < kFew ? tokens - t : kFew);
-        return;
+    const bool few = tokens <= kFew || call.kernels.prepare == nullptr;
+    const int64_t tiles_at_once = few ? tiles : kTilesAtOnce, tokens_at_once = few ? kFew : kTokensAtOnce;
+    for (int64_t i = 0; i < tiles; i += tiles_at_once) {
+        const int64_t count = tiles - i < tiles_at_once ? tiles - i : tiles_at_once;
+        for (int64_t t = 0; t < tokens; t += tokens_at_once) {
+            const int64_t here = tokens - t < tokens_at_once ? tokens - t : tokens_at_once;
+            if (few) {
+                few_tokens_of(call, tile + i, count, t, here);
+            } else {
+                many_tokens(call, tile + i, count, t, here);
+            }
+        }
     }
-    for (int64_t i = tile; i < tile + tiles; i += kTilesAtOnce)
-        for (int64_t t = 0; t < tokens; t += kTokensAtOnce)
-            many_tokens(call, i, tile + tiles - i < kTilesAtOnce ? tile + tiles - i : kTilesAtOnce, t,
-                        tokens - t < kTokensAtOnce ? tokens - t : kTokensAtOnce);
 }
 
 // The next run of `unit` tiles for a thread: an eighth of its share of what is left.

@@ -1,57 +1,87 @@
-// One block of a rounded product in plain C++, for any processor; and what every version of it takes and gives.
+// Rounded products of the 16 rows of a tile in plain C++, for any processor; and what every version takes and gives.
 //
-// For the 16 rows of a tile and some tokens:
+//   total[token][row] += float(sum of code * x - zero * sum of x) * (scale * step)      for every block, in order
 //
-//   total[token][row] += float(sum of code * x - zero * sum of x) * (scale * step)
-//
-// The sum of integers is exact, and the three float operations are rounded one by one, so every
-// version gives the same bits.
+// The sum of integers is exact, and the three float operations are rounded one by one, so every version gives
+// the same bits. A version has two ways to them. `sum` and `add` are for few tokens, where memory is what takes
+// time: they read a tile from front to back and nothing else, first the codes, then the scales and zeros behind
+// them. (A second stream, or fetching ahead by instruction, cost a third of the speed on the machine where this
+// was measured: docs/kernels.md.) `prepare` and `multiply` are for many: a block's weights are unpacked once.
 #pragma once
-#include "linear.h"
+#include "matrix.h"
 #include "rounding.h"
 
 namespace moss {
 
-struct RoundedBlock {
-    const uint8_t* codes;    // of the tile: `chunks` times 64 bytes, as stored (or as a version's unpack left them)
-    const uint16_t* scales;  // of the group: 16 halves
-    const uint8_t* zeros;    // of the group, as stored
-    int64_t chunks;
-    int64_t ahead;           // bytes to the same place of the next tile, to fetch it early
-    const int8_t* x;         // codes of the first token
-    int64_t stride;          // bytes to those of the next one
-    const float* steps;      // of each token
+constexpr int kFew = 4;              // tokens at most of `sum` and `add`
+constexpr int64_t kRunBlocks = 192;  // blocks at most between `sum` and `add`
+
+// Some blocks of one size in one tile, for some tokens.
+struct BlockRun {
+    const uint8_t* codes;    // of the first block: `chunks` times 64 bytes, then those of the next one
+    int64_t chunks, count;   // of each block, and how many blocks
+    const uint16_t* scales;  // of the first block's group, then those of the next group
+    const uint8_t* zeros;
+    int64_t left_in_group, per_group;  // blocks of the first group from the first one on, blocks of every other
+    const int8_t* x;         // codes of the first token; from block to block, and from token to token:
+    int64_t x_block, x_token;
+    const float* steps;      // of the first token
     const int32_t* sums;
-    float* total;            // 16 floats a token
+    int64_t tokens;          // from block to block in `steps` and `sums`
+};
+
+// The sums of code * x, [block][token][row].
+typedef void (*SumKernel)(const BlockRun&, int32_t* sums);
+typedef void (*AddKernel)(const BlockRun&, const int32_t* sums, float* total);
+
+// Walks through the scales and zeros of a run.
+template <int BITS>
+struct GroupOf {
+    const uint16_t* scales;
+    const uint8_t* zeros;
+    int64_t left, per_group;
+
+    explicit GroupOf(const BlockRun& run)
+        : scales(run.scales), zeros(run.zeros), left(run.left_in_group), per_group(run.per_group) {}
+    void next_block() {
+        if (--left > 0) return;
+        left = per_group;
+        scales += kTileRows;
+        zeros += kTileRows * BITS / 8;
+    }
+};
+
+// The weights of one block, unpacked for many tokens.
+struct alignas(64) ReadyBlock {
+    uint8_t codes[kMaxBlock / 4 * 128];  // 128 bytes a chunk, in an order of the version's own
+    float scales[kTileRows];
+    int32_t zeros[kTileRows];
+    int64_t chunks;
+};
+
+// Tokens of one block: codes of the first one, bytes to those of the next, steps and sums of each.
+struct BlockTokens {
+    int64_t count;
+    const int8_t* codes;
+    int64_t stride;
+    const float* steps;
+    const int32_t* sums;
+};
+
+typedef void (*PrepareKernel)(const BlockRun&, ReadyBlock&);
+typedef void (*MultiplyKernel)(const ReadyBlock&, const BlockTokens&, float* total);
+
+// The version for one processor and number of bits; [n - 1] is for n tokens.
+struct RoundedKernels {
+    SumKernel sum[kFew];
+    AddKernel add[kFew];
+    PrepareKernel prepare;  // null: there are only the two above
+    MultiplyKernel multiply;
 };
 
 typedef int16_t i16x16 __attribute__((vector_size(32)));
 
-constexpr int64_t kUnpacked = 128;  // bytes at most of one chunk when unpacked
-
-// The weights of one block made ready for many tokens.
-struct alignas(64) ReadyBlock {
-    uint8_t codes[kMaxBlock / 4 * 64 * 2];
-    float scales[kTileRows];
-    int32_t zeros[kTileRows];
-};
-
-typedef void (*BlockKernel)(const RoundedBlock&);
-typedef void (*PrepareKernel)(const RoundedBlock&, ReadyBlock&);
-typedef void (*ReadyKernel)(const RoundedBlock&, const ReadyBlock&);
-
-constexpr int kFew = 4;    // tokens at most that take the weights as stored
-constexpr int kWidest = 8;
-
-// The version for one processor and number of bits. `few[n - 1]` and `ready[n - 1]` take n tokens.
-struct RoundedKernels {
-    BlockKernel few[kFew];
-    PrepareKernel prepare;
-    int width;  // tokens at once of `ready`
-    ReadyKernel ready[kWidest];
-};
-
-// Sums of the 4 products of every row: as 16-bit lanes, inputs 0 and 2 of the row in `even`, 1 and 3 in `odd`.
+// Sums of two products each: of inputs 0 and 1 of every row in the low, of 2 and 3 in the high half of its lane.
 static inline i16x16 pair_products(i16x16 even, i16x16 odd, const int8_t* x) {
     const int32_t x02 = (int32_t)((uint32_t)(uint16_t)x[0] | (uint32_t)(uint16_t)x[2] << 16);
     const int32_t x13 = (int32_t)((uint32_t)(uint16_t)x[1] | (uint32_t)(uint16_t)x[3] << 16);
@@ -69,12 +99,25 @@ static inline void plain_chunk(const uint8_t* codes, const int8_t* x, i32x8* sum
         u32x8 v;
         std::memcpy(&v, codes + 32 * half, 32);
         if (BITS == 8) {  // a product takes 16 bits, so two are added in 32
-            const i16x16 zero = {};
-            sum[half] += add_pairs(pair_products((i16x16)(v & bytes), zero, x));
-            sum[half] += add_pairs(pair_products(zero, (i16x16)((v >> 8) & bytes), x));
+            const i16x16 none = {};
+            sum[half] += add_pairs(pair_products((i16x16)(v & bytes), none, x));
+            sum[half] += add_pairs(pair_products(none, (i16x16)((v >> 8) & bytes), x));
         } else {
             sum[half] += add_pairs(pair_products((i16x16)(v & nibbles), (i16x16)((v >> 8) & nibbles), x) +
                                    pair_products((i16x16)((v >> 4) & nibbles), (i16x16)((v >> 12) & nibbles), x + 4));
+        }
+    }
+}
+
+template <int BITS, int TOKENS>
+static void plain_sum(const BlockRun& run, int32_t* sums) {
+    const uint8_t* codes = run.codes;
+    for (int64_t i = 0; i < run.count; i++, codes += run.chunks * 64) {
+        for (int t = 0; t < TOKENS; t++, sums += kTileRows) {
+            const int8_t* x = run.x + i * run.x_block + t * run.x_token;
+            i32x8 sum[2] = {};
+            for (int64_t c = 0; c < run.chunks; c++) plain_chunk<BITS>(codes + c * 64, x + c * (32 / BITS), sum);
+            std::memcpy(sums, sum, sizeof sum);
         }
     }
 }
@@ -85,31 +128,29 @@ static inline int32_t stored_zero(const uint8_t* zeros, int row) {
 }
 
 template <int BITS, int TOKENS>
-static void plain_block(const RoundedBlock& b) {
-    float scales[kTileRows];
-    widen_half(b.scales, scales, kTileRows);
-    for (int t = 0; t < TOKENS; t++) {
-        i32x8 sum[2] = {};
-        for (int64_t c = 0; c < b.chunks; c++)
-            plain_chunk<BITS>(b.codes + c * 64, b.x + t * b.stride + c * (32 / BITS), sum);
-        int32_t whole[kTileRows];
-        float factor[kTileRows], part[kTileRows];
-        std::memcpy(whole, sum, sizeof whole);
-        for (int r = 0; r < kTileRows; r++) {
-            whole[r] -= stored_zero<BITS>(b.zeros, r) * b.sums[t];
-            factor[r] = scales[r] * b.steps[t];
+static void plain_add(const BlockRun& run, const int32_t* sums, float* total) {
+    GroupOf<BITS> group(run);
+    for (int64_t i = 0; i < run.count; i++, group.next_block()) {
+        float scales[kTileRows];
+        widen_half(group.scales, scales, kTileRows);
+        for (int t = 0; t < TOKENS; t++, sums += kTileRows) {
+            const int64_t at = i * run.tokens + t;
+            float factor[kTileRows], part[kTileRows];
+            for (int r = 0; r < kTileRows; r++) factor[r] = scales[r] * run.steps[at];
+            keep_as_is(factor);
+            for (int r = 0; r < kTileRows; r++)
+                part[r] = (float)(sums[r] - stored_zero<BITS>(group.zeros, r) * run.sums[at]) * factor[r];
+            keep_as_is(part);
+            for (int r = 0; r < kTileRows; r++) total[t * kTileRows + r] += part[r];
         }
-        keep_as_is(factor);
-        for (int r = 0; r < kTileRows; r++) part[r] = (float)whole[r] * factor[r];
-        keep_as_is(part);
-        for (int r = 0; r < kTileRows; r++) b.total[t * kTileRows + r] += part[r];
     }
 }
 
 template <int BITS>
 static inline RoundedKernels plain_kernels() {
-    return {{plain_block<BITS, 1>, plain_block<BITS, 2>, plain_block<BITS, 3>, plain_block<BITS, 4>},
-            nullptr, 4, {}};  // as stored for any number of tokens
+    return {{plain_sum<BITS, 1>, plain_sum<BITS, 2>, plain_sum<BITS, 3>, plain_sum<BITS, 4>},
+            {plain_add<BITS, 1>, plain_add<BITS, 2>, plain_add<BITS, 3>, plain_add<BITS, 4>},
+            nullptr, nullptr};
 }
 
 }  // namespace moss

@@ -1,11 +1,10 @@
-// One block of a rounded product (see rounded_plain.h) on x86-64: AVX2, AVX-VNNI and AVX-512 VNNI.
+// Rounded products (see rounded_plain.h) on x86-64 with AVX2, and what the newer versions share with it.
 //
-// All of them are compiled into every program, by target attributes; rounded.h chooses at run time. A chunk of
-// 64 bytes is 16 rows times 4 bytes: two registers of 8 rows, or one of 16. AVX-VNNI and AVX-512 have an
-// instruction for four products of an unsigned and a signed byte, summed in 32 bits. AVX2 has two for pairs
-// of products, summed in 16 bits with saturation:
-//   int4  15 * 127 * 8 fits in 16 bits: 4 chunks (low and high nibbles) are summed there, then widened
-//   int8  255 * 127 * 2 does not fit; |code - 128| * 127 * 2 does, with the sign moved over to x
+// All versions are compiled into every program, by target attributes; rounded.h chooses at run time. A chunk of
+// 64 bytes is 16 rows times 4 bytes: two registers of 8 rows. AVX2 multiplies pairs of an unsigned and a signed
+// byte and adds each two products in 16 bits, with saturation. Nibbles fit there, 8 sums of them: 8 * 2 * 15 * 127
+// is below 2^15. So bytes are split in nibbles too, whose sums are put together in 32 bits. (Moving the sign of
+// code - 128 over to x would need one multiplication less, but moving the sign takes the same ports.)
 #pragma once
 #include "rounded_plain.h"
 
@@ -13,180 +12,251 @@
 #include <immintrin.h>
 
 #define MOSS_AVX2 __attribute__((target("avx2,f16c")))
-#define MOSS_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,f16c")))
-#define MOSS_INLINE inline __attribute__((always_inline))
+#define MOSS_INLINE static inline __attribute__((always_inline))
 
 namespace moss {
 
-constexpr int64_t kFetchAhead = 4096;  // bytes: the processor's own prefetching stops at the end of a page
+MOSS_AVX2 MOSS_INLINE __m256i load32(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 
-// The scales and zero points of a group, 8 rows each. Zero points are those of the registers of unpack8, so for
-// int8 128 less, in the low half of each lane.
-struct Group8 {
-    __m256 scale[2];
-    __m256i zero[2];
-};
-
-template <int BITS>
-MOSS_AVX2 static MOSS_INLINE Group8 widen_group(const RoundedBlock& b) {
-    Group8 g;
-    const __m256i first = _mm256_set1_epi32(BITS == 8 ? (uint16_t)(1 - 128) : 1);
-    for (int h = 0; h < 2; h++) {
-        g.scale[h] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)b.scales + h));
-        const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(b.zeros + (BITS == 8 ? 8 * h : 0))));
-        const __m256i stored = BITS == 8 ? bytes
-                               : h == 0  ? _mm256_and_si256(bytes, _mm256_set1_epi32(15))
-                                         : _mm256_srli_epi32(bytes, 4);
-        g.zero[h] = _mm256_add_epi16(stored, first);
-    }
-    return g;
+// Low (part 0) or high (part 1) nibbles.
+MOSS_AVX2 MOSS_INLINE __m256i nibbles(__m256i bytes, int part) {
+    return _mm256_and_si256(part == 0 ? bytes : _mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
 }
 
-MOSS_AVX2 static MOSS_INLINE __m256i four_codes(const int8_t* x) {
-    int32_t codes;
-    std::memcpy(&codes, x, 4);
-    return _mm256_set1_epi32(codes);
+// Nibbles of a chunk, [half], as avx2_prepare left them.
+MOSS_AVX2 MOSS_INLINE void load_ready(const uint8_t* codes, int64_t chunk, int part, __m256i (&to)[2]) {
+    to[0] = load32(codes + chunk * 128 + part * 64);
+    to[1] = load32(codes + chunk * 128 + part * 64 + 32);
 }
 
-// What a sum of code * x starts with: - zero * sum of x. Both fit in 16 bits.
-MOSS_AVX2 static MOSS_INLINE __m256i minus_zeros(__m256i zero, int32_t sum) {
-    return _mm256_madd_epi16(zero, _mm256_set1_epi32(-sum));
+// A chunk as stored. Each line is loaded once: a second load of what is still on its way takes the place of another.
+MOSS_AVX2 MOSS_INLINE void load_raw(const uint8_t* codes, int64_t chunk, __m256i (&to)[2]) {
+    to[0] = load32(codes + chunk * 64);
+    to[1] = load32(codes + chunk * 64 + 32);
+    asm("" : "+x"(to[0]), "+x"(to[1]));
 }
 
-MOSS_AVX2 static MOSS_INLINE void add_total(float* total, __m256i whole, __m256 scale, float step) {
-    __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(step));
-    asm("" : "+x"(factor));  // keep_as_is, in a register
-    __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), factor);
-    asm("" : "+x"(part));
-    _mm256_storeu_ps(total, _mm256_add_ps(_mm256_loadu_ps(total), part));
-}
-
-// The registers of a chunk: int4: low and high nibbles of rows 0-7, then of rows 8-15;
-// int8: code - 128 and its magnitude of rows 0-7, then of rows 8-15.
-template <int BITS>
-MOSS_AVX2 static MOSS_INLINE void unpack8(const uint8_t* from, __m256i (&v)[4]) {
-    for (int h = 0; h < 2; h++) {
-        const __m256i raw = _mm256_loadu_si256((const __m256i*)from + h);
-        if (BITS == 4) {
-            const __m256i mask = _mm256_set1_epi8(15);
-            v[2 * h] = _mm256_and_si256(raw, mask);
-            v[2 * h + 1] = _mm256_and_si256(_mm256_srli_epi16(raw, 4), mask);
-        } else {
-            v[2 * h] = _mm256_xor_si256(raw, _mm256_set1_epi8(-128));
-            v[2 * h + 1] = _mm256_abs_epi8(v[2 * h]);
-        }
-    }
-}
-
-template <int BITS, bool READY>
-MOSS_AVX2 static MOSS_INLINE void load_chunk(const uint8_t* codes, int64_t c, __m256i (&v)[4]) {
-    if (READY) {
-        for (int i = 0; i < 4; i++) v[i] = _mm256_load_si256((const __m256i*)(codes + c * 128) + i);
+// Four codes of x times two registers of nibbles, in 16 bits; put in `a` and `b` (FIRST) or added. This is spelled
+// out because compilers gather the products of many steps to add them later, and run out of registers.
+template <bool FIRST>
+MOSS_AVX2 MOSS_INLINE void step(__m256i& a, __m256i& b, __m256i w0, __m256i w1, const int8_t* x) {
+    __m256i four, products;
+    if (FIRST) {
+        asm("vpbroadcastd %3, %2\n\tvpmaddubsw %2, %4, %0\n\tvpmaddubsw %2, %5, %1"
+            : "=&x"(a), "=&x"(b), "=&x"(four)
+            : "m"(*(const int32_t*)x), "x"(w0), "x"(w1));
     } else {
-        _mm_prefetch((const char*)codes + c * 64 + kFetchAhead, _MM_HINT_T0);
-        unpack8<BITS>(codes + c * 64, v);
+        asm("vpbroadcastd %4, %2\n\tvpmaddubsw %2, %5, %3\n\tvpmaddubsw %2, %6, %2\n\t"
+            "vpaddw %3, %0, %0\n\tvpaddw %2, %1, %1"
+            : "+x"(a), "+x"(b), "=&x"(four), "=&x"(products)
+            : "m"(*(const int32_t*)x), "x"(w0), "x"(w1));
     }
 }
 
-// Up to 4 chunks of int4, in 16 bits, then added to `sum`.
+// One part of a chunk times four codes of each token; FIRST as in `step`.
+template <int TOKENS, bool FIRST>
+MOSS_AVX2 MOSS_INLINE void step_tokens(const __m256i (&w)[2], const int8_t* x, int64_t stride, __m256i (&narrow)[TOKENS][2]) {
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++) step<FIRST>(narrow[t][0], narrow[t][1], w[0], w[1], x + t * stride);
+}
+
+template <int TOKENS>
+MOSS_AVX2 MOSS_INLINE void add_narrow(const __m256i (&narrow)[TOKENS][2], int weight, __m256i (&sum)[TOKENS][2]) {
+    const __m256i weights = _mm256_set1_epi16((int16_t)weight);
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) sum[t][h] = _mm256_add_epi32(sum[t][h], _mm256_madd_epi16(narrow[t][h], weights));
+}
+
+// Up to 4 chunks of int4.
 template <int TOKENS, bool READY, int CHUNKS>
-MOSS_AVX2 static MOSS_INLINE void multiply_int4(const uint8_t* codes, int64_t c, const int8_t* x, int64_t stride,
-                                                __m256i (&sum)[TOKENS][2]) {
+MOSS_AVX2 MOSS_INLINE void chunks_int4(const uint8_t* codes, int64_t c, const int8_t* x, int64_t stride,
+                                       __m256i (&sum)[TOKENS][2]) {
     __m256i narrow[TOKENS][2];
 #pragma GCC unroll 4
     for (int i = 0; i < CHUNKS; i++) {
-        __m256i v[4];
-        load_chunk<4, READY>(codes, c + i, v);
-        for (int t = 0; t < TOKENS; t++) {
-            const int8_t* at = x + t * stride + (c + i) * 8;
-            const __m256i low = four_codes(at), high = four_codes(at + 4);
-            for (int h = 0; h < 2; h++) {
-                const __m256i a = _mm256_maddubs_epi16(v[2 * h], low), b = _mm256_maddubs_epi16(v[2 * h + 1], high);
-                narrow[t][h] = i == 0 ? _mm256_add_epi16(a, b) : _mm256_add_epi16(_mm256_add_epi16(narrow[t][h], a), b);
+        __m256i raw[2];
+        if (!READY) load_raw(codes, c + i, raw);
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; part++) {
+            __m256i w[2] = {nibbles(raw[0], part), nibbles(raw[1], part)};
+            if (READY) load_ready(codes, c + i, part, w);
+            const int8_t* at = x + (c + i) * 8 + 4 * part;
+            if (i == 0 && part == 0) {
+                step_tokens<TOKENS, true>(w, at, stride, narrow);
+            } else {
+                step_tokens<TOKENS, false>(w, at, stride, narrow);
             }
         }
     }
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (int t = 0; t < TOKENS; t++)
-        for (int h = 0; h < 2; h++) sum[t][h] = _mm256_add_epi32(sum[t][h], _mm256_madd_epi16(narrow[t][h], ones));
+    add_narrow<TOKENS>(narrow, 1, sum);
 }
 
-template <int TOKENS, bool READY>
-MOSS_AVX2 static MOSS_INLINE void multiply_int8(const uint8_t* codes, int64_t c, const int8_t* x, int64_t stride,
-                                                __m256i (&sum)[TOKENS][2]) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i v[4];
-    load_chunk<8, READY>(codes, c, v);
-    for (int t = 0; t < TOKENS; t++) {
-        const __m256i four = four_codes(x + t * stride + c * 4);
-        for (int h = 0; h < 2; h++) {
-            const __m256i pairs = _mm256_maddubs_epi16(v[2 * h + 1], _mm256_sign_epi8(four, v[2 * h]));
-            sum[t][h] = _mm256_add_epi32(sum[t][h], _mm256_madd_epi16(pairs, ones));
+// Up to 8 chunks of int8: the nibbles of PARTS, 0 and 1, or one of them where there are no registers for both.
+template <int TOKENS, bool READY, int CHUNKS, int FROM, int TO>
+MOSS_AVX2 MOSS_INLINE void chunks_int8(const uint8_t* codes, int64_t c, const int8_t* x, int64_t stride,
+                                       __m256i (&sum)[TOKENS][2]) {
+    __m256i narrow[2][TOKENS][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < CHUNKS; i++) {
+        __m256i raw[2];
+        if (!READY) load_raw(codes, c + i, raw);
+#pragma GCC unroll 2
+        for (int part = FROM; part < TO; part++) {
+            __m256i w[2] = {nibbles(raw[0], part), nibbles(raw[1], part)};
+            if (READY) load_ready(codes, c + i, part, w);
+            if (i == 0) {
+                step_tokens<TOKENS, true>(w, x + (c + i) * 4, stride, narrow[part]);
+            } else {
+                step_tokens<TOKENS, false>(w, x + (c + i) * 4, stride, narrow[part]);
+            }
+        }
+    }
+    if (FROM == 0) add_narrow<TOKENS>(narrow[0], 1, sum);
+    if (TO == 2) add_narrow<TOKENS>(narrow[1], 16, sum);
+}
+
+// Sums of code * x over the chunks of a block.
+template <int BITS, int TOKENS, bool READY>
+MOSS_AVX2 MOSS_INLINE void avx2_products(const uint8_t* codes, int64_t chunks, const int8_t* x, int64_t stride,
+                                         __m256i (&sum)[TOKENS][2]) {
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
+    int64_t c = 0;
+    if (BITS == 4) {
+        for (; c + 4 <= chunks; c += 4) chunks_int4<TOKENS, READY, 4>(codes, c, x, stride, sum);
+        for (; c < chunks; c++) chunks_int4<TOKENS, READY, 1>(codes, c, x, stride, sum);
+    } else if (TOKENS <= 2) {
+        for (; c + 8 <= chunks; c += 8) chunks_int8<TOKENS, READY, 8, 0, 2>(codes, c, x, stride, sum);
+        for (; c < chunks; c++) chunks_int8<TOKENS, READY, 1, 0, 2>(codes, c, x, stride, sum);
+    } else {
+        for (; c + 8 <= chunks; c += 8) {
+            chunks_int8<TOKENS, READY, 8, 0, 1>(codes, c, x, stride, sum);
+            chunks_int8<TOKENS, READY, 8, 1, 2>(codes, c, x, stride, sum);
+        }
+        for (; c < chunks; c++) {
+            chunks_int8<TOKENS, READY, 1, 0, 1>(codes, c, x, stride, sum);
+            chunks_int8<TOKENS, READY, 1, 1, 2>(codes, c, x, stride, sum);
         }
     }
 }
 
-template <int BITS, int TOKENS, bool READY>
-MOSS_AVX2 static MOSS_INLINE void avx2_block(const RoundedBlock& b, const uint8_t* codes, const Group8& g) {
-    __m256i sum[TOKENS][2];
-    for (int t = 0; t < TOKENS; t++)
-        for (int h = 0; h < 2; h++) sum[t][h] = minus_zeros(g.zero[h], b.sums[t]);
-    int64_t c = 0;
-    if (BITS == 4) {
-        for (; c + 4 <= b.chunks; c += 4) multiply_int4<TOKENS, READY, 4>(codes, c, b.x, b.stride, sum);
-        for (; c < b.chunks; c++) multiply_int4<TOKENS, READY, 1>(codes, c, b.x, b.stride, sum);
-    } else {
-        for (; c < b.chunks; c++) multiply_int8<TOKENS, READY>(codes, c, b.x, b.stride, sum);
-    }
-    for (int t = 0; t < TOKENS; t++)
-        for (int h = 0; h < 2; h++) add_total(b.total + t * 16 + 8 * h, sum[t][h], g.scale[h], b.steps[t]);
-}
-
-static inline void fetch_group(const RoundedBlock& b) {
-    _mm_prefetch((const char*)b.scales + b.ahead, _MM_HINT_T0);
-    _mm_prefetch((const char*)b.zeros + b.ahead, _MM_HINT_T0);
-}
-
 template <int BITS, int TOKENS>
-MOSS_AVX2 static void avx2_few(const RoundedBlock& b) {
-    fetch_group(b);
-    avx2_block<BITS, TOKENS, false>(b, b.codes, widen_group<BITS>(b));
+MOSS_AVX2 static void avx2_sum(const BlockRun& run, int32_t* sums) {
+    const uint8_t* codes = run.codes;
+    const int8_t* x = run.x;
+    for (int64_t i = 0; i < run.count; i++, codes += run.chunks * 64, x += run.x_block) {
+        __m256i sum[TOKENS][2];
+        avx2_products<BITS, TOKENS, false>(codes, run.chunks, x, run.x_token, sum);
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKENS; t++, sums += kTileRows) {
+            _mm256_storeu_si256((__m256i*)sums, sum[t][0]);
+            _mm256_storeu_si256((__m256i*)(sums + 8), sum[t][1]);
+        }
+    }
+}
+
+MOSS_AVX2 MOSS_INLINE __m256 widen_scales(const uint16_t* scales, int half) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)scales + half));
 }
 
 template <int BITS>
-MOSS_AVX2 static void avx2_prepare(const RoundedBlock& b, ReadyBlock& to) {
-    fetch_group(b);
-    const Group8 g = widen_group<BITS>(b);
-    for (int h = 0; h < 2; h++) {
-        _mm256_store_ps(to.scales + 8 * h, g.scale[h]);
-        _mm256_store_si256((__m256i*)to.zeros + h, g.zero[h]);
-    }
-    for (int64_t c = 0; c < b.chunks; c++) {
-        __m256i v[4];
-        load_chunk<BITS, false>(b.codes, c, v);
-        for (int i = 0; i < 4; i++) _mm256_store_si256((__m256i*)(to.codes + c * 128) + i, v[i]);
-    }
+MOSS_AVX2 MOSS_INLINE __m256i widen_zeros(const uint8_t* zeros, int half) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(zeros + (BITS == 8 ? 8 * half : 0))));
+    const __m256i stored = BITS == 8   ? bytes
+                           : half == 0 ? _mm256_and_si256(bytes, _mm256_set1_epi32(15))
+                                       : _mm256_srli_epi32(bytes, 4);
+    return _mm256_add_epi32(stored, _mm256_set1_epi32(1));
 }
 
-MOSS_AVX2 static MOSS_INLINE Group8 load_group(const ReadyBlock& r) {
-    Group8 g;
-    for (int h = 0; h < 2; h++) {
-        g.scale[h] = _mm256_load_ps(r.scales + 8 * h);
-        g.zero[h] = _mm256_load_si256((const __m256i*)r.zeros + h);
-    }
-    return g;
+// What one block adds to the totals of 8 rows. Zero points and the sum of x fit in 16 bits.
+MOSS_AVX2 MOSS_INLINE __m256 part_of(__m256i sums, __m256i zeros, int32_t sum, __m256 scales, float step) {
+    const __m256i whole = _mm256_sub_epi32(sums, _mm256_madd_epi16(zeros, _mm256_set1_epi32(sum)));
+    __m256 factor = _mm256_mul_ps(scales, _mm256_set1_ps(step));
+    asm("" : "+x"(factor));  // keep_as_is, in a register
+    __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), factor);
+    asm("" : "+x"(part));
+    return part;
 }
 
 template <int BITS, int TOKENS>
-MOSS_AVX2 static void avx2_ready(const RoundedBlock& b, const ReadyBlock& r) {
-    avx2_block<BITS, TOKENS, true>(b, r.codes, load_group(r));
+MOSS_AVX2 static void avx2_add(const BlockRun& run, const int32_t* sums, float* total) {
+    __m256 whole[TOKENS][2];
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) whole[t][h] = _mm256_loadu_ps(total + t * kTileRows + 8 * h);
+    GroupOf<BITS> group(run);
+    for (int64_t i = 0; i < run.count; i++, group.next_block(), sums += TOKENS * kTileRows) {
+        const int64_t at = i * run.tokens;
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            const __m256i zeros = widen_zeros<BITS>(group.zeros, h);
+            const __m256 scales = widen_scales(group.scales, h);
+#pragma GCC unroll 4
+            for (int t = 0; t < TOKENS; t++) {
+                const __m256i here = load32(sums + t * kTileRows + 8 * h);
+                whole[t][h] = _mm256_add_ps(whole[t][h], part_of(here, zeros, run.sums[at + t], scales, run.steps[at + t]));
+                asm("" : "+x"(whole[t][h]));
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) _mm256_storeu_ps(total + t * kTileRows + 8 * h, whole[t][h]);
+}
+
+template <int BITS>
+MOSS_AVX2 MOSS_INLINE void avx2_prepare_group(const BlockRun& run, ReadyBlock& to) {
+    for (int h = 0; h < 2; h++) {
+        _mm256_store_ps(to.scales + 8 * h, widen_scales(run.scales, h));
+        _mm256_store_si256((__m256i*)to.zeros + h, widen_zeros<BITS>(run.zeros, h));
+    }
+    to.chunks = run.chunks;
+}
+
+template <int BITS>
+MOSS_AVX2 static void avx2_prepare(const BlockRun& run, ReadyBlock& to) {
+    avx2_prepare_group<BITS>(run, to);
+    const uint8_t* codes = run.codes;
+    for (int64_t c = 0; c < to.chunks; c++) {
+        _mm_prefetch((const char*)codes + (to.chunks + c) * 64, _MM_HINT_T0);  // of the next block
+        for (int i = 0; i < 4; i++)
+            _mm256_store_si256((__m256i*)(to.codes + c * 128) + i, nibbles(load32(codes + c * 64 + (i & 1) * 32), i / 2));
+    }
+}
+
+template <int BITS, int TOKENS>
+MOSS_AVX2 MOSS_INLINE void avx2_tokens(const ReadyBlock& w, const BlockTokens& x, int64_t t, float* total) {
+    __m256i sum[TOKENS][2];
+    avx2_products<BITS, TOKENS, true>(w.codes, w.chunks, x.codes + t * x.stride, x.stride, sum);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+        const __m256i zeros = load32(w.zeros + 8 * h);
+        const __m256 scales = _mm256_load_ps(w.scales + 8 * h);
+#pragma GCC unroll 4
+        for (int i = 0; i < TOKENS; i++) {
+            float* to = total + (t + i) * kTileRows + 8 * h;
+            const __m256 part = part_of(sum[i][h], zeros, x.sums[t + i], scales, x.steps[t + i]);
+            _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), part));
+        }
+    }
+}
+
+template <int BITS>
+MOSS_AVX2 static void avx2_multiply(const ReadyBlock& w, const BlockTokens& x, float* total) {
+    int64_t t = 0;
+    for (; t + 4 <= x.count; t += 4) avx2_tokens<BITS, 4>(w, x, t, total);
+    for (; t < x.count; t++) avx2_tokens<BITS, 1>(w, x, t, total);
 }
 
 template <int BITS>
 static inline RoundedKernels avx2_kernels() {
-    return {{avx2_few<BITS, 1>, avx2_few<BITS, 2>, avx2_few<BITS, 3>, avx2_few<BITS, 4>},
-            avx2_prepare<BITS>, 4,
-            {avx2_ready<BITS, 1>, avx2_ready<BITS, 2>, avx2_ready<BITS, 3>, avx2_ready<BITS, 4>}};
+    return {{avx2_sum<BITS, 1>, avx2_sum<BITS, 2>, avx2_sum<BITS, 3>, avx2_sum<BITS, 4>},
+            {avx2_add<BITS, 1>, avx2_add<BITS, 2>, avx2_add<BITS, 3>, avx2_add<BITS, 4>},
+            avx2_prepare<BITS>, avx2_multiply<BITS>};
 }
 
 }  // namespace moss

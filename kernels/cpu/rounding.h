@@ -16,7 +16,7 @@ constexpr int64_t kMaxBlock = 128;  // more would overflow sixteen bits, in sums
 constexpr float kCodes = 127.0f;    // codes lie between -127 and 127
 constexpr float kSmallestNormal = 1.17549435e-38f;
 
-// The blocks of a row of stored inputs, one after the other:
+// The blocks of a row of stored inputs, one after the other, or `alike` at a time:
 //     for (Blocks b(...); b.more(); b.next()) { b.index, b.group, b.start, b.size }
 struct Blocks {
     int64_t padded_in, padded_group, block;
@@ -24,20 +24,28 @@ struct Blocks {
 
     Blocks(int64_t padded_in, int64_t padded_group, int64_t block)
         : padded_in(padded_in), padded_group(padded_group), block(block) {
-        group_end = padded_group < padded_in ? padded_group : padded_in;
         fit();
     }
     bool more() const { return start < padded_in; }
-    void next() {
-        index++;
-        start += size;
-        if (start == group_end) {
-            group++;
-            group_end = padded_in - start < padded_group ? padded_in : start + padded_group;
-        }
+    // How many follow that have the same size, this one included.
+    int64_t alike() const {
+        const int64_t whole = padded_in / padded_group * padded_group;
+        const bool same_groups = padded_group <= block || padded_group % block == 0;
+        return ((same_groups && start < whole ? whole : group_end) - start) / size;
+    }
+    // How many of this size are left in the group, this one included, and how many there are in a whole one.
+    int64_t left_in_group() const { return (group_end - start) / size; }
+    int64_t per_group() const { return padded_group / size; }
+    void next(int64_t count = 1) {
+        index += count;
+        start += count * size;
         fit();
     }
-    void fit() { size = group_end - start < block ? group_end - start : block; }
+    void fit() {
+        group = start / padded_group;
+        group_end = (group + 1) * padded_group < padded_in ? (group + 1) * padded_group : padded_in;
+        size = group_end - start < block ? group_end - start : block;
+    }
 };
 
 // A number that the compiler must take as it is: keeps it from joining a product and a sum, or from

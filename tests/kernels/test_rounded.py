@@ -125,8 +125,8 @@ class Product:
             }
             run(LINEAR_ROUNDED, [codes, self.blob.var, self.bias.var, steps, sums], [target.var], data)
         assert (out[:, layout.shape[0] :] == 7).all(), "written past the last row"
-        result: Array = out[:, : layout.shape[0]].copy()
-        return result
+        results: Array = out[:, : layout.shape[0]]
+        return results
 
 
 def activations(tokens: int, k: int, seed: int = 0) -> Array:
@@ -135,7 +135,7 @@ def activations(tokens: int, k: int, seed: int = 0) -> Array:
     x = rng.normal(size=(tokens, k)) * np.exp(2 * rng.normal(size=(tokens, k)))
     x[0] = 3 * np.sign(x[0])
     x[-1, : k // 2] = 0
-    return x.astype(np.float32)
+    return np.asarray(x, np.float32)
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
