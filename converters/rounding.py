@@ -219,7 +219,7 @@ class _Groups:
 
     def plain(self) -> tuple[Floats, Floats]:
         """Scale, as float16 holds it, and zero point that spread the codes evenly over the weights."""
-        scale = _as_stored((self.high - self.low) / self._top)
+        scale = _as_stored(np.divide(self.high - self.low, self._top, dtype=np.float32))
         zero = np.rint(self.low * -_inverse(scale))
         return scale, np.clip(zero, 1, self._top + 1)
 

@@ -154,12 +154,13 @@ def test_only_the_head_of_a_quantised_model_can_change(tmp_path: Path) -> None:
     assert np.array_equal(Checkpoint.open(same).read("lm_head.weight"), after.read("lm_head.weight"))
     again = hf2jittor(source, tmp_path / "at-once", head="int8", name="native").path
     assert np.array_equal(Checkpoint.open(again).read("lm_head.weight"), after.read("lm_head.weight"))
-    for words, options in (
+    cases: list[tuple[str, dict[str, Any]]] = [
         (r"is int4 in groups of 32 already.*Quantise the floating-point model it was made from", {"bits": 8}),
         (r"Quantise the floating-point model it was made from", {"bits": 4, "group_size": 64, "head": "int8"}),
         (r"Nothing was asked for that could be done: its head can still be made int8", {}),
         (r"Nothing was asked for that could be done", {"bits": 4, "group_size": 32}),
-    ):
+    ]
+    for words, options in cases:
         with pytest.raises(ConfigError, match=words):
             quantize(native, tmp_path / "no", **options)
     with pytest.raises(ConfigError, match=r"Its head is quantised too: nothing is left to be done"):
@@ -255,7 +256,7 @@ class Halving(RoundToNearest):
     def quantize(self, name: str, rows: Any, quantization: Quantization) -> QuantMatrix:
         assert name in {*MATRICES, "lm_head.weight"}
         made = super().quantize(name, rows, quantization)
-        return QuantMatrix(made.codes, made.scales / np.float16(2), made.zeros, made.groups)
+        return QuantMatrix(made.codes, (made.scales / 2).astype(np.float16), made.zeros, made.groups)
 
 
 def test_another_way_to_quantise_can_be_given(tmp_path: Path) -> None:
