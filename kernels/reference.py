@@ -1,7 +1,8 @@
 """The kernels' formulas in numpy, slow and obvious: what the fast ones are tested against.
 
-Everything is computed in float64 from float32 inputs, apart from the product of rounded activations:
-that one follows the kernel operation by operation, for the same bits.
+Everything is computed in float64 from float32 inputs, apart from what says "to the bit" and the product of
+rounded activations: these follow the kernel operation by operation. A fused multiply-add is taken in long
+double, where the product is exact, and rounded to float.
 """
 
 from __future__ import annotations
@@ -59,6 +60,23 @@ def linear_rounded(x: Array, matrix: QuantMatrix, layout: TileLayout, perm: Arra
         zeros = matrix.zeros[:, group].astype(np.int64) + 1
         whole = here @ weights[:, start : start + size].T - here.sum(axis=1)[:, None] * zeros
         y += whole.astype(np.float32) * (matrix.scales[:, group].astype(np.float32) * steps[:, index, None])
+    return y
+
+
+def linear_tiles(x: Array, matrix: QuantMatrix, layout: TileLayout, perm: Array) -> Array:
+    """y = x W^T in float32, to the bit: (T, K) to (T, N); `perm` is the order of the inputs in the tiles.
+
+    Of up to 128 positions of a group, the even ones and the odd ones are a chain of fused multiply-adds each.
+    """
+    inputs = np.where(perm < 0, 0, x[:, perm]).astype(np.longdouble)
+    codes = np.where(perm < 0, 0, matrix.codes[:, perm]).astype(np.longdouble)
+    y = np.zeros((len(x), layout.shape[0]), np.float32)
+    for group, start, size in rounding_blocks(layout, 128):
+        weights = codes[:, start : start + size] - (matrix.zeros[:, group, None].astype(np.longdouble) + 1)
+        sums = np.zeros((2, *y.shape), np.float32)
+        for p in range(size):
+            sums[p % 2] = (inputs[:, start + p, None] * weights[None, :, p] + sums[p % 2]).astype(np.float32)
+        y = y + (sums[0] + sums[1]) * matrix.scales[:, group].astype(np.float32)
     return y
 
 

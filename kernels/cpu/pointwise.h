@@ -4,15 +4,12 @@
 // Every operation is rounded for itself and sums are taken in one order (see the pragma in rows.h), so
 // the bits are the same on every machine, whatever T and however many threads.
 #pragma once
-#include "numbers.h"
+#include "matrix.h"
 
 #pragma GCC push_options
 #pragma GCC optimize("no-associative-math,no-reciprocal-math,signed-zeros,fp-contract=off")
 
 namespace moss {
-
-// Whether to share work among threads: waking a sleeping one takes 10 to 40 microseconds.
-static inline bool worth_waking(int64_t numbers, int64_t picoseconds) { return numbers * picoseconds >= 100000000; }
 
 constexpr int64_t kNormCost = 700, kGeluCost = 2500, kSumCost = 350;  // picoseconds a number on one core
 

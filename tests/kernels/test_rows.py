@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from stored_matrices import USUAL, VERSIONS, Way
 
 from moss_jt.config import FloatType
 from moss_jt.kernels import reference
@@ -23,7 +23,6 @@ from moss_jt.weights import widen
 Array = npt.NDArray[Any]
 
 STORED = {"float32": 0, "float16": 1, "bfloat16": 2}
-VERSIONS = {"plain": 1, "avx2": 2, "avx512": 3}
 SOURCE = """
 #include "linear.h"
 extern "C" void multiply(int64_t tokens, int64_t in, int64_t out, int64_t first, int64_t x_stride, int64_t y_stride,
@@ -34,16 +33,6 @@ extern "C" void multiply(int64_t tokens, int64_t in, int64_t out, int64_t first,
     moss::linear_rows(s, x, rows, bias + first, y + first, version);
 }
 """
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a product is computed; none of it may change a bit."""
-
-    options: str = "jittor"
-    version: str = "avx512"
-    threads: int = 2
-    cuts: tuple[int, ...] = ()
 
 
 class Rows:
@@ -73,7 +62,7 @@ Multiply = Callable[..., Array]
 def multiply(compile_kernels: Any) -> Multiply:
     """(rows, way, tokens=…, bias=…, add=…) to (T, N)."""
 
-    def call(rows: Rows, way: Way = Way(), *, tokens: int | None = None, bias: bool = False, add: float = 0.0) -> Array:
+    def call(rows: Rows, way: Way = USUAL, *, tokens: int | None = None, bias: bool = False, add: float = 0.0) -> Array:
         library = compile_kernels(SOURCE, way.options)
         count = len(rows.wide) if tokens is None else tokens
         y = np.full((count, rows.n + 2), add, np.float32)

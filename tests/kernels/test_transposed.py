@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from stored_matrices import DATA_KEYS, USUAL, VERSIONS, Floats, Matrix, Tiles, Way
 
-from moss_jt.config import Bits, FloatType
 from moss_jt.kernels import reference
-from moss_jt.layout import TILE_ROWS, RowsLayout, TileLayout
+from moss_jt.layout import TileLayout
 from moss_jt.ops import layout_data
-from moss_jt.packing import QuantMatrix, dequantize, input_order, pack, tile_layout
-from moss_jt.weights import widen
 
 Array = npt.NDArray[Any]
 
-VERSIONS = {"plain": 1, "avx2": 2, "avx512": 3}
-KEYS = ("in", "stored", "group", "padded_group", "padded_in", "groups", "scales_at", "zeros_at", "tile_bytes")
 SOURCE = """
 #include "transposed.h"
 using moss::LinearShape;
@@ -42,36 +37,6 @@ extern "C" void turn_back(int64_t tokens, int64_t columns, int64_t x_stride, con
 """
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """A quantised matrix to make."""
-
-    n: int
-    k: int
-    bits: Bits
-    group: int
-    act_order: bool = False
-
-
-@dataclass(frozen=True)
-class Floats:
-    """A floating-point matrix to make."""
-
-    n: int
-    k: int
-    dtype: FloatType
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a product is computed; none of it may change a bit. Cuts are in units: tiles or rows."""
-
-    options: str = "jittor"
-    version: str = "avx512"
-    threads: int = 2
-    cuts: tuple[int, ...] = ()
-
-
 CASES: list[Tiles | Floats] = [
     Tiles(1, 8, 4, 8),
     Tiles(17, 128, 4, 128),
@@ -88,40 +53,6 @@ CASES: list[Tiles | Floats] = [
 ]
 
 
-class Matrix:
-    """A random stored matrix: its bytes, its layout, its values."""
-
-    def __init__(self, case: Tiles | Floats) -> None:
-        rng = np.random.default_rng(case.n * case.k)
-        self.layout: TileLayout | RowsLayout
-        self.perm: Array = np.zeros(1, np.int32)
-        if isinstance(case, Tiles):
-            groups = (np.arange(case.k) // case.group).astype(np.int32)
-            if case.act_order:
-                groups = rng.permutation(groups).astype(np.int32)
-            count = -(-case.k // case.group)
-            codes = rng.integers(0, 2**case.bits, (case.n, case.k)).astype(np.uint8)
-            scales = rng.uniform(1e-3, 2e-2, (case.n, count)).astype(np.float16)
-            zeros = rng.integers(0, 2**case.bits, (case.n, count)).astype(np.uint8)
-            matrix = QuantMatrix(codes, scales, zeros, groups)
-            self.layout = tile_layout((case.n, case.k), case.bits, case.group, groups)
-            self.perm = input_order(self.layout, groups)
-            self.blob, self.values = pack(matrix, self.layout), dequantize(matrix)
-            return
-        values = rng.normal(size=(case.n, case.k)).astype(np.float16 if case.dtype == "float16" else np.float32)
-        kept = (values.view(np.uint32) >> 16).astype(np.uint16) if case.dtype == "bfloat16" else values
-        self.layout = RowsLayout((case.n, case.k), case.dtype)
-        self.blob = np.ascontiguousarray(kept).reshape(-1).view(np.uint8)
-        self.values = widen(self.blob, case.dtype).reshape(case.n, case.k)
-
-    @property
-    def unit(self) -> tuple[int, int]:
-        """Rows and bytes of the smallest piece."""
-        if isinstance(self.layout, TileLayout):
-            return TILE_ROWS, self.layout.tile_bytes
-        return 1, self.layout.row_bytes
-
-
 Turn = Callable[..., Array]
 
 
@@ -129,7 +60,7 @@ Turn = Callable[..., Array]
 def turn(compile_kernels: Any) -> Turn:
     """(matrix, dy, way) to dx."""
 
-    def call(matrix: Matrix, dy: Array, way: Way = Way()) -> Array:
+    def call(matrix: Matrix, dy: Array, way: Way = USUAL) -> Array:
         library, data = compile_kernels(SOURCE, way.options), layout_data(matrix.layout)
         n, k = matrix.layout.shape
         tokens, tiles = len(dy), isinstance(matrix.layout, TileLayout)
@@ -142,7 +73,7 @@ def turn(compile_kernels: Any) -> Turn:
         pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (wide, matrix.blob, turned)]
         for start, end in pairwise(ends):
             sizes = [tokens, min(n, end * rows) - start * rows, start * rows, start * nbytes, n + 3]
-            numbers = [ctypes.c_int64(int(size)) for size in [*sizes, *(data[key] for key in KEYS)]]
+            numbers = [ctypes.c_int64(int(size)) for size in [*sizes, *(data[key] for key in DATA_KEYS)]]
             library.turn(*numbers, *pointers, VERSIONS[way.version], way.threads)
         dx = np.full((tokens, k + 2), 7, np.float32)
         pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (turned, matrix.perm, dx)]
