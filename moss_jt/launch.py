@@ -36,6 +36,7 @@ HEADERS = (
     "rounding.h",
     "rounded_plain.h",
     "rounded_x86.h",
+    "rounded_vnni.h",
     "rounded.h",
     "pointwise.h",
     "ordered.h",

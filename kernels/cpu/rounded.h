@@ -10,7 +10,7 @@
 #include <atomic>
 
 #include "rounded_plain.h"
-#include "rounded_x86.h"
+#include "rounded_vnni.h"
 
 namespace moss {
 
@@ -24,7 +24,14 @@ static inline bool can_run(int processor) {
     if (processor == kPlain) return true;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (processor == kAvx2) return __builtin_cpu_supports("avx2");
+    const bool avx2 = __builtin_cpu_supports("avx2");
+    if (processor == kAvx2) return avx2;
+#if MOSS_HAS_AVXVNNI
+    if (processor == kAvxVnni) return avx2 && __builtin_cpu_supports("avxvnni");
+#endif
+    if (processor == kAvx512Vnni)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 #endif
     return false;
 }
@@ -40,6 +47,10 @@ template <int BITS>
 static inline RoundedKernels rounded_kernels(int processor) {
     switch (choose_processor(processor)) {
 #if defined(__x86_64__)
+        case kAvx512Vnni: return avx512_kernels<BITS>();
+#if MOSS_HAS_AVXVNNI
+        case kAvxVnni: return avxvnni_kernels<BITS>();
+#endif
         case kAvx2: return avx2_kernels<BITS>();
 #endif
         default: return plain_kernels<BITS>();

@@ -142,6 +142,15 @@ MOSS_AVX2 MOSS_INLINE void avx2_products(const uint8_t* codes, int64_t chunks, c
     }
 }
 
+template <int TOKENS>
+MOSS_AVX2 MOSS_INLINE void store_sums(const __m256i (&sum)[TOKENS][2], int32_t* to) {
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++, to += kTileRows) {
+        _mm256_storeu_si256((__m256i*)to, sum[t][0]);
+        _mm256_storeu_si256((__m256i*)(to + 8), sum[t][1]);
+    }
+}
+
 template <int BITS, int TOKENS>
 MOSS_AVX2 static void avx2_sum(const BlockRun& run, int32_t* sums) {
     const uint8_t* codes = run.codes;
@@ -149,11 +158,7 @@ MOSS_AVX2 static void avx2_sum(const BlockRun& run, int32_t* sums) {
     for (int64_t i = 0; i < run.count; i++, codes += run.chunks * 64, x += run.x_block) {
         __m256i sum[TOKENS][2];
         avx2_products<BITS, TOKENS, false>(codes, run.chunks, x, run.x_token, sum);
-#pragma GCC unroll 4
-        for (int t = 0; t < TOKENS; t++, sums += kTileRows) {
-            _mm256_storeu_si256((__m256i*)sums, sum[t][0]);
-            _mm256_storeu_si256((__m256i*)(sums + 8), sum[t][1]);
-        }
+        store_sums<TOKENS>(sum, sums + i * TOKENS * kTileRows);
     }
 }
 
@@ -228,10 +233,10 @@ MOSS_AVX2 static void avx2_prepare(const BlockRun& run, ReadyBlock& to) {
     }
 }
 
-template <int BITS, int TOKENS>
-MOSS_AVX2 MOSS_INLINE void avx2_tokens(const ReadyBlock& w, const BlockTokens& x, int64_t t, float* total) {
-    __m256i sum[TOKENS][2];
-    avx2_products<BITS, TOKENS, true>(w.codes, w.chunks, x.codes + t * x.stride, x.stride, sum);
+// Sums of code * x of the tokens from `t` on, added to their totals.
+template <int TOKENS>
+MOSS_AVX2 MOSS_INLINE void add_tokens(const __m256i (&sum)[TOKENS][2], const ReadyBlock& w, const BlockTokens& x,
+                                      int64_t t, float* total) {
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
         const __m256i zeros = load32(w.zeros + 8 * h);
@@ -243,6 +248,13 @@ MOSS_AVX2 MOSS_INLINE void avx2_tokens(const ReadyBlock& w, const BlockTokens& x
             _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), part));
         }
     }
+}
+
+template <int BITS, int TOKENS>
+MOSS_AVX2 MOSS_INLINE void avx2_tokens(const ReadyBlock& w, const BlockTokens& x, int64_t t, float* total) {
+    __m256i sum[TOKENS][2];
+    avx2_products<BITS, TOKENS, true>(w.codes, w.chunks, x.codes + t * x.stride, x.stride, sum);
+    add_tokens<TOKENS>(sum, w, x, t, total);
 }
 
 template <int BITS>

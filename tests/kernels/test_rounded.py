@@ -1,14 +1,17 @@
-"""Products with activations rounded to int8 (rounding, rounded, rounded_plain, rounded_x86): the same bits everywhere.
+"""Products with activations rounded to int8 (rounding, rounded, rounded_plain, rounded_x86, rounded_vnni).
 
-The reference follows the kernel operation by operation; every version that this processor can run must
+The reference follows the kernels operation by operation; every version that this processor can run must
 give its bits, for any number of tokens, any cut and any number of threads.
 """
 
 from __future__ import annotations
 
 import ctypes
+import platform
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -241,3 +244,33 @@ def test_largest_sums_do_not_overflow(jittor: Any) -> None:
         signs[2, ::2] = -1
         for processor in PROCESSORS:
             np.testing.assert_array_equal(product.run(signs * 5, processor), product.reference(signs * 5))
+
+
+CALL_ALL = """
+#include "rounded.h"
+void call(const moss::LinearShape& s, const int8_t* x, const uint8_t* w, const float* f, const int32_t* n, float* y) {
+    for (int p = moss::kBest; p <= moss::kAvx512Vnni; p++) moss::linear_rounded(s, x, w, f, f, n, y, 128, p);
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86 processors")
+@pytest.mark.parametrize("processor", ["x86-64", "icelake-server"])
+def test_compiles_for_old_and_new_processors(processor: str, tmp_path: Path) -> None:
+    """Every version is in every program: the compiler must take those that its target does not have."""
+    source = tmp_path / "all.cpp"
+    source.write_text(CALL_ALL, "utf-8")
+    room = Path(reference.__file__).parent / "cpu"
+    options = [
+        "-std=c++14",
+        "-O1",
+        "-fopenmp",
+        "-Wno-psabi",
+        f"-march={processor}",
+        f"-I{room}",
+        "-c",
+        "-o",
+        "/dev/null",
+    ]
+    done = subprocess.run(["g++", *options, str(source)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
