@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moss_jt.errors import ConfigError, StartupError
+from moss_jt.errors import ConfigError, DeviceMemoryError, StartupError
 from moss_jt.memory import (
     GIB,
     KIB,
@@ -14,9 +14,12 @@ from moss_jt.memory import (
     automatic_memory,
     available_memory,
     format_size,
+    memory_for,
     parse_size,
     peak_memory,
+    require_room_to_start,
     resident_memory,
+    room_in_process,
 )
 
 
@@ -145,14 +148,39 @@ def test_a_group_over_its_limit_leaves_nothing(tmp_path: Path) -> None:
     assert available_memory(root) == 0
 
 
+LIMITS = "Limit   Soft Limit   Hard Limit   Units\nMax data size   {data}   unlimited   bytes\nMax address space   {space}   unlimited   bytes\n"
+
+
+def test_limits_that_leave_too_little_to_start_are_named(tmp_path: Path) -> None:
+    status = f"VmSize:\t{MIB >> 10} kB\nVmData:\t{MIB >> 10} kB\n"
+    root = machine(
+        tmp_path, proc__self__limits=LIMITS.format(data=100 * MIB, space="unlimited"), proc__self__status=status
+    )
+    with pytest.raises(DeviceMemoryError, match=r"ulimit -d leaves 99MiB to this process; \S+iB are needed to start"):
+        require_room_to_start(root)
+    (root / "proc/self/limits").write_text(LIMITS.format(data="unlimited", space=300 * MIB))
+    with pytest.raises(DeviceMemoryError, match="ulimit -v leaves 299MiB"):
+        require_room_to_start(root)
+    assert (room_in_process(root) or 0) < 299 * MIB
+    (root / "proc/self/limits").write_text(LIMITS.format(data="unlimited", space="unlimited"))
+    require_room_to_start(root)
+    assert room_in_process(root) is None
+
+
+def test_memory_that_cannot_be_had_says_what_it_was_for() -> None:
+    with pytest.raises(DeviceMemoryError, match=r"memory for poems \(Unable to allocate 8.00 EiB"), memory_for("poems"):
+        raise MemoryError("Unable to allocate 8.00 EiB")
+    with pytest.raises(DeviceMemoryError, match=r"memory for poems\. Close"), memory_for("poems"):
+        raise MemoryError
+
+
 def test_limits_of_the_process_count(tmp_path: Path) -> None:
-    limits = "Limit   Soft Limit   Hard Limit   Units\nMax data size   {data}   unlimited   bytes\nMax address space   {space}   unlimited   bytes\n"
     status = "Name:\tpython\nVmSize:\t 1048576 kB\nVmData:\t 524288 kB\n"
     root = machine(
-        tmp_path, proc__self__limits=limits.format(data="unlimited", space=3 * GIB), proc__self__status=status
+        tmp_path, proc__self__limits=LIMITS.format(data="unlimited", space=3 * GIB), proc__self__status=status
     )
     assert available_memory(root) == 2 * GIB
-    (root / "proc/self/limits").write_text(limits.format(data=GIB, space=3 * GIB))
+    (root / "proc/self/limits").write_text(LIMITS.format(data=GIB, space=3 * GIB))
     assert available_memory(root) == GIB // 2
 
 
