@@ -169,7 +169,10 @@ class Model:
         if self.budget is not None:
             self.budget.check_tokens(tokens, slots)
             capacity = self.budget.plan.capacity
-        runner = Runner(self.config, self.store, slots=slots, tokens=tokens, kind=self.kv, capacity=capacity)
+        rounding = self.compute == "fast"
+        runner = Runner(
+            self.config, self.store, slots=slots, tokens=tokens, kind=self.kv, capacity=capacity, rounding=rounding
+        )
         if self.budget is not None:
             runner.keep_to(self.budget)
         return runner
