@@ -82,17 +82,16 @@ LAYER_NORM = """
 """
 GELU = 'moss::gelu(out0_p, (int64_t)data["count"]);'
 ADD_BOTH = 'moss::add_both(out0_p, in0_p, in1_p, (int64_t)data["count"]);'
+# Fifteen numbers as data would take longer to hand over than a short attention takes: they are the bytes of a Var.
 _ATTENTION_SHAPE = """
-    moss::AttentionShape s{(int64_t)data["tokens"], (int64_t)data["heads"], (int64_t)data["width"], (int64_t)data["rotary"],
-        (int64_t)data["block"], (int64_t)data["table_width"], (int64_t)data["block_bytes"], (int64_t)data["row_bytes"],
-        (int64_t)data["keys_at"], (int64_t)data["values_at"], (int64_t)data["kind"], (int64_t)data["steps"],
-        (int64_t)data["step_channels"], (int64_t)data["room"], (int64_t)data["plain"]};
+    moss::AttentionShape s;
+    std::memcpy(&s, in0_p, sizeof s);
 """
-_ATTENTION_KEYS = re.findall(r'data\["(\w+)"\]', _ATTENTION_SHAPE)
+ATTENTION_NUMBERS = 15  # int64
 ROTATE_AND_APPEND = (
-    _ATTENTION_SHAPE + "moss::rotate_and_append(s, in0_p, in1_p, in2_p, in3_p, in4_p, out0_p, (uint8_t*)out1_p);"
+    _ATTENTION_SHAPE + "moss::rotate_and_append(s, in1_p, in2_p, in3_p, in4_p, in5_p, out0_p, (uint8_t*)out1_p);"
 )
-ATTEND = _ATTENTION_SHAPE + "moss::attend(s, in0_p, (const uint8_t*)in1_p, in2_p, in3_p, in4_p, out0_p, out1_p);"
+ATTEND = _ATTENTION_SHAPE + "moss::attend(s, in1_p, (const uint8_t*)in2_p, in3_p, in4_p, in5_p, out0_p, out1_p);"
 
 
 _ALONE = threading.RLock()
@@ -238,9 +237,9 @@ def _idle_calls() -> list[tuple[str, list[Any], list[Any], Mapping[str, float]]]
         (ADD_BOTH, [floats(2, 2), floats(2, 2)], [floats(2, 2)], {"count": 0}),
     ]
     cache = share(np.zeros((2, 64), np.uint8))
-    shape: dict[str, float] = dict.fromkeys(_ATTENTION_KEYS, 0)
-    calls.append((ROTATE_AND_APPEND, [floats(2, 2), floats(2, 2), *where], [floats(2, 2), cache], shape))
-    calls.append((ATTEND, [floats(2, 2), cache, *where], [floats(2, 2), floats(2, 2)], shape))
+    shape = share(np.zeros(ATTENTION_NUMBERS, np.int64).view(np.uint8))
+    calls.append((ROTATE_AND_APPEND, [shape, floats(2, 2), floats(2, 2), *where], [floats(2, 2), cache], {}))
+    calls.append((ATTEND, [shape, floats(2, 2), cache, *where], [floats(2, 2), floats(2, 2)], {}))
     return calls
 
 

@@ -23,6 +23,7 @@ from moss_jt.kv_layout import STEP_CHANNELS
 from moss_jt.launch import (
     ADD_BOTH,
     ATTEND,
+    ATTENTION_NUMBERS,
     GELU,
     LAYER_NORM,
     LINEAR,
@@ -145,6 +146,9 @@ class InferenceOps:
         self.sincos = Buffer(rotary_table(config))
         self._kv = share(kv.memory)
         self._stretches = Buffer(aligned((max(2, _shared_floats(config)),), "float32"))
+        self._attention_shapes = {
+            layer: self._attention_shape(index * kv.layout.layer_bytes) for index, layer in enumerate(kv.layers)
+        }
         self.rounding, self.processor = rounding, "best"
         self._rounded = _RoundedInputs(2, 2)
         self._small: dict[str, Any] = {}
@@ -201,10 +205,12 @@ class InferenceOps:
     def attention(self, qkv: Buffer, layer: int) -> Buffer:
         """Rotate, append to the cache, attend: (T, 3C) to (T, C)."""
         queries, merged = self.buffers["queries"], self.buffers["merged"]
-        data = self._attention_data(layer)
+        shape = self._attention_shapes[layer]
+        numbers = shape.array.view(np.int64)
+        numbers[0], numbers[-1] = self._tokens, self.processor == "plain"
         where = [self._slots.var, self._positions.var, self._table.var]
-        run(ROTATE_AND_APPEND, [qkv.var, self.sincos.var, *where], [queries.var, self._kv], data)
-        run(ATTEND, [queries.var, self._kv, *where], [merged.var, self._stretches.var], data)
+        run(ROTATE_AND_APPEND, [shape.var, qkv.var, self.sincos.var, *where], [queries.var, self._kv], {})
+        run(ATTEND, [shape.var, queries.var, self._kv, *where], [merged.var, self._stretches.var], {})
         return self._seen(f"transformer.h.{layer}.attn.merged", merged)
 
     def gelu(self, x: Buffer, name: str) -> Buffer:
@@ -233,25 +239,14 @@ class InferenceOps:
         """The T rows of a buffer, copied."""
         return x.array[: self._rows(x)].copy()
 
-    def _attention_data(self, layer: int) -> dict[str, float]:
-        kv, at = self.cache.layout, self.cache.layers.index(layer) * self.cache.layout.layer_bytes
-        return {
-            "tokens": self._tokens,
-            "heads": kv.heads,
-            "width": kv.width,
-            "rotary": self.config.rotary_dim,
-            "block": BLOCK,
-            "table_width": self.cache.table.shape[1],
-            "block_bytes": kv.block_bytes,
-            "row_bytes": kv.row_bytes,
-            "keys_at": at,
-            "values_at": at + kv.layer_bytes // 2,
-            "kind": _KV_KIND[kv.kind],
-            "steps": kv.steps,
-            "step_channels": STEP_CHANNELS,
-            "room": self._stretches.array.size,
-            "plain": self.processor == "plain",
-        }
+    def _attention_shape(self, at: int) -> Buffer:
+        """The AttentionShape of the kernel, but for the tokens, where the layer begins at byte `at` of a block."""
+        kv, table_width = self.cache.layout, self.cache.table.shape[1]
+        where = (BLOCK, table_width, kv.block_bytes, kv.row_bytes, at, at + kv.layer_bytes // 2)
+        stored = (_KV_KIND[kv.kind], kv.steps, STEP_CHANNELS)
+        numbers = (0, kv.heads, kv.width, self.config.rotary_dim, *where, *stored, self._stretches.array.size, 0)
+        assert len(numbers) == ATTENTION_NUMBERS
+        return Buffer(np.array(numbers, np.int64).view(np.uint8))
 
     def _rows(self, x: Buffer) -> int:
         """Rows of a buffer that hold something in this pass."""

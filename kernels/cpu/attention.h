@@ -30,7 +30,7 @@ constexpr int64_t kValueRows = 16;
 constexpr int64_t kAhead = 32;     // positions from what is read to what is fetched
 constexpr int64_t kItemsPerThread = 4;  // with fewer the stretches are shared out
 
-struct AttentionShape {
+struct AttentionShape {  // handed over as bytes by moss_jt/ops.py: order and number of its parts are fixed there
     int64_t tokens, heads, width, rotary;  // T, H, D, R
     int64_t block, table_width;
     int64_t block_bytes, row_bytes, keys_at, values_at;
@@ -41,6 +41,8 @@ struct AttentionShape {
     int64_t padded() const { return (width + 7) & ~(int64_t)7; }
     KVRows rows() const { return {kind, width, padded(), row_bytes, steps, step_channels}; }
 };
+
+static_assert(sizeof(AttentionShape) == 15 * sizeof(int64_t), "moss_jt/launch.py counts them, too");
 
 MOSS_ORDERED
 
