@@ -71,6 +71,7 @@ MOSS_FMA8 static void piece8(const float* w, int64_t n, const float* x, int64_t 
     __m256 sum[TOKENS][4];
 #pragma GCC unroll 3
     for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) sum[t][i] = _mm256_setzero_ps();
     for (int64_t p = 0; p < n; p += 2)  // n is even: blocks hold 4 or 8 positions
 #pragma GCC unroll 2
@@ -86,6 +87,7 @@ MOSS_FMA8 static void piece8(const float* w, int64_t n, const float* x, int64_t 
         }
 #pragma GCC unroll 3
     for (int t = 0; t < TOKENS; t++)
+#pragma GCC unroll 4
         for (int i = 0; i < 4; i++) _mm256_storeu_ps(sums + (t * 4 + i) * 8, sum[t][i]);
 }
 #endif

@@ -25,7 +25,7 @@
 namespace moss {
 
 constexpr int64_t kLanes = 8;
-constexpr int kDirectRows = 8, kDirectTokens = 3;  // at once, of rows as stored
+constexpr int kDirectRows = 4, kDirectTokens = 3;  // at once, of rows as stored
 constexpr int64_t kFewTokens = 6;
 constexpr int kMostRows = 8, kMostTokens = 6;      // at once, of a panel
 constexpr int64_t kDepth = 512;                    // inputs of a panel
@@ -51,7 +51,7 @@ typedef void (*WidenKernel)(const uint8_t* from, int64_t steps, float* to, int64
 // One processor's version. A panel holds 8 inputs of every row, then the next 8 of every row; its tokens likewise.
 struct RowsKernels {
     WidenKernel widen[3];                                 // by Stored
-    ProductKernel direct[3][3][kDirectTokens];            // rows as stored: by Stored, rows (1, 4, 8), tokens - 1
+    ProductKernel direct[3][2][kDirectTokens];            // rows as stored: by Stored, one or kDirectRows, tokens - 1
     ProductKernel panel[kMostTokens];                     // by tokens - 1
     int rows, tokens;                                     // of a panel
 };
@@ -107,11 +107,9 @@ static void plain_widen(const uint8_t* from, int64_t steps, float* to, int64_t t
     for (int64_t i = 0; i < steps; i++) widen8<STORED>(from + i * kLanes * bytes_of(STORED), to + i * to_step);
 }
 
-// With one token 8 rows at once: every sum waits for itself. With more they would need too many registers.
 #define MOSS_DIRECT(KERNEL, STORED)                                      \
     {{KERNEL<STORED, 1, 1>, KERNEL<STORED, 1, 2>, KERNEL<STORED, 1, 3>}, \
-     {KERNEL<STORED, 4, 1>, KERNEL<STORED, 4, 2>, KERNEL<STORED, 4, 3>}, \
-     {KERNEL<STORED, 8, 1>, nullptr, nullptr}}
+     {KERNEL<STORED, kDirectRows, 1>, KERNEL<STORED, kDirectRows, 2>, KERNEL<STORED, kDirectRows, 3>}}
 
 static inline RowsKernels plain_rows() {
     return {{plain_widen<kFloat32>, plain_widen<kFloat16>, plain_widen<kBFloat16>},
@@ -153,21 +151,25 @@ MOSS_FMA8 static MOSS_ALWAYS void store_sums8(const Products& p, const __m256 (&
 template <int STORED, int ROWS, int TOKENS>
 MOSS_FMA8 static MOSS_ALWAYS void step8(const Products& p, int64_t i, __m256 (&sum)[ROWS][TOKENS]) {
     __m256 x[TOKENS];
+#pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++) x[t] = _mm256_loadu_ps(p.x + t * p.x_stride + i * kLanes);
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++) {
         const __m256 w = load_row8<STORED>(p.rows + r * p.row_bytes + i * kLanes * bytes_of(STORED));
+#pragma GCC unroll 4
         for (int t = 0; t < TOKENS; t++) sum[r][t] = _mm256_fmadd_ps(w, x[t], sum[r][t]);
     }
 }
 
-// Steps [from, to) of a product; `ahead` bytes further lies what is needed soon.
+// Steps [from, to) of a product; `ahead` bytes further lies what is needed soon. It is fetched into the second
+// cache: the first has room for few requests that are under way.
 template <int STORED, int ROWS, int TOKENS>
 MOSS_FMA8 static MOSS_ALWAYS void multiply8(const Products& p, int64_t from, int64_t to, int64_t ahead,
                                             __m256 (&sum)[ROWS][TOKENS]) {
     constexpr int64_t step = kLanes * bytes_of(STORED), line = 64 / step;  // steps in a line of the cache
     int64_t i = from;
     for (; i + line <= to; i += line) {
-        for (int r = 0; r < ROWS; r++) _mm_prefetch((const char*)p.rows + r * p.row_bytes + i * step + ahead, _MM_HINT_T0);
+        for (int r = 0; r < ROWS; r++) _mm_prefetch((const char*)p.rows + r * p.row_bytes + i * step + ahead, _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int64_t j = 0; j < line; j++) step8<STORED, ROWS, TOKENS>(p, i + j, sum);
     }
@@ -198,6 +200,7 @@ MOSS_FMA8 static void panel8(const Products& given) {
 #pragma GCC unroll 1
     for (; w != end; w += rows * kLanes, x += across * kLanes) {
         __m256 inputs[TOKENS];
+#pragma GCC unroll 4
         for (int t = 0; t < TOKENS; t++) {
             inputs[t] = _mm256_load_ps(x + t * kLanes);
             asm volatile("" : "+x"(inputs[t]));
@@ -206,6 +209,7 @@ MOSS_FMA8 static void panel8(const Products& given) {
         for (int r = 0; r < rows; r++) {
             __m256 row = _mm256_load_ps(w + r * kLanes);
             asm volatile("" : "+x"(row));
+#pragma GCC unroll 4
             for (int t = 0; t < TOKENS; t++) sum[r][t] = _mm256_fmadd_ps(row, inputs[t], sum[r][t]);
         }
     }
@@ -225,7 +229,7 @@ static inline RowsKernels avx2_rows() {
             4, 3};
 }
 
-constexpr __mmask16 kBoth = 0xffff;
+constexpr __mmask16 kBoth = 0xffff, kLow = 0x00ff, kHigh = 0xff00;
 
 // A pair of rows of a panel is one register; the inputs of a token are in both of its halves.
 template <int TOKENS>
@@ -237,15 +241,15 @@ MOSS_FMA16 static void panel16(const Products& given) {
     for (int r = 0; r < pairs; r++)
 #pragma GCC unroll 6
         for (int t = 0; t < TOKENS; t++) {
-            float both[2 * kLanes];
-            for (int half = 0; half < 2; half++)
-                std::memcpy(both + half * kLanes, p.sums + (2 * r + half) * p.sum_stride + t * kLanes, kLanes * 4);
-            sum[r][t] = _mm512_loadu_ps(both);
+            const float* from = p.sums + 2 * r * p.sum_stride + t * kLanes;
+            const __m512 low = _mm512_maskz_broadcast_f32x8(kBoth, _mm256_loadu_ps(from));
+            sum[r][t] = _mm512_mask_broadcast_f32x8(low, kHigh, _mm256_loadu_ps(from + p.sum_stride));
         }
     const float *x = p.x, *w = (const float*)p.rows, *end = w + p.steps * pairs * 2 * kLanes;
 #pragma GCC unroll 1
     for (; w != end; w += pairs * 2 * kLanes, x += across * kLanes) {
         __m512 rows[pairs];
+#pragma GCC unroll 4
         for (int r = 0; r < pairs; r++) {
             rows[r] = _mm512_loadu_ps(w + 2 * r * kLanes);
             asm volatile("" : "+v"(rows[r]));
@@ -254,6 +258,7 @@ MOSS_FMA16 static void panel16(const Products& given) {
         for (int t = 0; t < TOKENS; t++) {
             __m512 inputs = _mm512_maskz_broadcast_f32x8(kBoth, _mm256_load_ps(x + t * kLanes));
             asm volatile("" : "+v"(inputs));
+#pragma GCC unroll 4
             for (int r = 0; r < pairs; r++) sum[r][t] = _mm512_fmadd_ps(rows[r], inputs, sum[r][t]);
         }
     }
@@ -261,10 +266,9 @@ MOSS_FMA16 static void panel16(const Products& given) {
     for (int r = 0; r < pairs; r++)
 #pragma GCC unroll 6
         for (int t = 0; t < TOKENS; t++) {
-            float both[2 * kLanes];
-            _mm512_storeu_ps(both, sum[r][t]);
-            for (int half = 0; half < 2; half++)
-                std::memcpy(p.sums + (2 * r + half) * p.sum_stride + t * kLanes, both + half * kLanes, kLanes * 4);
+            float* to = p.sums + 2 * r * p.sum_stride + t * kLanes;
+            _mm512_mask_storeu_ps(to, kLow, sum[r][t]);
+            _mm512_mask_storeu_ps(to + p.sum_stride - kLanes, kHigh, sum[r][t]);
         }
 }
 
@@ -331,16 +335,16 @@ static inline void multiply_rest(const RowsCall& call, int64_t first, int rows, 
         call.kernels.widen[call.s.stored](bytes, 1, w + r * kLanes, kLanes);
     }
     const Products p = {(const uint8_t*)w, kLanes * 4, 0, x, kLanes, 0, 1, sums, sum_stride};
-    call.kernels.direct[kFloat32][rows / 4][tokens - 1](p);
+    call.kernels.direct[kFloat32][rows > 1][tokens - 1](p);
 }
 
-// 1, 4 or 8 rows times up to 3 tokens; 8 rows times 1.
+// One or kDirectRows rows times up to 3 tokens.
 static inline void multiply_few(const RowsCall& call, int64_t row, int rows, int64_t token, int tokens) {
     const LinearShape& s = call.s;
     float sums[kDirectRows * kDirectTokens * kLanes] = {};
     const Products p = {call.at(row, 0), s.in * call.item(), kLanes * call.item(), call.x + token * s.x_stride, s.x_stride,
                         kLanes, s.in / kLanes, sums, tokens * kLanes};
-    call.kernels.direct[s.stored][rows / 4][tokens - 1](p);
+    call.kernels.direct[s.stored][rows > 1][tokens - 1](p);
     multiply_rest(call, row, rows, token, tokens, sums, tokens * kLanes);
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++)
@@ -349,9 +353,8 @@ static inline void multiply_few(const RowsCall& call, int64_t row, int rows, int
 
 // Rows [first, last) times all tokens; after the first 3 the rows are in a cache.
 static inline void multiply_direct(const RowsCall& call, int64_t first, int64_t last) {
-    const int64_t most = call.s.tokens == 1 ? kDirectRows : kDirectRows / 2;
     for (int64_t row = first, rows; row < last; row += rows) {
-        rows = last - row >= most ? most : 1;
+        rows = last - row >= kDirectRows ? kDirectRows : 1;
         for (int64_t t = 0; t < call.s.tokens; t += kDirectTokens)
             multiply_few(call, row, (int)rows, t, (int)least(kDirectTokens, call.s.tokens - t));
     }

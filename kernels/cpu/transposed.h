@@ -52,7 +52,9 @@ MOSS_FMA8 static void turn8(const float* panel, const float* dy, int64_t rows, f
     constexpr int columns = 6;  // of 2 registers each; 2 hold dy
     for (int64_t c = 0; c < kColumnBlock; c += columns, turned += columns * width) {
         __m256 sum[columns][2];
+#pragma GCC unroll 6
         for (int i = 0; i < columns; i++)
+#pragma GCC unroll 2
             for (int h = 0; h < 2; h++) sum[i][h] = _mm256_loadu_ps(turned + i * width + 8 * h);
         for (int64_t r = 0; r < rows; r++) {
             const float* at = panel + c * PanelAt<TILES>::column + r * PanelAt<TILES>::row;
@@ -65,7 +67,9 @@ MOSS_FMA8 static void turn8(const float* panel, const float* dy, int64_t rows, f
                 sum[i][1] = _mm256_fmadd_ps(w, y1, sum[i][1]);
             }
         }
+#pragma GCC unroll 6
         for (int i = 0; i < columns; i++)
+#pragma GCC unroll 2
             for (int h = 0; h < 2; h++) _mm256_storeu_ps(turned + i * width + 8 * h, sum[i][h]);
     }
 }
@@ -75,6 +79,7 @@ MOSS_FMA16 static void turn16(const float* panel, const float* dy, int64_t rows,
     constexpr int columns = 24;
     for (int64_t c = 0; c < kColumnBlock; c += columns, turned += columns * width) {
         __m512 sum[columns];
+#pragma GCC unroll 24
         for (int i = 0; i < columns; i++) sum[i] = _mm512_loadu_ps(turned + i * width);
         for (int64_t r = 0; r < rows; r++) {
             const float* at = panel + c * PanelAt<TILES>::column + r * PanelAt<TILES>::row;
@@ -83,6 +88,7 @@ MOSS_FMA16 static void turn16(const float* panel, const float* dy, int64_t rows,
             for (int i = 0; i < columns; i++)
                 sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(at[i * PanelAt<TILES>::column]), y, sum[i]);
         }
+#pragma GCC unroll 24
         for (int i = 0; i < columns; i++) _mm512_storeu_ps(turned + i * width, sum[i]);
     }
 }
