@@ -597,3 +597,28 @@ def test_an_interrupt_at_any_line_does_no_harm(streaming: Model, thorough: bool)
         for turn in sorted(turns & set(range(1, runs + 1))):
             struck += converse(_Strike(line, turn))
     assert struck > 15
+
+
+def test_weights_do_not_move_within_the_pass_of_another_thread(own_model: Path) -> None:
+    """Two engines share a budget: what one takes for its cache leaves the other's passes as they are."""
+    shared = budgeted(own_model, 12 << 20)
+    long = tuple(np.random.default_rng(4).integers(0, 256, 200).tolist())
+    want = answer(Engine(shared), 40), answer(Engine(shared), 2, long)
+    gc.collect()
+    first, second = Engine(shared), Engine(shared)
+    got: list[list[int]] = []
+
+    def repeat() -> None:
+        for _ in range(4):
+            got.append(answer(first, 40))
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    turns = 0
+    while thread.is_alive() or not turns:
+        assert answer(second, 2, long) == want[1]
+        second.runner.cache.trim()
+        turns += 1
+    thread.join()
+    assert got == [want[0]] * 4
+    shared.store.close()

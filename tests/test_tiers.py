@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +150,35 @@ def test_rows_that_left_give_their_memory_back(golden_model: Load, tmp_path: Pat
     before = anonymous_bytes()
     store.hold(resident_rows(sizes, 0))
     assert before - anonymous_bytes() >= total - 2**21, "a huge page may stay"
+
+
+def test_rows_that_return_bring_nothing_with_them(tmp_path: Path) -> None:
+    """In huge pages, the last row of each matrix would take up to 2 MiB more."""
+    from moss_jt.converters.synth import preset_config, synthesize
+
+    config = replace(preset_config("tiny", layers=4), n_embd=768, n_head=12)
+    folder = tmp_path / "model"
+    synthesize(config, folder)
+    checkpoint = Checkpoint.open(folder)
+    sizes = sizes_of(checkpoint)
+    store = WeightStore(checkpoint, plan_of(sizes, sum(size.nbytes for size in sizes)))
+    store.hold(resident_rows(sizes, 0))
+    assert store._tiers is not None
+    arena = np.frombuffer(store._tiers._arena, np.uint8)
+    assert memory_in(arena) < 2**20
+    store.hold({size.name: size.rows_of(size.units // 2) for size in sizes})
+    for _ in range(2):
+        store.begin_pass()
+        assert_whole(store, checkpoint)
+    assert 0 < store.resident_bytes <= memory_in(arena) < store.resident_bytes + 2**20
+
+
+def memory_in(array: npt.NDArray[np.uint8]) -> int:
+    """Bytes of an array, which starts with a page, that are in memory."""
+    there = (ctypes.c_ubyte * -(-array.nbytes // mmap.PAGESIZE))()
+    found = ctypes.CDLL(None).mincore(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), there)
+    assert found == 0
+    return sum(byte & 1 for byte in there) * mmap.PAGESIZE
 
 
 def anonymous_bytes() -> int:
