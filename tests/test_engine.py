@@ -25,7 +25,8 @@ from moss_jt.errors import CheckpointError, ConfigError, KernelError, ShapeError
 from moss_jt.generation import generate
 from moss_jt.load import load_model
 from moss_jt.messages import Event, FinishedEvent, PrefillEvent, Request, TokenEvent
-from moss_jt.runner import PASS_TOKENS, Floats, Model
+from moss_jt.plan import PASS_TOKENS
+from moss_jt.runner import Floats, Model
 
 Load = Callable[[str], Model]
 GREEDY = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=12)
