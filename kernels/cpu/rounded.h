@@ -16,8 +16,8 @@ namespace moss {
 
 enum Processor { kBest = 0, kPlain = 1, kAvx2 = 2, kAvxVnni = 3, kAvx512Vnni = 4 };
 
-constexpr int64_t kTilesAtOnce = 4;   // tiles that share the codes of a run of tokens
-constexpr int64_t kTokensAtOnce = 32; // a run of tokens: its codes and sums stay in the first cache
+constexpr int64_t kTilesAtOnce = 2;   // tiles that share the codes of a run of tokens
+constexpr int64_t kTokensAtOnce = 64; // a run of tokens: its codes and sums stay in the first cache
 constexpr int64_t kTilesKept = 32;    // tiles whose results are written together
 
 static inline bool can_run(int processor) {
@@ -79,6 +79,7 @@ static inline BlockRun run_of(const RoundedCall& call, int64_t tile, const Block
     run.codes = from + b.start / per_chunk * 64;
     run.chunks = b.size / per_chunk;
     run.count = count;
+    run.second = 0;
     run.scales = (const uint16_t*)(from + s.scales_at) + b.group * kTileRows;
     run.zeros = from + s.zeros_at + b.group * kTileRows * s.stored / 8;
     run.left_in_group = b.left_in_group();
@@ -110,28 +111,40 @@ static inline void write_totals(const RoundedCall& call, int64_t tile, int64_t t
     }
 }
 
-// Some tokens, at most kFew, of one tile: 16 rows a token to `total`.
-static inline void few_tokens(const RoundedCall& call, int64_t tile, int64_t t, int64_t tokens, float* total) {
+// Some tokens, at most kFew, of one tile, or (at most kPair) of two that are `apart`: to total[tile][token][row].
+static inline void few_tokens(const RoundedCall& call, int64_t tile, int64_t apart, int64_t t, int64_t tokens, float* total) {
     int32_t sums[kRunBlocks * kFew * kTileRows];
-    std::memset(total, 0, tokens * kTileRows * sizeof(float));
+    std::memset(total, 0, (apart > 0 ? 2 : 1) * tokens * kTileRows * sizeof(float));
+    const SumKernel sum = apart > 0 ? call.kernels.sum_pair[tokens - 1] : call.kernels.sum[tokens - 1];
+    const AddKernel add = apart > 0 ? call.kernels.add_pair[tokens - 1] : call.kernels.add[tokens - 1];
     int64_t count;
     for (Blocks b(call.s.padded_in, call.s.padded_group, call.block); b.more(); b.next(count)) {
         const int64_t alike = b.alike();
         count = alike < kRunBlocks ? alike : kRunBlocks;
-        const BlockRun run = run_of(call, tile, b, count, t);
-        call.kernels.sum[tokens - 1](run, sums);
-        call.kernels.add[tokens - 1](run, sums, total);
+        BlockRun run = run_of(call, tile, b, count, t);
+        run.second = apart * call.s.tile_bytes;
+        sum(run, sums);
+        add(run, sums, total);
     }
 }
 
-// Some tokens, at most kFew, of some tiles. Results are kept back and written together: a write now and then would
-// disturb the stream of reads.
+// Some tokens, at most kFew, of some tiles. Where two tiles are taken at a time they are one of each half, so both
+// are read from front to back. Results are kept back and written together: a write now and then would disturb that.
 static inline void few_tokens_of(const RoundedCall& call, int64_t tile, int64_t tiles, int64_t t, int64_t tokens) {
-    float total[kTilesKept][kFew * kTileRows];
-    for (int64_t first = 0; first < tiles; first += kTilesKept) {
-        const int64_t count = tiles - first < kTilesKept ? tiles - first : kTilesKept;
-        for (int64_t i = 0; i < count; i++) few_tokens(call, tile + first + i, t, tokens, total[i]);
-        for (int64_t i = 0; i < count; i++) write_totals(call, tile + first + i, t, tokens, total[i]);
+    float total[kTilesKept][2 * kPair * kTileRows];
+    static_assert(kFew <= 2 * kPair, "room for one tile of kFew tokens or two of kPair");
+    const int64_t apart = tokens <= kPair ? tiles / 2 : 0, steps = apart > 0 ? apart : tiles;
+    for (int64_t first = 0; first < steps; first += kTilesKept) {
+        const int64_t count = steps - first < kTilesKept ? steps - first : kTilesKept;
+        for (int64_t i = 0; i < count; i++) few_tokens(call, tile + first + i, apart, t, tokens, total[i]);
+        for (int64_t i = 0; i < count; i++) {
+            write_totals(call, tile + first + i, t, tokens, total[i]);
+            if (apart > 0) write_totals(call, tile + apart + first + i, t, tokens, total[i] + tokens * kTileRows);
+        }
+    }
+    if (apart > 0 && tiles % 2 == 1) {
+        few_tokens(call, tile + tiles - 1, 0, t, tokens, total[0]);
+        write_totals(call, tile + tiles - 1, t, tokens, total[0]);
     }
 }
 
@@ -168,11 +181,11 @@ static inline void rounded_tiles(const RoundedCall& call, int64_t tile, int64_t 
     }
 }
 
-// The next run of `unit` tiles for a thread: an eighth of its share of what is left.
+// The next run of tiles for a thread, whole `unit`s: half of its share of what is left.
 static inline int64_t take_tiles(std::atomic<int64_t>& next, int64_t tiles, int64_t unit, int64_t threads, int64_t* count) {
     int64_t first = next.load(std::memory_order_relaxed);
     do {
-        const int64_t run = (tiles - first) / (8 * threads) / unit * unit;
+        const int64_t run = (tiles - first) / (2 * threads) / unit * unit;
         *count = run > unit ? run : unit;
         if (*count > tiles - first) *count = tiles - first;
         if (*count <= 0) return tiles;
@@ -185,7 +198,7 @@ static inline void linear_rounded(const LinearShape& s, const int8_t* codes, con
     const RoundedCall call{s, block, codes, blob + s.blob_at, bias + s.first, steps, sums, y + s.first,
                            s.stored == kInt4 ? rounded_kernels<4>(processor) : rounded_kernels<8>(processor)};
     const int64_t tiles = (s.out + kTileRows - 1) / kTileRows;
-    const int64_t unit = s.tokens <= kFew ? 1 : kTilesAtOnce;
+    const int64_t unit = s.tokens <= kPair ? 2 : s.tokens <= kFew ? 1 : kTilesAtOnce;
     std::atomic<int64_t> next(0);
 #pragma omp parallel
     {

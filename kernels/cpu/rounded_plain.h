@@ -4,9 +4,10 @@
 //
 // The sum of integers is exact, and the three float operations are rounded one by one, so every version gives
 // the same bits. A version has two ways to them. `sum` and `add` are for few tokens, where memory is what takes
-// time: they read a tile from front to back and nothing else, first the codes, then the scales and zeros behind
-// them. (A second stream, or fetching ahead by instruction, cost a third of the speed on the machine where this
-// was measured: docs/kernels.md.) `prepare` and `multiply` are for many: a block's weights are unpacked once.
+// time: they read tiles from front to back and nothing else, first the codes, then the scales and zeros behind
+// them, two tiles side by side where registers allow, so that x is fetched half as often. (Jumping between codes and
+// scales, or fetching ahead by instruction, cost a third of the speed where this was measured: docs/kernels.md.)
+// `prepare` and `multiply` are for many tokens: a block's weights are unpacked once.
 #pragma once
 #include "matrix.h"
 #include "rounding.h"
@@ -14,12 +15,14 @@
 namespace moss {
 
 constexpr int kFew = 4;              // tokens at most of `sum` and `add`
+constexpr int kPair = 2;             // tokens at most for which they take two tiles
 constexpr int64_t kRunBlocks = 192;  // blocks at most between `sum` and `add`
 
-// Some blocks of one size in one tile, for some tokens.
+// Some blocks of one size in one or two tiles, for some tokens.
 struct BlockRun {
     const uint8_t* codes;    // of the first block: `chunks` times 64 bytes, then those of the next one
     int64_t chunks, count;   // of each block, and how many blocks
+    int64_t second;          // bytes to the same place of the second tile
     const uint16_t* scales;  // of the first block's group, then those of the next group
     const uint8_t* zeros;
     int64_t left_in_group, per_group;  // blocks of the first group from the first one on, blocks of every other
@@ -30,7 +33,7 @@ struct BlockRun {
     int64_t tokens;          // from block to block in `steps` and `sums`
 };
 
-// The sums of code * x, [block][token][row].
+// The sums of code * x, [block][tile][token][row]; totals are [tile][token][row].
 typedef void (*SumKernel)(const BlockRun&, int32_t* sums);
 typedef void (*AddKernel)(const BlockRun&, const int32_t* sums, float* total);
 
@@ -75,7 +78,9 @@ typedef void (*MultiplyKernel)(const ReadyBlock&, const BlockTokens&, float* tot
 struct RoundedKernels {
     SumKernel sum[kFew];
     AddKernel add[kFew];
-    PrepareKernel prepare;  // null: there are only the two above
+    SumKernel sum_pair[kPair];  // of two tiles
+    AddKernel add_pair[kPair];
+    PrepareKernel prepare;  // null: there are only those above
     MultiplyKernel multiply;
 };
 
@@ -109,17 +114,17 @@ static inline void plain_chunk(const uint8_t* codes, const int8_t* x, i32x8* sum
     }
 }
 
-template <int BITS, int TOKENS>
+template <int BITS, int TOKENS, int TILES>
 static void plain_sum(const BlockRun& run, int32_t* sums) {
-    const uint8_t* codes = run.codes;
-    for (int64_t i = 0; i < run.count; i++, codes += run.chunks * 64) {
-        for (int t = 0; t < TOKENS; t++, sums += kTileRows) {
-            const int8_t* x = run.x + i * run.x_block + t * run.x_token;
-            i32x8 sum[2] = {};
-            for (int64_t c = 0; c < run.chunks; c++) plain_chunk<BITS>(codes + c * 64, x + c * (32 / BITS), sum);
-            std::memcpy(sums, sum, sizeof sum);
-        }
-    }
+    for (int64_t i = 0; i < run.count; i++)
+        for (int tile = 0; tile < TILES; tile++)
+            for (int t = 0; t < TOKENS; t++, sums += kTileRows) {
+                const uint8_t* codes = run.codes + i * run.chunks * 64 + tile * run.second;
+                const int8_t* x = run.x + i * run.x_block + t * run.x_token;
+                i32x8 sum[2] = {};
+                for (int64_t c = 0; c < run.chunks; c++) plain_chunk<BITS>(codes + c * 64, x + c * (32 / BITS), sum);
+                std::memcpy(sums, sum, sizeof sum);
+            }
 }
 
 template <int BITS>
@@ -127,29 +132,35 @@ static inline int32_t stored_zero(const uint8_t* zeros, int row) {
     return 1 + (BITS == 8 ? zeros[row] : row < 8 ? zeros[row] & 15 : zeros[row - 8] >> 4);
 }
 
-template <int BITS, int TOKENS>
+template <int BITS>
+static inline void plain_add_block(const uint16_t* scales, const uint8_t* zeros, const int32_t* sums, float step, int32_t sum,
+                                   float* total) {
+    float factor[kTileRows], part[kTileRows];
+    widen_half(scales, factor, kTileRows);
+    for (int r = 0; r < kTileRows; r++) factor[r] *= step;
+    keep_as_is(factor);
+    for (int r = 0; r < kTileRows; r++) part[r] = (float)(sums[r] - stored_zero<BITS>(zeros, r) * sum) * factor[r];
+    keep_as_is(part);
+    for (int r = 0; r < kTileRows; r++) total[r] += part[r];
+}
+
+template <int BITS, int TOKENS, int TILES>
 static void plain_add(const BlockRun& run, const int32_t* sums, float* total) {
     GroupOf<BITS> group(run);
-    for (int64_t i = 0; i < run.count; i++, group.next_block()) {
-        float scales[kTileRows];
-        widen_half(group.scales, scales, kTileRows);
-        for (int t = 0; t < TOKENS; t++, sums += kTileRows) {
-            const int64_t at = i * run.tokens + t;
-            float factor[kTileRows], part[kTileRows];
-            for (int r = 0; r < kTileRows; r++) factor[r] = scales[r] * run.steps[at];
-            keep_as_is(factor);
-            for (int r = 0; r < kTileRows; r++)
-                part[r] = (float)(sums[r] - stored_zero<BITS>(group.zeros, r) * run.sums[at]) * factor[r];
-            keep_as_is(part);
-            for (int r = 0; r < kTileRows; r++) total[t * kTileRows + r] += part[r];
-        }
-    }
+    for (int64_t i = 0; i < run.count; i++, group.next_block())
+        for (int tile = 0; tile < TILES; tile++)
+            for (int t = 0; t < TOKENS; t++, sums += kTileRows)
+                plain_add_block<BITS>(group.scales + tile * run.second / 2, group.zeros + tile * run.second, sums,
+                                      run.steps[i * run.tokens + t], run.sums[i * run.tokens + t],
+                                      total + (tile * TOKENS + t) * kTileRows);
 }
 
 template <int BITS>
 static inline RoundedKernels plain_kernels() {
-    return {{plain_sum<BITS, 1>, plain_sum<BITS, 2>, plain_sum<BITS, 3>, plain_sum<BITS, 4>},
-            {plain_add<BITS, 1>, plain_add<BITS, 2>, plain_add<BITS, 3>, plain_add<BITS, 4>},
+    return {{plain_sum<BITS, 1, 1>, plain_sum<BITS, 2, 1>, plain_sum<BITS, 3, 1>, plain_sum<BITS, 4, 1>},
+            {plain_add<BITS, 1, 1>, plain_add<BITS, 2, 1>, plain_add<BITS, 3, 1>, plain_add<BITS, 4, 1>},
+            {plain_sum<BITS, 1, 2>, plain_sum<BITS, 2, 2>},
+            {plain_add<BITS, 1, 2>, plain_add<BITS, 2, 2>},
             nullptr, nullptr};
 }
 

@@ -82,14 +82,16 @@ MOSS_AVXVNNI MOSS_INLINE void avxvnni_products(const uint8_t* codes, int64_t chu
         }
 }
 
-template <int BITS, int TOKENS>
+template <int BITS, int TOKENS, int TILES>
 MOSS_AVXVNNI static void avxvnni_sum(const BlockRun& run, int32_t* sums) {
     const uint8_t* codes = run.codes;
     const int8_t* x = run.x;
     for (int64_t i = 0; i < run.count; i++, codes += run.chunks * 64, x += run.x_block) {
-        __m256i sum[TOKENS][2];
-        avxvnni_products<BITS, TOKENS, false>(codes, run.chunks, x, run.x_token, sum);
-        store_sums<TOKENS>(sum, sums + i * TOKENS * kTileRows);
+        if (TOKENS == 1 && i + 1 < run.count) touch(x + run.x_block, run.x_token);
+        __m256i sum[TILES][TOKENS][2];
+        for (int tile = 0; tile < TILES; tile++)
+            avxvnni_products<BITS, TOKENS, false>(codes + tile * run.second, run.chunks, x, run.x_token, sum[tile]);
+        store_sums<TOKENS, TILES>(sum, sums + i * TILES * TOKENS * kTileRows);
     }
 }
 
@@ -109,8 +111,10 @@ MOSS_AVXVNNI static void avxvnni_multiply(const ReadyBlock& w, const BlockTokens
 
 template <int BITS>
 static inline RoundedKernels avxvnni_kernels() {
-    return {{avxvnni_sum<BITS, 1>, avxvnni_sum<BITS, 2>, avxvnni_sum<BITS, 3>, avxvnni_sum<BITS, 4>},
-            {avx2_add<BITS, 1>, avx2_add<BITS, 2>, avx2_add<BITS, 3>, avx2_add<BITS, 4>},
+    return {{avxvnni_sum<BITS, 1, 1>, avxvnni_sum<BITS, 2, 1>, avxvnni_sum<BITS, 3, 1>, avxvnni_sum<BITS, 4, 1>},
+            {avx2_add<BITS, 1, 1>, avx2_add<BITS, 2, 1>, avx2_add<BITS, 3, 1>, avx2_add<BITS, 4, 1>},
+            {avxvnni_sum<BITS, 1, 2>, avxvnni_sum<BITS, 2, 2>},
+            {avx2_add<BITS, 1, 2>, avx2_add<BITS, 2, 2>},
             vnni_prepare<BITS>, avxvnni_multiply<BITS>};
 }
 #endif
@@ -157,15 +161,18 @@ MOSS_AVX512 MOSS_INLINE void avx512_products(const uint8_t* codes, int64_t chunk
     }
 }
 
-template <int BITS, int TOKENS>
+template <int BITS, int TOKENS, int TILES>
 MOSS_AVX512 static void avx512_sum(const BlockRun& run, int32_t* sums) {
     const uint8_t* codes = run.codes;
     const int8_t* x = run.x;
     for (int64_t i = 0; i < run.count; i++, codes += run.chunks * 64, x += run.x_block) {
-        __m512i sum[TOKENS];
-        avx512_products<BITS, TOKENS, false>(codes, run.chunks, x, run.x_token, sum);
+        if (TOKENS == 1 && i + 1 < run.count) touch(x + run.x_block, run.x_token);
+        for (int tile = 0; tile < TILES; tile++) {
+            __m512i sum[TOKENS];
+            avx512_products<BITS, TOKENS, false>(codes + tile * run.second, run.chunks, x, run.x_token, sum);
 #pragma GCC unroll 4
-        for (int t = 0; t < TOKENS; t++, sums += kTileRows) _mm512_storeu_si512(sums, sum[t]);
+            for (int t = 0; t < TOKENS; t++, sums += kTileRows) _mm512_storeu_si512(sums, sum[t]);
+        }
     }
 }
 
@@ -197,8 +204,10 @@ MOSS_AVX512 static void avx512_multiply(const ReadyBlock& w, const BlockTokens& 
 
 template <int BITS>
 static inline RoundedKernels avx512_kernels() {
-    return {{avx512_sum<BITS, 1>, avx512_sum<BITS, 2>, avx512_sum<BITS, 3>, avx512_sum<BITS, 4>},
-            {avx2_add<BITS, 1>, avx2_add<BITS, 2>, avx2_add<BITS, 3>, avx2_add<BITS, 4>},
+    return {{avx512_sum<BITS, 1, 1>, avx512_sum<BITS, 2, 1>, avx512_sum<BITS, 3, 1>, avx512_sum<BITS, 4, 1>},
+            {avx2_add<BITS, 1, 1>, avx2_add<BITS, 2, 1>, avx2_add<BITS, 3, 1>, avx2_add<BITS, 4, 1>},
+            {avx512_sum<BITS, 1, 2>, avx512_sum<BITS, 2, 2>},
+            {avx2_add<BITS, 1, 2>, avx2_add<BITS, 2, 2>},
             vnni_prepare<BITS>, avx512_multiply<BITS>};
 }
 

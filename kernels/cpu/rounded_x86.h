@@ -36,20 +36,20 @@ MOSS_AVX2 MOSS_INLINE void load_raw(const uint8_t* codes, int64_t chunk, __m256i
     asm("" : "+x"(to[0]), "+x"(to[1]));
 }
 
-// Four codes of x times two registers of nibbles, in 16 bits; put in `a` and `b` (FIRST) or added. This is spelled
-// out because compilers gather the products of many steps to add them later, and run out of registers.
+// Nibbles of two registers times four codes of x, in 16 bits: put in `a` and `b` (FIRST) or added. Spelled out because
+// compilers gather the products of many steps to add them later, and run out of registers.
 template <bool FIRST>
-MOSS_AVX2 MOSS_INLINE void step(__m256i& a, __m256i& b, __m256i w0, __m256i w1, const int8_t* x) {
+MOSS_AVX2 MOSS_INLINE void step(__m256i& a, __m256i& b, const __m256i (&w)[2], const int8_t* x) {
     __m256i four, products;
     if (FIRST) {
         asm("vpbroadcastd %3, %2\n\tvpmaddubsw %2, %4, %0\n\tvpmaddubsw %2, %5, %1"
             : "=&x"(a), "=&x"(b), "=&x"(four)
-            : "m"(*(const int32_t*)x), "x"(w0), "x"(w1));
+            : "m"(*(const int32_t*)x), "x"(w[0]), "x"(w[1]));
     } else {
         asm("vpbroadcastd %4, %2\n\tvpmaddubsw %2, %5, %3\n\tvpmaddubsw %2, %6, %2\n\t"
             "vpaddw %3, %0, %0\n\tvpaddw %2, %1, %1"
             : "+x"(a), "+x"(b), "=&x"(four), "=&x"(products)
-            : "m"(*(const int32_t*)x), "x"(w0), "x"(w1));
+            : "m"(*(const int32_t*)x), "x"(w[0]), "x"(w[1]));
     }
 }
 
@@ -57,7 +57,7 @@ MOSS_AVX2 MOSS_INLINE void step(__m256i& a, __m256i& b, __m256i w0, __m256i w1, 
 template <int TOKENS, bool FIRST>
 MOSS_AVX2 MOSS_INLINE void step_tokens(const __m256i (&w)[2], const int8_t* x, int64_t stride, __m256i (&narrow)[TOKENS][2]) {
 #pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++) step<FIRST>(narrow[t][0], narrow[t][1], w[0], w[1], x + t * stride);
+    for (int t = 0; t < TOKENS; t++) step<FIRST>(narrow[t][0], narrow[t][1], w, x + t * stride);
 }
 
 template <int TOKENS>
@@ -69,33 +69,9 @@ MOSS_AVX2 MOSS_INLINE void add_narrow(const __m256i (&narrow)[TOKENS][2], int we
         for (int h = 0; h < 2; h++) sum[t][h] = _mm256_add_epi32(sum[t][h], _mm256_madd_epi16(narrow[t][h], weights));
 }
 
-// Up to 4 chunks of int4.
-template <int TOKENS, bool READY, int CHUNKS>
-MOSS_AVX2 MOSS_INLINE void chunks_int4(const uint8_t* codes, int64_t c, const int8_t* x, int64_t stride,
-                                       __m256i (&sum)[TOKENS][2]) {
-    __m256i narrow[TOKENS][2];
-#pragma GCC unroll 4
-    for (int i = 0; i < CHUNKS; i++) {
-        __m256i raw[2];
-        if (!READY) load_raw(codes, c + i, raw);
-#pragma GCC unroll 2
-        for (int part = 0; part < 2; part++) {
-            __m256i w[2] = {nibbles(raw[0], part), nibbles(raw[1], part)};
-            if (READY) load_ready(codes, c + i, part, w);
-            const int8_t* at = x + (c + i) * 8 + 4 * part;
-            if (i == 0 && part == 0) {
-                step_tokens<TOKENS, true>(w, at, stride, narrow);
-            } else {
-                step_tokens<TOKENS, false>(w, at, stride, narrow);
-            }
-        }
-    }
-    add_narrow<TOKENS>(narrow, 1, sum);
-}
-
-// Up to 8 chunks of int8: the nibbles of PARTS, 0 and 1, or one of them where there are no registers for both.
-template <int TOKENS, bool READY, int CHUNKS, int FROM, int TO>
-MOSS_AVX2 MOSS_INLINE void chunks_int8(const uint8_t* codes, int64_t c, const int8_t* x, int64_t stride,
+// Up to 8 chunks: the low nibbles (FROM 0), the high ones (TO 2), or both.
+template <int BITS, int TOKENS, bool READY, int CHUNKS, int FROM, int TO>
+MOSS_AVX2 MOSS_INLINE void chunk_parts(const uint8_t* codes, int64_t c, const int8_t* x, int64_t stride,
                                        __m256i (&sum)[TOKENS][2]) {
     __m256i narrow[2][TOKENS][2];
 #pragma GCC unroll 8
@@ -106,59 +82,73 @@ MOSS_AVX2 MOSS_INLINE void chunks_int8(const uint8_t* codes, int64_t c, const in
         for (int part = FROM; part < TO; part++) {
             __m256i w[2] = {nibbles(raw[0], part), nibbles(raw[1], part)};
             if (READY) load_ready(codes, c + i, part, w);
+            const int8_t* at = x + (c + i) * (32 / BITS) + (BITS == 4 ? 4 * part : 0);
             if (i == 0) {
-                step_tokens<TOKENS, true>(w, x + (c + i) * 4, stride, narrow[part]);
+                step_tokens<TOKENS, true>(w, at, stride, narrow[part]);
             } else {
-                step_tokens<TOKENS, false>(w, x + (c + i) * 4, stride, narrow[part]);
+                step_tokens<TOKENS, false>(w, at, stride, narrow[part]);
             }
         }
     }
     if (FROM == 0) add_narrow<TOKENS>(narrow[0], 1, sum);
-    if (TO == 2) add_narrow<TOKENS>(narrow[1], 16, sum);
+    if (TO == 2) add_narrow<TOKENS>(narrow[1], BITS == 4 ? 1 : 16, sum);
 }
 
-// Sums of code * x over the chunks of a block.
-template <int BITS, int TOKENS, bool READY>
-MOSS_AVX2 MOSS_INLINE void avx2_products(const uint8_t* codes, int64_t chunks, const int8_t* x, int64_t stride,
-                                         __m256i (&sum)[TOKENS][2]) {
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
-    int64_t c = 0;
-    if (BITS == 4) {
-        for (; c + 4 <= chunks; c += 4) chunks_int4<TOKENS, READY, 4>(codes, c, x, stride, sum);
-        for (; c < chunks; c++) chunks_int4<TOKENS, READY, 1>(codes, c, x, stride, sum);
-    } else if (TOKENS <= 2) {
-        for (; c + 8 <= chunks; c += 8) chunks_int8<TOKENS, READY, 8, 0, 2>(codes, c, x, stride, sum);
-        for (; c < chunks; c++) chunks_int8<TOKENS, READY, 1, 0, 2>(codes, c, x, stride, sum);
+template <int BITS, int TOKENS, bool READY, int CHUNKS>
+MOSS_AVX2 MOSS_INLINE void chunks(const uint8_t* codes, int64_t c, const int8_t* x, int64_t stride,
+                                  __m256i (&sum)[TOKENS][2]) {
+    if (TOKENS <= 2) {  // there are registers for both parts
+        chunk_parts<BITS, TOKENS, READY, CHUNKS, 0, 2>(codes, c, x, stride, sum);
     } else {
-        for (; c + 8 <= chunks; c += 8) {
-            chunks_int8<TOKENS, READY, 8, 0, 1>(codes, c, x, stride, sum);
-            chunks_int8<TOKENS, READY, 8, 1, 2>(codes, c, x, stride, sum);
-        }
-        for (; c < chunks; c++) {
-            chunks_int8<TOKENS, READY, 1, 0, 1>(codes, c, x, stride, sum);
-            chunks_int8<TOKENS, READY, 1, 1, 2>(codes, c, x, stride, sum);
-        }
+        chunk_parts<BITS, TOKENS, READY, CHUNKS, 0, 1>(codes, c, x, stride, sum);
+        chunk_parts<BITS, TOKENS, READY, CHUNKS, 1, 2>(codes, c, x, stride, sum);
     }
 }
 
-template <int TOKENS>
-MOSS_AVX2 MOSS_INLINE void store_sums(const __m256i (&sum)[TOKENS][2], int32_t* to) {
+// Sums of code * x over the chunks of a block, of one tile or of two that are `second` bytes apart.
+template <int BITS, int TOKENS, int TILES, bool READY>
+MOSS_AVX2 MOSS_INLINE void avx2_products(const uint8_t* codes, int64_t second, int64_t count, const int8_t* x, int64_t stride,
+                                         __m256i (&sum)[TILES][TOKENS][2]) {
+#pragma GCC unroll 2
+    for (int tile = 0; tile < TILES; tile++)
 #pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++, to += kTileRows) {
-        _mm256_storeu_si256((__m256i*)to, sum[t][0]);
-        _mm256_storeu_si256((__m256i*)(to + 8), sum[t][1]);
-    }
+        for (int t = 0; t < TOKENS; t++) sum[tile][t][0] = sum[tile][t][1] = _mm256_setzero_si256();
+    int64_t c = 0;
+    for (; c + 8 <= count; c += 8)
+#pragma GCC unroll 2
+        for (int tile = 0; tile < TILES; tile++)
+            chunks<BITS, TOKENS, READY, 8>(codes + tile * second, c, x, stride, sum[tile]);
+    for (; c < count; c++)
+#pragma GCC unroll 2
+        for (int tile = 0; tile < TILES; tile++)
+            chunks<BITS, TOKENS, READY, 1>(codes + tile * second, c, x, stride, sum[tile]);
 }
 
-template <int BITS, int TOKENS>
+// Bring the codes of x of the next block near. A load does it without holding up the stream of weights.
+static inline void touch(const int8_t* x, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64) asm volatile("movl %0, %%eax" ::"m"(*(const int32_t*)(x + i)) : "eax");
+}
+
+template <int TOKENS, int TILES>
+MOSS_AVX2 MOSS_INLINE void store_sums(const __m256i (&sum)[TILES][TOKENS][2], int32_t* to) {
+#pragma GCC unroll 2
+    for (int tile = 0; tile < TILES; tile++)
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKENS; t++, to += kTileRows) {
+            _mm256_storeu_si256((__m256i*)to, sum[tile][t][0]);
+            _mm256_storeu_si256((__m256i*)(to + 8), sum[tile][t][1]);
+        }
+}
+
+template <int BITS, int TOKENS, int TILES>
 MOSS_AVX2 static void avx2_sum(const BlockRun& run, int32_t* sums) {
     const uint8_t* codes = run.codes;
     const int8_t* x = run.x;
     for (int64_t i = 0; i < run.count; i++, codes += run.chunks * 64, x += run.x_block) {
-        __m256i sum[TOKENS][2];
-        avx2_products<BITS, TOKENS, false>(codes, run.chunks, x, run.x_token, sum);
-        store_sums<TOKENS>(sum, sums + i * TOKENS * kTileRows);
+        if (TOKENS == 1 && i + 1 < run.count) touch(x + run.x_block, run.x_token);
+        __m256i sum[TILES][TOKENS][2];
+        avx2_products<BITS, TOKENS, TILES, false>(codes, run.second, run.chunks, x, run.x_token, sum);
+        store_sums<TOKENS, TILES>(sum, sums + i * TILES * TOKENS * kTileRows);
     }
 }
 
@@ -185,32 +175,29 @@ MOSS_AVX2 MOSS_INLINE __m256 part_of(__m256i sums, __m256i zeros, int32_t sum, _
     return part;
 }
 
-template <int BITS, int TOKENS>
+template <int BITS, int TOKENS, int TILES>
 MOSS_AVX2 static void avx2_add(const BlockRun& run, const int32_t* sums, float* total) {
-    __m256 whole[TOKENS][2];
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++)
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) whole[t][h] = _mm256_loadu_ps(total + t * kTileRows + 8 * h);
+    __m256 whole[TILES][TOKENS][2];
+    std::memcpy(whole, total, sizeof whole);
     GroupOf<BITS> group(run);
-    for (int64_t i = 0; i < run.count; i++, group.next_block(), sums += TOKENS * kTileRows) {
+    for (int64_t i = 0; i < run.count; i++, group.next_block(), sums += TILES * TOKENS * kTileRows) {
         const int64_t at = i * run.tokens;
 #pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) {
-            const __m256i zeros = widen_zeros<BITS>(group.zeros, h);
-            const __m256 scales = widen_scales(group.scales, h);
-#pragma GCC unroll 4
-            for (int t = 0; t < TOKENS; t++) {
-                const __m256i here = load32(sums + t * kTileRows + 8 * h);
-                whole[t][h] = _mm256_add_ps(whole[t][h], part_of(here, zeros, run.sums[at + t], scales, run.steps[at + t]));
-                asm("" : "+x"(whole[t][h]));
-            }
-        }
-    }
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++)
+        for (int tile = 0; tile < TILES; tile++)
 #pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) _mm256_storeu_ps(total + t * kTileRows + 8 * h, whole[t][h]);
+            for (int h = 0; h < 2; h++) {
+                const __m256i zeros = widen_zeros<BITS>(group.zeros + tile * run.second, h);
+                const __m256 scales = widen_scales(group.scales + tile * run.second / 2, h);
+#pragma GCC unroll 4
+                for (int t = 0; t < TOKENS; t++) {
+                    const __m256i here = load32(sums + (tile * TOKENS + t) * kTileRows + 8 * h);
+                    __m256& to = whole[tile][t][h];
+                    to = _mm256_add_ps(to, part_of(here, zeros, run.sums[at + t], scales, run.steps[at + t]));
+                    asm("" : "+x"(to));
+                }
+            }
+    }
+    std::memcpy(total, whole, sizeof whole);
 }
 
 template <int BITS>
@@ -252,9 +239,9 @@ MOSS_AVX2 MOSS_INLINE void add_tokens(const __m256i (&sum)[TOKENS][2], const Rea
 
 template <int BITS, int TOKENS>
 MOSS_AVX2 MOSS_INLINE void avx2_tokens(const ReadyBlock& w, const BlockTokens& x, int64_t t, float* total) {
-    __m256i sum[TOKENS][2];
-    avx2_products<BITS, TOKENS, true>(w.codes, w.chunks, x.codes + t * x.stride, x.stride, sum);
-    add_tokens<TOKENS>(sum, w, x, t, total);
+    __m256i sum[1][TOKENS][2];
+    avx2_products<BITS, TOKENS, 1, true>(w.codes, 0, w.chunks, x.codes + t * x.stride, x.stride, sum);
+    add_tokens<TOKENS>(sum[0], w, x, t, total);
 }
 
 template <int BITS>
@@ -266,8 +253,10 @@ MOSS_AVX2 static void avx2_multiply(const ReadyBlock& w, const BlockTokens& x, f
 
 template <int BITS>
 static inline RoundedKernels avx2_kernels() {
-    return {{avx2_sum<BITS, 1>, avx2_sum<BITS, 2>, avx2_sum<BITS, 3>, avx2_sum<BITS, 4>},
-            {avx2_add<BITS, 1>, avx2_add<BITS, 2>, avx2_add<BITS, 3>, avx2_add<BITS, 4>},
+    return {{avx2_sum<BITS, 1, 1>, avx2_sum<BITS, 2, 1>, avx2_sum<BITS, 3, 1>, avx2_sum<BITS, 4, 1>},
+            {avx2_add<BITS, 1, 1>, avx2_add<BITS, 2, 1>, avx2_add<BITS, 3, 1>, avx2_add<BITS, 4, 1>},
+            {avx2_sum<BITS, 1, 2>, avx2_sum<BITS, 2, 2>},
+            {avx2_add<BITS, 1, 2>, avx2_add<BITS, 2, 2>},
             avx2_prepare<BITS>, avx2_multiply<BITS>};
 }
 
