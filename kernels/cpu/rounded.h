@@ -200,7 +200,7 @@ static inline void linear_rounded(const LinearShape& s, const int8_t* codes, con
     const int64_t tiles = (s.out + kTileRows - 1) / kTileRows;
     const int64_t unit = s.tokens <= kPair ? 2 : s.tokens <= kFew ? 1 : kTilesAtOnce;
     std::atomic<int64_t> next(0);
-#pragma omp parallel
+#pragma omp parallel if (worth_waking(s.out * s.padded_in, 8 * (1 + s.tokens)))
     {
         const int64_t threads = omp_get_num_threads();
         int64_t count = 0;

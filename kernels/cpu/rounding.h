@@ -8,7 +8,7 @@
 //   steps  (blocks, T) float, NaN where the block holds a NaN or an infinity: it reaches every output
 //   sums   (blocks, T) int32
 #pragma once
-#include "numbers.h"
+#include "matrix.h"
 
 namespace moss {
 
@@ -112,7 +112,7 @@ static inline void round_token(const RoundingShape& s, int64_t t, const float* x
 
 static inline void round_activations(const RoundingShape& s, const float* x, const int32_t* perm, int8_t* codes,
                                      float* steps, int32_t* sums) {
-#pragma omp parallel for schedule(static) if (s.tokens > 1)
+#pragma omp parallel for schedule(static) if (worth_waking(s.tokens * s.padded_in, s.permuted ? 1000 : 500))
     for (int64_t t = 0; t < s.tokens; t++) round_token(s, t, x, perm, codes, steps, sums);
 }
 
