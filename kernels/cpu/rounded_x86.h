@@ -118,6 +118,11 @@ MOSS_AVX2 MOSS_INLINE void avx2_products(const uint8_t* codes, int64_t second, i
 #pragma GCC unroll 2
         for (int tile = 0; tile < TILES; tile++)
             chunks<BITS, TOKENS, READY, 8>(codes + tile * second, c, x, stride, sum[tile]);
+    if (BITS == 4)  // groups of 32
+        for (; c + 4 <= count; c += 4)
+#pragma GCC unroll 2
+            for (int tile = 0; tile < TILES; tile++)
+                chunks<BITS, TOKENS, READY, 4>(codes + tile * second, c, x, stride, sum[tile]);
     for (; c < count; c++)
 #pragma GCC unroll 2
         for (int tile = 0; tile < TILES; tile++)
