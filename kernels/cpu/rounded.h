@@ -112,7 +112,8 @@ static inline void write_totals(const RoundedCall& call, int64_t tile, int64_t t
 }
 
 // Some tokens, at most kFew, of one tile, or (at most kPair) of two that are `apart`: to total[tile][token][row].
-static inline void few_tokens(const RoundedCall& call, int64_t tile, int64_t apart, int64_t t, int64_t tokens, float* total) {
+static inline void few_tokens(const RoundedCall& call, int64_t tile, int64_t apart, int64_t t, int64_t tokens,
+                              float* total) {
     int32_t sums[kRunBlocks * kFew * kTileRows];
     std::memset(total, 0, (apart > 0 ? 2 : 1) * tokens * kTileRows * sizeof(float));
     const SumKernel sum = apart > 0 ? call.kernels.sum_pair[tokens - 1] : call.kernels.sum[tokens - 1];
@@ -182,7 +183,8 @@ static inline void rounded_tiles(const RoundedCall& call, int64_t tile, int64_t 
 }
 
 // The next run of tiles for a thread, whole `unit`s: half of its share of what is left.
-static inline int64_t take_tiles(std::atomic<int64_t>& next, int64_t tiles, int64_t unit, int64_t threads, int64_t* count) {
+static inline int64_t take_tiles(std::atomic<int64_t>& next, int64_t tiles, int64_t unit, int64_t threads,
+                                 int64_t* count) {
     int64_t first = next.load(std::memory_order_relaxed);
     do {
         const int64_t run = (tiles - first) / (2 * threads) / unit * unit;

@@ -133,8 +133,8 @@ static inline int32_t stored_zero(const uint8_t* zeros, int row) {
 }
 
 template <int BITS>
-static inline void plain_add_block(const uint16_t* scales, const uint8_t* zeros, const int32_t* sums, float step, int32_t sum,
-                                   float* total) {
+static inline void plain_add_block(const uint16_t* scales, const uint8_t* zeros, const int32_t* sums, float step,
+                                   int32_t sum, float* total) {
     float factor[kTileRows], part[kTileRows];
     widen_half(scales, factor, kTileRows);
     for (int r = 0; r < kTileRows; r++) factor[r] *= step;

@@ -55,7 +55,8 @@ MOSS_AVX2 MOSS_INLINE void step(__m256i& a, __m256i& b, const __m256i (&w)[2], c
 
 // One part of a chunk times four codes of each token; FIRST as in `step`.
 template <int TOKENS, bool FIRST>
-MOSS_AVX2 MOSS_INLINE void step_tokens(const __m256i (&w)[2], const int8_t* x, int64_t stride, __m256i (&narrow)[TOKENS][2]) {
+MOSS_AVX2 MOSS_INLINE void step_tokens(const __m256i (&w)[2], const int8_t* x, int64_t stride,
+                                       __m256i (&narrow)[TOKENS][2]) {
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++) step<FIRST>(narrow[t][0], narrow[t][1], w, x + t * stride);
 }
@@ -107,8 +108,8 @@ MOSS_AVX2 MOSS_INLINE void chunks(const uint8_t* codes, int64_t c, const int8_t*
 
 // Sums of code * x over the chunks of a block, of one tile or of two that are `second` bytes apart.
 template <int BITS, int TOKENS, int TILES, bool READY>
-MOSS_AVX2 MOSS_INLINE void avx2_products(const uint8_t* codes, int64_t second, int64_t count, const int8_t* x, int64_t stride,
-                                         __m256i (&sum)[TILES][TOKENS][2]) {
+MOSS_AVX2 MOSS_INLINE void avx2_products(const uint8_t* codes, int64_t second, int64_t count, const int8_t* x,
+                                         int64_t stride, __m256i (&sum)[TILES][TOKENS][2]) {
 #pragma GCC unroll 2
     for (int tile = 0; tile < TILES; tile++)
 #pragma GCC unroll 4
@@ -220,8 +221,9 @@ MOSS_AVX2 static void avx2_prepare(const BlockRun& run, ReadyBlock& to) {
     const uint8_t* codes = run.codes;
     for (int64_t c = 0; c < to.chunks; c++) {
         _mm_prefetch((const char*)codes + (to.chunks + c) * 64, _MM_HINT_T0);  // of the next block
+        __m256i* out = (__m256i*)(to.codes + c * 128);
         for (int i = 0; i < 4; i++)
-            _mm256_store_si256((__m256i*)(to.codes + c * 128) + i, nibbles(load32(codes + c * 64 + (i & 1) * 32), i / 2));
+            _mm256_store_si256(out + i, nibbles(load32(codes + c * 64 + (i & 1) * 32), i / 2));
     }
 }
 

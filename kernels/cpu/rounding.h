@@ -79,7 +79,7 @@ static inline RoundedCodes round_block(const float (&x)[kMaxBlock], int64_t size
     keep_as_is(inverse);
     for (int64_t i = 0; i < kMaxBlock; i++) scaled[i] = x[i] * inverse;
     keep_as_is(scaled);
-    constexpr float shift = 12582912.0f;  // 1.5 * 2^23: the sum's lowest bits are the nearest whole number, ties to even
+    constexpr float shift = 12582912.0f;  // 1.5 * 2^23: the sum ends in the nearest whole number, ties to even
     for (int64_t i = 0; i < kMaxBlock; i++) {
         codes[i] = (int32_t)float_to_bits(scaled[i] + shift) - 0x4b400000;
         sum += codes[i];
