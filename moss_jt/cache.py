@@ -12,9 +12,7 @@ keeps to a budget compares with it, and whatever an interrupt cuts short is righ
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,11 +20,12 @@ import numpy.typing as npt
 
 from moss_jt.config import MossConfig
 from moss_jt.errors import DeviceMemoryError
-from moss_jt.kv_layout import BLOCK, HUGE_PAGE, STEP_CHANNELS, KVLayout, KVType
+from moss_jt.kv_layout import BLOCK, STEP_CHANNELS, KVLayout, KVType
+from moss_jt.memory import HUGE_PAGE
+from moss_jt.pages import Pages
 
 __all__ = ["BLOCK", "KVCache", "KVLayout", "KVType"]
 
-_NORESERVE = 0x4000  # MAP_NORESERVE, which older Pythons do not name
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -61,9 +60,14 @@ class KVCache:
         self.layout = KVLayout.of(config, kind, len(self.layers))
         self.limit = config.n_positions
         self.table: npt.NDArray[np.int32] = np.zeros((slots, per_slot), np.int32)
-        self._map, self._start = _take_addresses(blocks * self.block_bytes, self.layout.page_bytes)
-        room = np.frombuffer(self._map, np.uint8, blocks * self.block_bytes, self._start)
-        self.memory: Bytes = room.reshape(blocks, self.block_bytes)
+        self._pages = Pages(
+            blocks * self.block_bytes,
+            "the KV cache",
+            "Ask for a shorter context.",
+            huge=self.layout.page_bytes == HUGE_PAGE,  # else more would be resident than was touched
+            reserve=False,
+        )
+        self.memory: Bytes = self._pages.array.reshape(blocks, self.block_bytes)
         self.on_take: Callable[[int], None] | None = None
         self.on_give: Callable[[int], None] | None = None
         # Which blocks are free follows from who has them, so that an interrupt can nowhere lose one or give it twice.
@@ -169,7 +173,7 @@ class KVCache:
         idle = sorted(self._touched.difference(*(slot.blocks for slot in self._slots)))
         given = 0
         for block in reversed(idle[keep // self.block_bytes :]):
-            self._map.madvise(mmap.MADV_DONTNEED, self._start + block * self.block_bytes, self.block_bytes)
+            self._pages.give_back(block * self.block_bytes, self.block_bytes)
             self._touched.discard(block)  # after it has gone: counted too long rather than too short
             given += self.block_bytes
         if given and self.on_give is not None:
@@ -212,22 +216,6 @@ class KVCache:
         taken = {block for slot in self._slots for block in slot.blocks}
         free = (block for block in range(len(self.memory)) if block not in taken)
         return sorted(free, key=lambda block: (block not in self._touched, block))[:missing]
-
-
-def _take_addresses(nbytes: int, page: int) -> tuple[mmap.mmap, int]:
-    """Private memory of our own, and where whole pages begin in it; it is not there before it is touched.
-
-    Pages are huge only where blocks are whole numbers of them: else more would be resident than was touched.
-    """
-    try:
-        room = mmap.mmap(-1, nbytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
-    except (OSError, ValueError, OverflowError) as error:
-        raise DeviceMemoryError(
-            f"the system does not give {nbytes} bytes of addresses for the KV cache ({error}). Ask for a shorter context."
-        ) from error
-    with suppress(OSError):  # a system without huge pages does not know the word
-        room.madvise(mmap.MADV_HUGEPAGE if page == HUGE_PAGE else mmap.MADV_NOHUGEPAGE)
-    return room, -np.frombuffer(room, np.uint8).ctypes.data % page
 
 
 def _widen(rows: Bytes, layout: KVLayout) -> npt.NDArray[np.float32]:

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moss_jt.config import MossConfig
+from moss_jt.memory import HUGE_PAGE
 
 KVType = Literal["float32", "float16", "int8"]
 
 BLOCK = 32  # tokens
 STEP_CHANNELS = 32  # int8: neighbours of a head that share a step
-HUGE_PAGE = 2 << 20
 _HUGE_WASTE = 16  # one part in so many may be lost to whole huge pages
 _ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 _STEP_BYTES = 2

@@ -6,7 +6,6 @@ do. Nothing is read from disk and nothing is kept.
 
 from __future__ import annotations
 
-import mmap
 import statistics
 import time
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from moss_jt.memory import MIB, available_memory
 from moss_jt.model import Moss
 from moss_jt.ops import InferenceOps
 from moss_jt.packing import tile_layout
+from moss_jt.pages import Pages
 from moss_jt.predict import Spread
 from moss_jt.weights import Stored, WeightStore
 
@@ -226,10 +226,7 @@ def _store(config: MossConfig, layouts: dict[str, RowsLayout | TileLayout]) -> W
 
 
 def _memory(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Memory in huge pages where the system has them, as weights lie."""
-    block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
-    memory = np.frombuffer(block, np.uint8)
+    """Memory as weights lie in it."""
+    memory = Pages(nbytes, "measuring the kernels", "Close other programs.").array
     memory.fill(_FILL)
     return memory

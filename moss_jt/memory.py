@@ -17,6 +17,7 @@ from pathlib import Path
 from moss_jt.errors import ConfigError, DeviceMemoryError, StartupError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+HUGE_PAGE = 2 * MIB
 RESERVE = GIB  # left to the rest of the machine at least,
 RESERVE_SHARE = 10  # or one part in this many of what is free
 

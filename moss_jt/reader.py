@@ -14,10 +14,8 @@ never given back (an interrupted pass) ends with the next `acquire`. Nothing is 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
-import mmap
 import os
 import time
 import weakref
@@ -30,9 +28,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moss_jt.errors import CheckpointError, DeviceMemoryError, KernelError
+from moss_jt.errors import CheckpointError, KernelError
 from moss_jt.language import pick
 from moss_jt.native import load_library
+from moss_jt.pages import Pages
 from moss_jt.progress import Progress, Quiet
 
 Bytes = npt.NDArray[np.uint8]
@@ -41,7 +40,6 @@ BLOCK = 4096  # of direct I/O
 PIECE_BYTES = 4 << 20  # measured: 1 MiB reads a tenth slower, 16 MiB no faster
 THREADS = 8  # measured on two busy cores: 4 reach 0.95 of the disk's rate, 8 all of it
 SLOTS = 12
-_HUGE_PAGE = 2 << 20
 _STEP_MS = 50  # a Ctrl-C waits at most this long
 _READY, _WAITING, _FAILED, _CLOSED = range(4)
 
@@ -127,7 +125,9 @@ class Reader:
         assert slots >= 0 and threads > 0 and slot_bytes >= 0 and slot_bytes % BLOCK == 0
         self._library = _open_library(progress)
         self.slots, self.slot_bytes = slots, slot_bytes
-        self.ring = _take_memory(slots * slot_bytes)
+        pages = Pages(slots * slot_bytes, "reading weights ahead", "Close other programs or allow less memory.")
+        pages.touch()
+        self.ring = pages.array
         self._paths: list[Path] = []
         self._order: tuple[Item, ...] = ()
         self._targets: list[Bytes] = []  # of a filling that may still be writing
@@ -305,29 +305,6 @@ def measure_read(path: str | os.PathLike[str], seconds: float, *, threads: int =
             if end - start >= seconds:
                 break
     return done / (end - start)
-
-
-def _take_memory(nbytes: int) -> Bytes:
-    """Memory of our own that is really there, in huge pages where the system has them.
-
-    That matters: direct reads into pages of 4 KiB reach half the speed (measured on a virtual disk: 0.8 against
-    2.0 GB/s), since each request to the disk then has many small parts.
-    """
-    if nbytes == 0:
-        return np.empty(0, np.uint8)
-    try:
-        memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError) as error:
-        raise DeviceMemoryError(
-            f"{nbytes} bytes for reading weights ahead cannot be had: {error}. Close other programs or allow less memory."
-        ) from error
-    array: Bytes = np.frombuffer(memory, np.uint8)
-    start = -array.ctypes.data % _HUGE_PAGE
-    array = array[start : start + nbytes]
-    with contextlib.suppress(OSError, AttributeError):  # a kernel, or a Python, without them
-        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // _HUGE_PAGE * _HUGE_PAGE)  # not one byte more than asked
-    array[::BLOCK] = 0
-    return array
 
 
 def _table(rows: Sequence[tuple[int, ...]]) -> Any:

@@ -10,7 +10,6 @@ so activations stay finite; rows repeat here and there, so the answers mean even
 
 from __future__ import annotations
 
-import mmap
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +20,10 @@ import numpy.typing as npt
 
 from moss_jt.checkpoint import expected_shapes, quantization_of
 from moss_jt.config import MossConfig
-from moss_jt.errors import DeviceMemoryError
 from moss_jt.language import pick
-from moss_jt.layout import ALIGNMENT, Layout, PlainLayout, RowsLayout, TileLayout
+from moss_jt.layout import Layout, PlainLayout, RowsLayout, TileLayout
 from moss_jt.packing import tile_layout
+from moss_jt.pages import Pages
 from moss_jt.progress import Progress, Quiet
 from moss_jt.startup.machine import logical_cores
 from moss_jt.weights import Stored, WeightStore
@@ -114,18 +113,9 @@ def _layout(config: MossConfig, name: str, shape: tuple[int, ...]) -> Layout:
 
 
 def _memory_for(matrices: Mapping[str, RowsLayout | TileLayout]) -> dict[str, Bytes]:
-    """One stretch of memory, in huge pages where the system has them, and the part of each matrix."""
+    """One stretch of memory, and the part of each matrix."""
     total = sum(layout.nbytes for layout in matrices.values())
-    try:
-        arena = mmap.mmap(-1, max(total, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise DeviceMemoryError(
-            f"random weights need {total / 2**30:.1f} GiB; the system does not give them ({error.strerror}). "
-            "Ask for fewer layers."
-        ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        arena.madvise(mmap.MADV_HUGEPAGE)
-    whole = np.frombuffer(arena, np.uint8)
+    whole = Pages(total, "random weights", "Ask for fewer layers.").array
     parts, start = {}, 0
     for name, layout in matrices.items():
         parts[name] = whole[start : start + layout.nbytes]

@@ -12,9 +12,7 @@ copied from the ring to its place.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moss_jt.checkpoint import Checkpoint, Entry
-from moss_jt.errors import DeviceMemoryError
 from moss_jt.layout import ALIGNMENT, PlainLayout, RowsLayout, TileLayout, round_up
-from moss_jt.memory import format_size
+from moss_jt.pages import Pages
 from moss_jt.plan import MatrixSize, Plan, cut_rows
 from moss_jt.progress import Progress, Quiet
 from moss_jt.reader import Item, Reader, ReaderStats
@@ -125,8 +122,8 @@ class TieredMatrices:
             matrix = Matrix(size, entry, files[entry.file], goal, total, np.empty(0, np.uint8))
             self._matrices[size.name] = matrix
             total += matrix.pages_of(goal)
-        self._arena = _anonymous(total)
-        memory = np.frombuffer(self._arena, np.uint8)
+        self._arena = Pages(total, "weights", "Give a smaller --memory.")
+        memory = self._arena.array
         for matrix in self._matrices.values():
             matrix.memory = memory[matrix.memory_at : matrix.memory_at + matrix.pages_of(matrix.goal)]
 
@@ -208,9 +205,8 @@ class TieredMatrices:
         if end > start:
             # With huge pages a row that returns would bring its neighbours' empty places with it, and the system
             # might fill up any place where a little is left.
-            with suppress(OSError, AttributeError):  # a kernel, or a Python, without them
-                self._arena.madvise(mmap.MADV_NOHUGEPAGE)
-            self._arena.madvise(mmap.MADV_DONTNEED, matrix.memory_at + start, end - start)
+            self._arena.stay_small()
+            self._arena.give_back(matrix.memory_at + start, end - start)
 
     @property
     def resident_bytes(self) -> int:
@@ -225,16 +221,3 @@ class TieredMatrices:
     def close(self) -> None:
         """Stop the readers."""
         self._reader.close()
-
-
-def _anonymous(nbytes: int) -> mmap.mmap:
-    """Memory of our own, in huge pages where the system has them."""
-    try:
-        memory = mmap.mmap(-1, max(nbytes, ALIGNMENT), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise DeviceMemoryError(
-            f"the system does not give {format_size(nbytes)} for weights ({error.strerror}). Give a smaller --memory."
-        ) from error
-    with suppress(OSError, AttributeError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

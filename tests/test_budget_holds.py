@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
 import os
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from faulty import Runs, build_shim, small_model
+from residency import cached_bytes
 
 from moss_jt.memory import MIB, parse_size
 
@@ -177,22 +177,6 @@ def forget_pages(file: Path) -> None:
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def cached_bytes(file: Path) -> int:
-    """How much of a file lies in the page cache: a mapping tells without touching it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    size = file.stat().st_size
-    with (
-        file.open("rb") as opened,
-        mmap.mmap(opened.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as pages,
-    ):
-        there = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-        address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), there) == 0, os.strerror(
-            ctypes.get_errno()
-        )
-        return sum(byte & 1 for byte in there) * mmap.PAGESIZE
 
 
 def test_the_count_of_cached_bytes_counts(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from moss_jt.cache import BLOCK, KVCache, KVLayout, KVType
 from moss_jt.config import MossConfig
 from moss_jt.errors import DeviceMemoryError
-from moss_jt.kv_layout import HUGE_PAGE
+from moss_jt.memory import HUGE_PAGE
 
 CONFIG = MossConfig(vocab_size=32, n_positions=4 * BLOCK, n_embd=16, n_layer=2, n_head=4, rotary_dim=4)
 

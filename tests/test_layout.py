@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("converters", "kernels", "cli")
 ROWS = {
-    0: "config messages layout kv_layout errors progress language paths memory record",
+    0: "config messages layout kv_layout errors progress language paths memory pages record",
     1: "checked_file safetensors_file checkpoint packing plan predict tokenizer template kernels startup native reader limits",
     2: "ops ops_grad frozen launch batch budget cache sampling tiers weights synthetic",
     3: "model",

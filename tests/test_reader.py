@@ -13,6 +13,7 @@ from types import FrameType
 
 import numpy as np
 import pytest
+from residency import cached_bytes
 
 from moss_jt import reader
 from moss_jt.errors import CheckpointError, DeviceMemoryError
@@ -242,7 +243,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_memory_that_cannot_be_had() -> None:
-    with pytest.raises(DeviceMemoryError, match=f"{1 << 60} bytes for reading weights ahead"):
+    with pytest.raises(DeviceMemoryError, match=r"does not give 1073741824GiB for reading weights ahead"):
         Reader(1 << 30, 1 << 30)
 
 
@@ -305,20 +306,6 @@ def test_the_page_cache_is_used_and_never_filled(tmp_path: Path) -> None:
             disk.fill([(Item(0, 0, len(data)), target)])
             assert np.array_equal(target, data)
             assert disk.stats().disk_bytes in ((0, len(data)) if use_cache else (len(data),))  # 0 from Linux 6.5
-
-
-def cached_bytes(path: Path) -> int:
-    """Bytes of a file of ours in the page cache."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
-        pages = -(-len(mapped) // mmap.PAGESIZE)
-        found = (ctypes.c_ubyte * pages)()
-        start = ctypes.byref(ctypes.c_char.from_buffer(mapped))
-        assert libc.mincore(start, ctypes.c_size_t(len(mapped)), found) == 0, os.strerror(ctypes.get_errno())
-        del start
-    return sum(page & 1 for page in found) * mmap.PAGESIZE
 
 
 def test_files_in_memory(tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from residency import resident_bytes
 
 from moss_jt.budget import Budget
 from moss_jt.checkpoint import Checkpoint
@@ -164,21 +163,13 @@ def test_rows_that_return_bring_nothing_with_them(tmp_path: Path) -> None:
     store = WeightStore(checkpoint, plan_of(sizes, sum(size.nbytes for size in sizes)))
     store.hold(resident_rows(sizes, 0))
     assert store._tiers is not None
-    arena = np.frombuffer(store._tiers._arena, np.uint8)
-    assert memory_in(arena) < 2**20
+    arena = store._tiers._arena.array
+    assert resident_bytes(arena) < 2**20
     store.hold({size.name: size.rows_of(size.units // 2) for size in sizes})
     for _ in range(2):
         store.begin_pass()
         assert_whole(store, checkpoint)
-    assert 0 < store.resident_bytes <= memory_in(arena) < store.resident_bytes + 2**20
-
-
-def memory_in(array: npt.NDArray[np.uint8]) -> int:
-    """Bytes of an array, which starts with a page, that are in memory."""
-    there = (ctypes.c_ubyte * -(-array.nbytes // mmap.PAGESIZE))()
-    found = ctypes.CDLL(None).mincore(ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes), there)
-    assert found == 0
-    return sum(byte & 1 for byte in there) * mmap.PAGESIZE
+    assert 0 < store.resident_bytes <= resident_bytes(arena) < store.resident_bytes + 2**20
 
 
 def anonymous_bytes() -> int:
