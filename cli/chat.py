@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any, Literal
 
 import click
@@ -57,11 +58,12 @@ def command(
 
     from moss_jt.chat import ChatSession
     from moss_jt.engine import Engine
+    from moss_jt.fit import predictor_for
     from moss_jt.template import choose_template
 
     form = choose_template(template, loaded.config, tools=False)
     session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config)
-    talk = Talk(session, screen)
+    talk = Talk(session, screen, predictor=partial(predictor_for, loaded))
     if screen.interactive:
         screen.note(_welcome())
         converse(talk, TerminalInput(["clear", "stop", *(f"/{name}" for name in COMMANDS)]))

@@ -21,6 +21,7 @@ from moss_jt.language import pick
 
 if TYPE_CHECKING:
     from moss_jt.chat import ChatEvent, ChatSession, ReplyStats
+    from moss_jt.predict import Predictor
 
 LAST_CHAT_FILE = "last-chat.json"
 
@@ -35,6 +36,7 @@ class Talk:
         last: what the last answer cost.
         keeping: write the conversation down after each answer.
         leaving: the loop ends.
+        predictor: what tells how fast the model should be; asked for when it is shown.
     """
 
     session: ChatSession
@@ -42,6 +44,7 @@ class Talk:
     last: ReplyStats | None = None
     keeping: bool = True
     leaving: bool = False
+    predictor: Callable[[], Predictor | None] = lambda: None
 
 
 Action = Callable[[Talk, str], "Iterator[ChatEvent] | None"]
@@ -143,7 +146,11 @@ def _load(talk: Talk, argument: str) -> None:
 
 
 def _stats(talk: Talk, _argument: str) -> None:
-    talk.screen.table(figures(talk.session.stats(), talk.last))
+    predictor = talk.predictor()
+    talk.screen.table(figures(talk.session.stats(), talk.last, predictor))
+    if predictor is None:
+        hint = "`moss-jt fit` measures this machine once; then predictions stand beside these figures."
+        talk.screen.note(pick(hint, "运行一次 `moss-jt fit` 测量本机后，此处会同时显示预测值。"))
 
 
 def _set(talk: Talk, argument: str) -> None:

@@ -11,18 +11,25 @@ from moss_jt.language import pick
 
 if TYPE_CHECKING:
     from moss_jt.chat import ReplyStats
+    from moss_jt.predict import Predictor
 
 Figures = Mapping[str, "float | int | str"]
 
 
-def figures(stats: Figures, last: ReplyStats | None) -> list[tuple[str, str]]:
-    """Names and values, in the order in which a user asks for them."""
-    return [*_last_answer(last), *_context(stats), *_memory(stats)]
+def figures(stats: Figures, last: ReplyStats | None, predictor: Predictor | None = None) -> list[tuple[str, str]]:
+    """Names and values, in the order in which a user asks for them; with a predictor, what was to be expected too."""
+    return [*_last_answer(last, predictor), *_context(stats), *_memory(stats), *_weights(stats)]
 
 
-def _last_answer(last: ReplyStats | None) -> list[tuple[str, str]]:
+def _last_answer(last: ReplyStats | None, predictor: Predictor | None) -> list[tuple[str, str]]:
     if last is None:
         return []
+    first, rate = pick(f"after {last.prefill_s:.2f} s", f"{last.prefill_s:.2f} 秒后"), ""
+    if predictor is not None:
+        if last.prompt_tokens and not last.reused_tokens:
+            first += _predicted(f"{predictor.prefill(last.prompt_tokens).seconds:.2f} s")
+        middle = last.prompt_tokens + last.new_tokens // 2
+        rate = _predicted(f"{predictor.decoding(middle).tokens_per_s:.1f}")
     return [
         (
             pick("last prompt", "上次提示"),
@@ -31,15 +38,20 @@ def _last_answer(last: ReplyStats | None) -> list[tuple[str, str]]:
                 f"{last.prompt_tokens} 个词元，其中 {last.reused_tokens} 个已在缓存中",
             ),
         ),
-        (pick("first token", "首个词元"), pick(f"after {last.prefill_s:.2f} s", f"{last.prefill_s:.2f} 秒后")),
+        (pick("first token", "首个词元"), first),
         (
             pick("last answer", "上次回答"),
             pick(
                 f"{last.new_tokens} tokens, {last.tokens_per_s:.1f} tokens/s",
                 f"{last.new_tokens} 个词元，{last.tokens_per_s:.1f} 词元/秒",
-            ),
+            )
+            + rate,
         ),
     ]
+
+
+def _predicted(value: str) -> str:
+    return pick(f" (predicted: {value})", f"（预测：{value}）")
 
 
 def _context(stats: Figures) -> list[tuple[str, str]]:
@@ -71,6 +83,18 @@ def _memory(stats: Figures) -> list[tuple[str, str]]:
     if "device" in stats:
         rows.append((pick("computes", "计算"), f"{stats['device']}, {stats.get('compute', '')}".rstrip(", ")))
     return rows
+
+
+def _weights(stats: Figures) -> list[tuple[str, str]]:
+    """Where the weights are now."""
+    if "resident_bytes" not in stats:
+        return []
+    here, streamed = gigabytes(int(stats["resident_bytes"])), int(stats["streamed_bytes"])
+    if not streamed:
+        return [(pick("weights", "权重"), pick(f"{here}, all in memory", f"{here}，全部在内存中"))]
+    there = gigabytes(streamed)
+    where = pick(f"{here} in memory, {there} read for each token", f"{here} 在内存中，每个词元从磁盘读取 {there}")
+    return [(pick("weights", "权重"), where)]
 
 
 def resident_bytes() -> tuple[int, int]:

@@ -54,6 +54,7 @@ def make_model(folder: Path) -> SimpleNamespace:
         device="cpu",
         compute="fast",
         max_tokens=2048,
+        budget=None,
         store=SimpleNamespace(streamed_bytes=0),
     )
 

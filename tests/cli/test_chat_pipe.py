@@ -151,6 +151,7 @@ def test_stats_tell_speed_memory_and_context(chat: Chat) -> None:
         "of 2048 tokens",
         "turns    ",
         "cpu, fast",
+        "`moss-jt fit` measures this machine",
     ):
         assert words in shown, words
 
