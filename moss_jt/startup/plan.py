@@ -167,8 +167,14 @@ def _variables(home: Path, tools: Tools, *, compiler: Path, has_onednn: bool, cu
 
 
 def _thread_variables() -> dict[str, str]:
-    """OpenMP: sleep rather than spin between kernels, one thread per core; the user's own wish goes first."""
+    """OpenMP: one thread per core, asleep when there is nothing to do; the user's own wish goes first.
+
+    Before it sleeps a thread looks a thousand times (some microseconds) whether the next kernel has come: enough to
+    bridge the gap between two kernels of a pass, too little to take anything from other programs (docs/kernels.md).
+    """
     wanted = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(machine.physical_cores())}
+    if "OMP_WAIT_POLICY" not in os.environ:
+        wanted["GOMP_SPINCOUNT"] = "1000"
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

@@ -95,9 +95,10 @@ def test_user_s_threads_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     key = make_plan("cpu").key
     assert make_plan("cpu").variables["OMP_WAIT_POLICY"] == "passive"
     assert int(make_plan("cpu").variables["OMP_NUM_THREADS"]) >= 1
+    assert 0 < int(make_plan("cpu").variables["GOMP_SPINCOUNT"]) <= 3000
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    assert not {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"} & set(make_plan("cpu").variables)
+    assert not {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(make_plan("cpu").variables)
     assert make_plan("cpu").key == key
 
 
