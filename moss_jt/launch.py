@@ -1,7 +1,9 @@
 """The C++ kernels of moss_jt.kernels inside Jittor: the only place that hands them over, and that launches them.
 
-A kernel runs at once and in place, on arrays that numpy and Jittor share. Sizes travel as data and not as
-shapes, so each kernel is compiled once, by `warm_up`, for all lengths.
+Kernels work in place, on arrays that numpy has too. Sizes travel as data and not as shapes, so each is compiled
+once for all lengths. `run` launches one kernel by itself. What inference calls is lined up in `Steps`, whose one
+program holds all of these kernels and is compiled by `warm_up`: a launch takes 7 to 30 microseconds, and in that
+time a memory hands over the weights of half a million products.
 """
 
 from __future__ import annotations
@@ -9,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -58,7 +61,6 @@ LINEAR = """
 PERMUTE = """
     moss::permute(in0_p, in1_p, out0_p, (int64_t)data["tokens"], (int64_t)data["x_stride"], (int64_t)data["padded_in"]);
 """
-_LINEAR_KEYS = re.findall(r'data\["(\w+)"\]', LINEAR)
 TURN_PRODUCT = LINEAR.replace(
     "moss::linear(s, in0_p, (const uint8_t*)in1_p, in2_p, out0_p);",
     "moss::turn_product(s, in0_p, (const uint8_t*)in1_p, out0_p);",
@@ -94,6 +96,25 @@ ROTATE_AND_APPEND = (
 ATTEND = _ATTENTION_SHAPE + "moss::attend(s, in1_p, (const uint8_t*)in2_p, in3_p, in4_p, in5_p, out0_p, out1_p);"
 
 
+# What a pass lines up, with the C++ types of what each kernel reads and writes.
+STEP_TYPES: dict[str, tuple[str, str]] = {
+    LINEAR: ("float uint8_t float", "float"),
+    PERMUTE: ("float int32_t", "float"),
+    ROUND_ACTIVATIONS: ("float int32_t", "int8_t float int32_t"),
+    LINEAR_ROUNDED: ("int8_t uint8_t float float int32_t", "float"),
+    LAYER_NORM: ("float float float", "float"),
+    GELU: ("", "float"),
+    ADD_BOTH: ("float float", "float"),
+    ROTATE_AND_APPEND: ("uint8_t float float int32_t int32_t int32_t", "float uint8_t"),
+    ATTEND: ("uint8_t float uint8_t int32_t int32_t int32_t", "float float"),
+}
+_DATA_KEY = re.compile(r'data\["(\w+)"\]')
+_STEP_KEYS = {source: tuple(dict.fromkeys(_DATA_KEY.findall(source))) for source in STEP_TYPES}
+_STEP_NUMBERS = {source: number for number, source in enumerate(STEP_TYPES)}
+_MOST_INPUTS, _MOST_OUTPUTS, _MOST_KEYS = 6, 3, 20
+_STEP = struct.Struct(f"={1 + _MOST_INPUTS + _MOST_OUTPUTS}q{_MOST_KEYS}d")  # struct Step of _STEPS
+_MOST_STEPS = 64
+
 _ALONE = threading.RLock()
 
 
@@ -105,11 +126,16 @@ def computing() -> Iterator[None]:
 
 
 class Buffer:
-    """Memory that numpy and Jittor both see: `array` and `var` share it."""
+    """Memory that numpy, kernels and, through `var`, Jittor see; it begins at `address`."""
 
     def __init__(self, array: npt.NDArray[Any]) -> None:
         self.array = array
-        self.var = share(array)
+        self.address: int = array.ctypes.data
+
+    @cached_property
+    def var(self) -> Any:
+        """The Var, made when it is first asked for."""
+        return share(self.array)
 
 
 def share(array: npt.NDArray[Any]) -> Any:
@@ -170,77 +196,113 @@ def run(source: str, inputs: list[Any], outputs: list[Any], data: Mapping[str, f
         ) from error
 
 
+class Steps:
+    """Kernels that run one after the other in one launch, as if each had been launched by itself.
+
+    What they read and write must stay where it is until `run`.
+    """
+
+    def __init__(self) -> None:
+        self._table = Buffer(aligned((_MOST_STEPS * _STEP.size,), "uint8"))
+        self._done = Buffer(aligned((2,), "float32"))
+        self._count = 0
+
+    def add(
+        self, kernel: str, inputs: Sequence[int], outputs: Sequence[int], data: Mapping[str, float] | None = None
+    ) -> None:
+        """Line up a kernel of STEP_TYPES.
+
+        Args:
+            kernel: its source.
+            inputs, outputs: addresses, of the types that STEP_TYPES names.
+            data: its numbers; others may be among them.
+        """
+        if self._count == _MOST_STEPS:
+            self.run()
+        numbers = [data[key] for key in _STEP_KEYS[kernel]] if data else ()
+        _STEP.pack_into(
+            self._table.array.data,
+            self._count * _STEP.size,
+            _STEP_NUMBERS[kernel],
+            *inputs,
+            *_NOTHING[: _MOST_INPUTS - len(inputs)],
+            *outputs,
+            *_NOTHING[: _MOST_OUTPUTS - len(outputs)],
+            *numbers,
+            *_NOTHING[: _MOST_KEYS - len(numbers)],
+        )
+        self._count += 1
+
+    def run(self) -> None:
+        """Run what is lined up.
+
+        Raises:
+            KernelError: the compiler failed, or a kernel.
+        """
+        count, self._count = self._count, 0
+        if count:
+            run(_steps_source(), [self._table.var], [self._done.var], {"count": count})
+
+    def clear(self) -> None:
+        """Forget what is lined up."""
+        self._count = 0
+
+
+_NOTHING = (0,) * _MOST_KEYS
+
+
+@cache
+def _steps_source() -> str:
+    """The program of `Steps`: it goes through a table and calls the kernels in it."""
+    cases = []
+    for source, (inputs, outputs) in STEP_TYPES.items():
+        places = [("in", kind, i) for i, kind in enumerate(inputs.split())]
+        places += [("out", kind, i) for i, kind in enumerate(outputs.split())]
+        pointers = "".join(f"const auto {side}{i}_p = ({kind}*)step.{side}[{i}]; " for side, kind, i in places)
+        body = source
+        for place, key in enumerate(_STEP_KEYS[source]):
+            body = body.replace(f'data["{key}"]', f"step.data[{place}]")
+        cases.append(f"case {_STEP_NUMBERS[source]}: {{ {pointers}{body} break; }}\n")
+    return f"""
+    struct Step {{
+        int64_t kernel;
+        void *in[{_MOST_INPUTS}], *out[{_MOST_OUTPUTS}];
+        double data[{_MOST_KEYS}];
+    }};
+    static_assert(sizeof(Step) == {_STEP.size}, "as launch.py packs it");
+    const Step* steps = (const Step*)in0_p;
+    const int64_t count = (int64_t)data["count"];
+    for (int64_t i = 0; i < count; i++) {{
+        const Step& step = steps[i];
+        switch (step.kernel) {{
+            {"".join(cases)}
+        }}
+    }}
+    """
+
+
 def warm_up(progress: Progress | None = None) -> None:
-    """Compile every kernel that inference calls, all at once on all cores; at once where that was done before.
+    """Compile what inference calls; at once where that was done before.
 
     Raises:
         KernelError: the compiler failed.
     """
     progress = Quiet() if progress is None else progress
     jt = startup.import_jittor(device="cpu", progress=progress)
-    made_of = hashlib.sha256((_header() + jt.flags.cc_flags).encode()).hexdigest()[:16]
+    made_of = hashlib.sha256((_header() + _steps_source() + jt.flags.cc_flags).encode()).hexdigest()[:16]
     done = Path(jt.flags.cache_path) / f"moss_jt.{made_of}"
     if done.is_file():
         return
-    calls = _idle_calls()
-    progress.begin(pick("compiling the CPU kernels (once)", "编译 CPU 算子（仅首次）"), len(calls), "kernels")
+    progress.begin(pick("compiling the CPU kernels (once)", "编译 CPU 算子（仅首次）"), 1, "programs")
+    steps = Steps()
     try:
         with _ALONE, _stderr_away():
-            waiting = [_launch(*call) for call in calls]
-            for vars_ in waiting:
-                for var in vars_:
-                    var.sync()
-                progress.advance(1)
-    except RuntimeError as error:
-        raise KernelError(
-            f"a CPU kernel does not compile: {_reason(str(error))} `moss-jt doctor` checks the compiler."
-        ) from error
+            steps.add(GELU, (), (steps._done.address,), {"count": 0})
+            steps.run()
+        progress.advance(1)
     finally:
         progress.end()
     done.touch()
-
-
-def _idle_calls() -> list[tuple[str, list[Any], list[Any], Mapping[str, float]]]:
-    """One call of every kernel with nothing to do: the code is compiled for types, not for sizes."""
-
-    def floats(*shape: int) -> Any:
-        return share(np.zeros(shape, np.float32))
-
-    where = [share(np.zeros(2, np.int32)), share(np.zeros(2, np.int32)), share(np.zeros((2, 2), np.int32))]
-    calls: list[tuple[str, list[Any], list[Any], Mapping[str, float]]] = [
-        (
-            LINEAR,
-            [floats(2, 2), share(np.zeros(64, np.uint8)), floats(2)],
-            [floats(2, 2)],
-            dict.fromkeys(_LINEAR_KEYS, 0),
-        ),
-        (
-            ROUND_ACTIVATIONS,
-            [floats(2, 2), where[0]],
-            [share(np.zeros(2, np.int8)), floats(2), where[1]],
-            dict.fromkeys(("tokens", "x_stride", "padded_in", "padded_group", "block", "permuted"), 0),
-        ),
-        (
-            LINEAR_ROUNDED,
-            [share(np.zeros(2, np.int8)), share(np.zeros(64, np.uint8)), floats(2), floats(2), where[0]],
-            [floats(2, 2)],
-            dict.fromkeys((*_LINEAR_KEYS, "block", "processor"), 0),
-        ),
-        (PERMUTE, [floats(2, 2), where[0]], [floats(2, 2)], dict.fromkeys(("tokens", "x_stride", "padded_in"), 0)),
-        (
-            LAYER_NORM,
-            [floats(2, 2), floats(2), floats(2)],
-            [floats(2, 2)],
-            dict.fromkeys(("tokens", "width", "eps"), 1),
-        ),
-        (GELU, [], [floats(2, 2)], {"count": 0}),
-        (ADD_BOTH, [floats(2, 2), floats(2, 2)], [floats(2, 2)], {"count": 0}),
-    ]
-    cache = share(np.zeros((2, 64), np.uint8))
-    shape = share(np.zeros(ATTENTION_NUMBERS, np.int64).view(np.uint8))
-    calls.append((ROTATE_AND_APPEND, [shape, floats(2, 2), floats(2, 2), *where], [floats(2, 2), cache], {}))
-    calls.append((ATTEND, [shape, floats(2, 2), cache, *where], [floats(2, 2), floats(2, 2)], {}))
-    return calls
 
 
 @contextmanager

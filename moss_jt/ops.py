@@ -1,8 +1,9 @@
 """What a forward pass may call: the steps over stored weights and a KV cache.
 
-`InferenceOps` runs each step at once, in place, on buffers taken beforehand: nothing is allocated,
-nothing is compiled after the first pass at any length. A matrix comes piece by piece, cut along its
-output rows, and a piece may be gone when the next one comes; the bits are the same for every cut. `moss_jt.ops_grad` has the same steps with gradients, `moss_jt.launch` the kernels.
+`InferenceOps` lines the steps up and runs those of a layer in one launch, in place, on buffers taken
+beforehand: nothing is allocated, nothing is compiled after the first pass at any length. A matrix comes
+piece by piece, cut along its output rows, and a piece may be gone when the next one comes; the bits are
+the same for every cut. `moss_jt.ops_grad` has the same steps with gradients, `moss_jt.launch` the kernels.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +32,8 @@ from moss_jt.launch import (
     ROTATE_AND_APPEND,
     ROUND_ACTIVATIONS,
     Buffer,
+    Steps,
     aligned,
-    run,
-    share,
 )
 from moss_jt.layout import RowsLayout, TileLayout
 from moss_jt.weights import WeightStore
@@ -88,7 +87,7 @@ class _RoundedInputs:
         self.codes = Buffer(aligned((codes,), "int8"))
         self.steps = Buffer(aligned((blocks,), "float32"))
         self.sums = Buffer(aligned((blocks,), "int32"))
-        self.vars = [self.codes.var, self.steps.var, self.sums.var]
+        self.addresses = (self.codes.address, self.steps.address, self.sums.address)
 
     def hold(self, codes: int, blocks: int) -> bool:
         """Whether there is room for so many."""
@@ -105,6 +104,8 @@ def _shared_floats(config: MossConfig) -> int:
 
 class InferenceOps:
     """The steps of a forward pass over stored weights and a KV cache, in place.
+
+    What a step gives is there when `values` or `logits` has been asked for, or a layer is done.
 
     Attributes:
         capacity: T at most, new tokens of one pass.
@@ -144,15 +145,16 @@ class InferenceOps:
         self._positions = Buffer(aligned((max(capacity, 2),), "int32"))
         self._table = Buffer(kv.table)
         self.sincos = Buffer(rotary_table(config))
-        self._kv = share(kv.memory)
+        self._kv_address = kv.memory.ctypes.data
         self._stretches = Buffer(aligned((max(2, _shared_floats(config)),), "float32"))
         self._attention_shapes = {
             layer: self._attention_shape(index * kv.layout.layer_bytes) for index, layer in enumerate(kv.layers)
         }
         self.rounding, self.processor = rounding, "best"
         self._rounded = _RoundedInputs(2, 2)
-        self._small: dict[str, Any] = {}
-        self._memory: dict[int, tuple[Any, Any]] = {}
+        self._small: dict[str, Buffer] = {}
+        self._memory: dict[int, Buffer] = {}
+        self._steps = Steps()
         self._tokens = self._picked_rows = 0
 
     def begin(self, batch: Batch) -> None:
@@ -165,13 +167,15 @@ class InferenceOps:
             raise ShapeError(f"a pass takes 1 to {self.capacity} tokens; {batch.size} were given.")
         if int(batch.positions.max()) >= self.config.n_positions:
             raise ShapeError(f"position {int(batch.positions.max())} is past the model's {self.config.n_positions}.")
+        self._steps.clear()  # of a pass that was broken off
         self.store.begin_pass()
         self._tokens = batch.size
         self._slots.array[: batch.size] = batch.slots
         self._positions.array[: batch.size] = batch.positions
 
     def layer_done(self, layer: int) -> None:
-        """Say that a block is through; whoever wants to break a pass off raises from `on_layer`."""
+        """Finish a block and say so; whoever wants to break a pass off raises from `on_layer`."""
+        self._steps.run()
         if self.on_layer is not None:
             self.on_layer(layer)
 
@@ -191,13 +195,15 @@ class InferenceOps:
         """Normalise (T, C) by the norm `name`."""
         y = self.buffers["picked" if x is self.buffers["picked"] else "normed"]
         data = {"tokens": self._rows(x), "width": self.config.n_embd, "eps": self.config.layer_norm_epsilon}
-        run(LAYER_NORM, [x.var, self._small_var(name + ".weight"), self._small_var(name + ".bias")], [y.var], data)
+        values = [self._small_address(f"{name}.{kind}") for kind in ("weight", "bias")]
+        self._steps.add(LAYER_NORM, [x.address, *values], [y.address], data)
         return self._seen(name, y)
 
     def linear(self, x: Buffer, weight: Linear, into: str) -> Buffer:
         """(T, K) to (T, N), written to the buffer `into`."""
         y = self.buffers[into]
-        self._multiply(x, weight.name + ".weight", self._small_var(weight.name + ".bias") if weight.bias else None, y)
+        bias = self._small_address(weight.name + ".bias") if weight.bias else None
+        self._multiply(x, weight.name + ".weight", bias, y)
         if weight.low_rank is not None:
             self._add_low_rank(x, weight, y)
         return self._seen(weight.name, y)
@@ -208,35 +214,41 @@ class InferenceOps:
         shape = self._attention_shapes[layer]
         numbers = shape.array.view(np.int64)
         numbers[0], numbers[-1] = self._tokens, self.processor == "plain"
-        where = [self._slots.var, self._positions.var, self._table.var]
-        run(ROTATE_AND_APPEND, [shape.var, qkv.var, self.sincos.var, *where], [queries.var, self._kv], {})
-        run(ATTEND, [shape.var, queries.var, self._kv, *where], [merged.var, self._stretches.var], {})
+        where = [self._slots.address, self._positions.address, self._table.address]
+        append = [shape.address, qkv.address, self.sincos.address, *where]
+        self._steps.add(ROTATE_AND_APPEND, append, [queries.address, self._kv_address])
+        attend = [shape.address, queries.address, self._kv_address, *where]
+        self._steps.add(ATTEND, attend, [merged.address, self._stretches.address])
         return self._seen(f"transformer.h.{layer}.attn.merged", merged)
 
     def gelu(self, x: Buffer, name: str) -> Buffer:
         """gelu_new, in place."""
-        run(GELU, [], [x.var], {"count": self._tokens * self.config.inner_dim})
+        self._steps.add(GELU, [], [x.address], {"count": self._tokens * self.config.inner_dim})
         return self._seen(name, x)
 
     def residual(self, x: Buffer, attn: Buffer, mlp: Buffer, name: str) -> Buffer:
         """x + attn + mlp, in place of x."""
-        run(ADD_BOTH, [attn.var, mlp.var], [x.var], {"count": self._tokens * self.config.n_embd})
+        count = self._tokens * self.config.n_embd
+        self._steps.add(ADD_BOTH, [attn.address, mlp.address], [x.address], {"count": count})
         return self._seen(name, x)
 
     def logits(self, x: Buffer, norm: str, head: Linear, wanted: npt.NDArray[np.int32]) -> Floats:
         """Final norm and head for the chosen tokens: (R, V) float32, a copy."""
         picked, out = self.buffers["picked"], self.buffers["logits"]
         result = np.empty((len(wanted), self.config.vocab_size), np.float32)
+        self._steps.run()
         for start in range(0, len(wanted), LOGIT_ROWS):
             rows = wanted[start : start + LOGIT_ROWS]
             picked.array[: len(rows)] = x.array[rows]
             self._picked_rows = len(rows)
             self.linear(self.layer_norm(picked, norm), head, "logits")
+            self._steps.run()
             result[start : start + len(rows)] = out.array[: len(rows)]
         return result
 
     def values(self, x: Buffer) -> Floats:
         """The T rows of a buffer, copied."""
+        self._steps.run()
         return x.array[: self._rows(x)].copy()
 
     def _attention_shape(self, at: int) -> Buffer:
@@ -252,20 +264,20 @@ class InferenceOps:
         """Rows of a buffer that hold something in this pass."""
         return self._picked_rows if x is self.buffers["picked"] or x is self.buffers["logits"] else self._tokens
 
-    def _small_var(self, name: str) -> Any:
+    def _small_address(self, name: str) -> int:
         if name not in self._small:
-            values = self.store.small(name)
-            self._small[name] = share(values if values.size > 1 else np.append(values, np.float32(0)))
-        return self._small[name]
+            self._small[name] = Buffer(self.store.small(name))
+        return self._small[name].address
 
-    def _memory_var(self, data: npt.NDArray[np.uint8]) -> Any:
-        """The Var on memory in which pieces of matrices lie; the store keeps few of them, for long."""
+    def _memory_address(self, data: npt.NDArray[np.uint8]) -> int:
+        """Of memory in which pieces of matrices lie; the store keeps few of them, for long."""
         kept = self._memory.get(id(data))
         if kept is None:
-            kept = self._memory[id(data)] = (data, share(data))
-        return kept[1]
+            kept = self._memory[id(data)] = Buffer(data)
+        return kept.address
 
-    def _multiply(self, x: Buffer, name: str, bias: Any, y: Buffer, *, add: bool = False) -> None:
+    def _multiply(self, x: Buffer, name: str, bias: int | None, y: Buffer, *, add: bool = False) -> None:
+        """Line up a product. What passes through the ring is multiplied before the next piece is asked for."""
         layout = self.store.layout(name)
         data = layout_data(layout) | {
             "tokens": self._rows(x),
@@ -274,22 +286,25 @@ class InferenceOps:
             "has_bias": bias is not None,
             "add": add,
         }
-        bias = self._nothing.var if bias is None else bias
+        bias = self._nothing.address if bias is None else bias
         if self.rounding and isinstance(layout, TileLayout):
             data |= {"block": ROUND_BLOCK, "processor": PROCESSORS[self.processor]}
-            source, (x_var, *more) = LINEAR_ROUNDED, self._round(x, name, layout)
+            kernel, (inputs, *more) = LINEAR_ROUNDED, self._round(x, name, layout)
         else:
-            source, more = LINEAR, []
-            x_var, data["x_stride"] = self._stored_order(x, name)
+            kernel, more = LINEAR, []
+            inputs, data["x_stride"] = self._stored_order(x, name)
         for piece in self.store.pieces(name):
-            where = {"blob_at": piece.start, "first": piece.first, "out": piece.count}
-            run(source, [x_var, self._memory_var(piece.data), bias, *more], [y.var], data | where)
+            data |= {"blob_at": piece.start, "first": piece.first, "out": piece.count}
+            self._steps.add(kernel, [inputs, self._memory_address(piece.data), bias, *more], [y.address], data)
+            if not piece.stays or piece.count < layout.shape[0]:
+                self._steps.run()
 
-    def _round(self, x: Buffer, name: str, layout: TileLayout) -> list[Any]:
+    def _round(self, x: Buffer, name: str, layout: TileLayout) -> tuple[int, int, int]:
         """Codes, steps and sums of the inputs, in the order in which a matrix holds them."""
         perm = self.store.perm(name)
         wide, blocks = layout.padded_in, layout.n_groups * -(-layout.padded_group // ROUND_BLOCK)
         if not self._rounded.hold(self.capacity * wide, self.capacity * blocks):
+            self._steps.run()  # the room that there was goes
             self._rounded = _RoundedInputs(self.capacity * wide, self.capacity * blocks)
         data = {
             "tokens": self._rows(x),
@@ -299,25 +314,26 @@ class InferenceOps:
             "block": ROUND_BLOCK,
             "permuted": perm is not None,
         }
-        order = self._slots.var if perm is None else self._perm_var(name, perm)
-        run(ROUND_ACTIVATIONS, [x.var, order], self._rounded.vars, data)
-        return self._rounded.vars
+        order = self._slots.address if perm is None else self._perm_address(name, perm)
+        self._steps.add(ROUND_ACTIVATIONS, [x.address, order], self._rounded.addresses, data)
+        return self._rounded.addresses
 
-    def _stored_order(self, x: Buffer, name: str) -> tuple[Any, int]:
+    def _stored_order(self, x: Buffer, name: str) -> tuple[int, int]:
         """The inputs in the order in which a matrix holds them, and floats from token to token."""
         perm = self.store.perm(name)
         if perm is None:
-            return x.var, x.array.shape[1]
+            return x.address, x.array.shape[1]
         if len(perm) > self._scratch.array.shape[1]:
+            self._steps.run()  # the scratch that there was goes
             self._scratch = Buffer(aligned((self.capacity, len(perm)), "float32"))
         data = {"tokens": self._rows(x), "x_stride": x.array.shape[1], "padded_in": len(perm)}
-        run(PERMUTE, [x.var, self._perm_var(name, perm)], [self._scratch.var], data)
-        return self._scratch.var, len(perm)
+        self._steps.add(PERMUTE, [x.address, self._perm_address(name, perm)], [self._scratch.address], data)
+        return self._scratch.address, len(perm)
 
-    def _perm_var(self, name: str, perm: npt.NDArray[np.int32]) -> Any:
+    def _perm_address(self, name: str, perm: npt.NDArray[np.int32]) -> int:
         if name not in self._small:
-            self._small[name] = share(perm)
-        return self._small[name]
+            self._small[name] = Buffer(perm)
+        return self._small[name].address
 
     def _add_low_rank(self, x: Buffer, weight: Linear, y: Buffer) -> None:
         assert weight.low_rank is not None
@@ -327,11 +343,13 @@ class InferenceOps:
         if middle is None:
             middle = self.buffers[f"rank{rank}"] = Buffer(aligned((self.capacity, rank), "float32"))
         self._multiply(x, a, None, middle)
+        self._steps.run()
         middle.array[: self._rows(x)] *= np.float32(weight.low_rank_scale)
         self._multiply(middle, b, None, y, add=True)
 
     def _seen(self, name: str, buffer: Buffer) -> Buffer:
         if self.observe is not None:
+            self._steps.run()
             self.observe(name, buffer.array[: self._rows(buffer)])
         return buffer
 

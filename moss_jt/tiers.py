@@ -152,6 +152,11 @@ class TieredMatrices:
         self._reader.set_order(items)
         self._is_cut = True
 
+    @property
+    def ring(self) -> Bytes:
+        """The memory through which the rest passes."""
+        return self._reader.ring
+
     def layout(self, name: str) -> RowsLayout | TileLayout:
         """How a matrix is stored."""
         layout = self._matrices[name].entry.layout

@@ -59,6 +59,7 @@ class Piece:
         data: memory that holds the piece; the store keeps few such arrays, for long.
         start: the byte in `data` where row `first` lies.
         first, count: rows [first, first + count) of the matrix.
+        stays: whether it is here until the end of the pass.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Piece:
     start: int
     first: int
     count: int
+    stays: bool = True
 
 
 def widen(raw: Bytes, dtype: str) -> Floats:
@@ -169,7 +171,7 @@ class WeightStore:
             return
         layout = self._tiers.layout(name)
         for data, start, first, count in self._tiers.pieces(name):
-            yield Piece(name, layout, data, start, first, count)
+            yield Piece(name, layout, data, start, first, count, stays=data is not self._tiers.ring)
 
     def read(self, name: str) -> Bytes:
         """The whole blob of a matrix: for tools and tests, it may be large."""

@@ -70,8 +70,10 @@ def test_the_plan_counts_the_buffers_of_a_pass(small: None, stored: str, roundin
 
 
 def buffers_of(thing: object) -> Iterator[Buffer]:
-    """The buffers within an object, however deep, each once; the cache is not one."""
-    for value in vars(thing).values():
+    """The buffers within an object, however deep, each once; neither the cache nor weights are among them."""
+    for name, value in vars(thing).items():
+        if name in ("_small", "_memory"):
+            continue  # the weights
         if isinstance(value, Buffer):
             yield value
         elif isinstance(value, dict):

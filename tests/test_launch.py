@@ -1,0 +1,77 @@
+"""Steps: kernels that run in one launch give what they give one by one, in their order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moss_jt import launch
+from moss_jt.launch import ADD_BOTH, GELU, LAYER_NORM, STEP_TYPES, Buffer, Steps, aligned, run
+
+WIDTH = 48
+
+
+def buffer(seed: int, rows: int = 3) -> Buffer:
+    made = Buffer(aligned((rows, WIDTH), "float32"))
+    made.array[:] = np.random.default_rng(seed).standard_normal((rows, WIDTH))
+    return made
+
+
+def test_steps_give_the_bits_of_single_launches(jittor: Any) -> None:
+    x, weight, bias = buffer(1), buffer(2, 1), buffer(3, 1)
+    norm = {"tokens": 3, "width": WIDTH, "eps": 1e-5}
+    count = {"count": 3 * WIDTH}
+    results = []
+    for at_once in (False, True):
+        normed, total = buffer(4), buffer(5)
+        steps = Steps()
+        for kernel, inputs, outputs, data in (
+            (LAYER_NORM, [x, weight, bias], [normed], norm),
+            (GELU, [], [normed], count),
+            (ADD_BOTH, [x, normed], [total], count),
+        ):
+            if at_once:
+                steps.add(kernel, [each.address for each in inputs], [each.address for each in outputs], data)
+            else:
+                run(kernel, [each.var for each in inputs], [each.var for each in outputs], data)
+        before = total.array.copy()
+        steps.run()
+        assert np.array_equal(before, total.array) is not at_once, "nothing runs before run()"
+        results.append(total.array.copy())
+    assert np.array_equal(results[0], results[1])
+
+
+def test_more_steps_than_the_table_holds_run_in_order(jittor: Any) -> None:
+    x, one = buffer(1), Buffer(np.ones((3, WIDTH), np.float32))
+    x.array[:] = 0
+    steps = Steps()
+    many = launch._MOST_STEPS + 5
+    for _ in range(many):
+        steps.add(ADD_BOTH, [one.address, one.address], [x.address], {"count": 3 * WIDTH})
+    assert (x.array == 2 * launch._MOST_STEPS).all(), "a full table runs"
+    steps.run()
+    assert (x.array == 2 * many).all()
+    steps.run()
+    assert (x.array == 2 * many).all(), "what has run is gone"
+
+
+def test_what_is_forgotten_does_not_run(jittor: Any) -> None:
+    x = buffer(1)
+    before = x.array.copy()
+    steps = Steps()
+    steps.add(GELU, [], [x.address], {"count": 3 * WIDTH})
+    steps.clear()
+    steps.run()
+    assert np.array_equal(x.array, before)
+
+
+@pytest.mark.parametrize("kernel", list(STEP_TYPES), ids=lambda source: source.split("moss::")[-1].split("(")[0])
+def test_every_kernel_fits_a_step(kernel: str) -> None:
+    """Its source names no more arrays and numbers than the table has places for, and those that are declared."""
+    inputs, outputs = (kinds.split() for kinds in STEP_TYPES[kernel])
+    assert len(inputs) <= launch._MOST_INPUTS and len(outputs) <= launch._MOST_OUTPUTS
+    assert len(launch._STEP_KEYS[kernel]) <= launch._MOST_KEYS
+    assert all(f"in{number}_p" in kernel for number in range(len(inputs)))
+    assert f"in{len(inputs)}_p" not in kernel and f"out{len(outputs)}_p" not in kernel
