@@ -114,6 +114,7 @@ _STEP_NUMBERS = {source: number for number, source in enumerate(STEP_TYPES)}
 _MOST_INPUTS, _MOST_OUTPUTS, _MOST_KEYS = 6, 3, 20
 _STEP = struct.Struct(f"={1 + _MOST_INPUTS + _MOST_OUTPUTS}q{_MOST_KEYS}d")  # struct Step of _STEPS
 _MOST_STEPS = 64
+_NOTHING = (0,) * _MOST_KEYS
 
 _ALONE = threading.RLock()
 
@@ -196,6 +197,28 @@ def run(source: str, inputs: list[Any], outputs: list[Any], data: Mapping[str, f
         ) from error
 
 
+def pack_step(
+    kernel: str, inputs: Sequence[int], outputs: Sequence[int], data: Mapping[str, float] | None = None
+) -> bytes:
+    """A step for `Steps`.
+
+    Args:
+        kernel: of STEP_TYPES, its source.
+        inputs, outputs: addresses, of the types that STEP_TYPES names.
+        data: its numbers; others may be among them.
+    """
+    numbers = [data[key] for key in _STEP_KEYS[kernel]] if data else ()
+    return _STEP.pack(
+        _STEP_NUMBERS[kernel],
+        *inputs,
+        *_NOTHING[: _MOST_INPUTS - len(inputs)],
+        *outputs,
+        *_NOTHING[: _MOST_OUTPUTS - len(outputs)],
+        *numbers,
+        *_NOTHING[: _MOST_KEYS - len(numbers)],
+    )
+
+
 class Steps:
     """Kernels that run one after the other in one launch, as if each had been launched by itself.
 
@@ -204,33 +227,16 @@ class Steps:
 
     def __init__(self) -> None:
         self._table = Buffer(aligned((_MOST_STEPS * _STEP.size,), "uint8"))
+        self._bytes = self._table.array.data
         self._done = Buffer(aligned((2,), "float32"))
         self._count = 0
 
-    def add(
-        self, kernel: str, inputs: Sequence[int], outputs: Sequence[int], data: Mapping[str, float] | None = None
-    ) -> None:
-        """Line up a kernel of STEP_TYPES.
-
-        Args:
-            kernel: its source.
-            inputs, outputs: addresses, of the types that STEP_TYPES names.
-            data: its numbers; others may be among them.
-        """
+    def add(self, step: bytes) -> None:
+        """Line up what `pack_step` gave; the same step may be lined up again and again."""
         if self._count == _MOST_STEPS:
             self.run()
-        numbers = [data[key] for key in _STEP_KEYS[kernel]] if data else ()
-        _STEP.pack_into(
-            self._table.array.data,
-            self._count * _STEP.size,
-            _STEP_NUMBERS[kernel],
-            *inputs,
-            *_NOTHING[: _MOST_INPUTS - len(inputs)],
-            *outputs,
-            *_NOTHING[: _MOST_OUTPUTS - len(outputs)],
-            *numbers,
-            *_NOTHING[: _MOST_KEYS - len(numbers)],
-        )
+        at = self._count * _STEP.size
+        self._bytes[at : at + _STEP.size] = step
         self._count += 1
 
     def run(self) -> None:
@@ -246,9 +252,6 @@ class Steps:
     def clear(self) -> None:
         """Forget what is lined up."""
         self._count = 0
-
-
-_NOTHING = (0,) * _MOST_KEYS
 
 
 @cache
@@ -297,7 +300,7 @@ def warm_up(progress: Progress | None = None) -> None:
     steps = Steps()
     try:
         with _ALONE, _stderr_away():
-            steps.add(GELU, (), (steps._done.address,), {"count": 0})
+            steps.add(pack_step(GELU, (), (steps._done.address,), {"count": 0}))
             steps.run()
         progress.advance(1)
     finally:

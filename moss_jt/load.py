@@ -120,14 +120,12 @@ def _plan(
 
 
 def _check_room(plan: Plan, more: int, room: int | None) -> None:
-    """Refuse a plan that the limits of the process forbid.
-
-    Jittor reserves addresses as large as the largest memory that it is shown, beside it.
+    """Refuse a plan that the limits of the process forbid. A cache has addresses for all that it may ever hold.
 
     Raises:
         DeviceMemoryError: they do.
     """
-    wanted = more + max(plan.resident_bytes, plan.ring_bytes, plan.kv_bytes(plan.context))
+    wanted = more + plan.kv_bytes(plan.context)
     if room is not None and wanted > room:
         raise DeviceMemoryError(
             f"{format_size(plan.memory)} of memory need {format_size(wanted)} of addresses; ulimit -v or ulimit -d leave "

@@ -9,7 +9,7 @@ the same for every cut. `moss_jt.ops_grad` has the same steps with gradients, `m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,13 +34,15 @@ from moss_jt.launch import (
     Buffer,
     Steps,
     aligned,
+    pack_step,
 )
 from moss_jt.layout import RowsLayout, TileLayout
-from moss_jt.weights import WeightStore
+from moss_jt.weights import Piece, WeightStore
 
 Floats = npt.NDArray[np.float32]
 
 MAX_HEAD_DIM = 1024  # of the kernels: one head lies on the stack
+MOST_PACKED = 1024  # steps that are kept packed, half a KB each
 LOGIT_ROWS = 32  # rows of logits that are held at a time
 ROUND_BLOCK = 128  # positions, at most, that share a step when activations are rounded; of the kernels: up to 128
 PROCESSORS = {"best": 0, "plain": 1, "avx2": 2, "avx-vnni": 3, "avx512-vnni": 4}  # versions of the rounded product
@@ -155,6 +157,8 @@ class InferenceOps:
         self._small: dict[str, Buffer] = {}
         self._memory: dict[int, Buffer] = {}
         self._steps = Steps()
+        self._packed: dict[Hashable, bytes] = {}  # steps of passes over `_packed_tokens` tokens, by what they do
+        self._packed_tokens = 0
         self._tokens = self._picked_rows = 0
 
     def begin(self, batch: Batch) -> None:
@@ -168,6 +172,9 @@ class InferenceOps:
         if int(batch.positions.max()) >= self.config.n_positions:
             raise ShapeError(f"position {int(batch.positions.max())} is past the model's {self.config.n_positions}.")
         self._steps.clear()  # of a pass that was broken off
+        if batch.size != self._packed_tokens or len(self._packed) > MOST_PACKED:
+            self._packed.clear()
+            self._packed_tokens = batch.size
         self.store.begin_pass()
         self._tokens = batch.size
         self._slots.array[: batch.size] = batch.slots
@@ -194,9 +201,14 @@ class InferenceOps:
     def layer_norm(self, x: Buffer, name: str) -> Buffer:
         """Normalise (T, C) by the norm `name`."""
         y = self.buffers["picked" if x is self.buffers["picked"] else "normed"]
-        data = {"tokens": self._rows(x), "width": self.config.n_embd, "eps": self.config.layer_norm_epsilon}
-        values = [self._small_address(f"{name}.{kind}") for kind in ("weight", "bias")]
-        self._steps.add(LAYER_NORM, [x.address, *values], [y.address], data)
+        rows = self._rows(x)
+
+        def step() -> bytes:
+            data = {"tokens": rows, "width": self.config.n_embd, "eps": self.config.layer_norm_epsilon}
+            values = [self._small_address(f"{name}.{kind}") for kind in ("weight", "bias")]
+            return pack_step(LAYER_NORM, [x.address, *values], [y.address], data)
+
+        self._line_up((name, rows, x.address), step)
         return self._seen(name, y)
 
     def linear(self, x: Buffer, weight: Linear, into: str) -> Buffer:
@@ -212,24 +224,32 @@ class InferenceOps:
         """Rotate, append to the cache, attend: (T, 3C) to (T, C)."""
         queries, merged = self.buffers["queries"], self.buffers["merged"]
         shape = self._attention_shapes[layer]
-        numbers = shape.array.view(np.int64)
-        numbers[0], numbers[-1] = self._tokens, self.processor == "plain"
+        shape.array[0], shape.array[-1] = self._tokens, self.processor == "plain"
         where = [self._slots.address, self._positions.address, self._table.address]
-        append = [shape.address, qkv.address, self.sincos.address, *where]
-        self._steps.add(ROTATE_AND_APPEND, append, [queries.address, self._kv_address])
-        attend = [shape.address, queries.address, self._kv_address, *where]
-        self._steps.add(ATTEND, attend, [merged.address, self._stretches.address])
+
+        def append() -> bytes:
+            inputs = [shape.address, qkv.address, self.sincos.address, *where]
+            return pack_step(ROTATE_AND_APPEND, inputs, [queries.address, self._kv_address])
+
+        def attend() -> bytes:
+            inputs = [shape.address, queries.address, self._kv_address, *where]
+            return pack_step(ATTEND, inputs, [merged.address, self._stretches.address])
+
+        self._line_up((ROTATE_AND_APPEND, layer, qkv.address), append)
+        self._line_up((ATTEND, layer), attend)
         return self._seen(f"transformer.h.{layer}.attn.merged", merged)
 
     def gelu(self, x: Buffer, name: str) -> Buffer:
         """gelu_new, in place."""
-        self._steps.add(GELU, [], [x.address], {"count": self._tokens * self.config.inner_dim})
+        count = {"count": self._tokens * self.config.inner_dim}
+        self._line_up((GELU, x.address), lambda: pack_step(GELU, [], [x.address], count))
         return self._seen(name, x)
 
     def residual(self, x: Buffer, attn: Buffer, mlp: Buffer, name: str) -> Buffer:
         """x + attn + mlp, in place of x."""
-        count = self._tokens * self.config.n_embd
-        self._steps.add(ADD_BOTH, [attn.address, mlp.address], [x.address], {"count": count})
+        count = {"count": self._tokens * self.config.n_embd}
+        inputs = (attn.address, mlp.address)
+        self._line_up((ADD_BOTH, x.address, *inputs), lambda: pack_step(ADD_BOTH, inputs, [x.address], count))
         return self._seen(name, x)
 
     def logits(self, x: Buffer, norm: str, head: Linear, wanted: npt.NDArray[np.int32]) -> Floats:
@@ -258,7 +278,7 @@ class InferenceOps:
         stored = (_KV_KIND[kv.kind], kv.steps, STEP_CHANNELS)
         numbers = (0, kv.heads, kv.width, self.config.rotary_dim, *where, *stored, self._stretches.array.size, 0)
         assert len(numbers) == ATTENTION_NUMBERS
-        return Buffer(np.array(numbers, np.int64).view(np.uint8))
+        return Buffer(np.array(numbers, np.int64))
 
     def _rows(self, x: Buffer) -> int:
         """Rows of a buffer that hold something in this pass."""
@@ -276,26 +296,38 @@ class InferenceOps:
             kept = self._memory[id(data)] = Buffer(data)
         return kept.address
 
+    def _line_up(self, key: Hashable, make: Callable[[], bytes]) -> None:
+        """A step that passes over as many tokens repeat: packed once, `key` tells it from the others."""
+        step = self._packed.get(key)
+        if step is None:
+            step = self._packed[key] = make()
+        self._steps.add(step)
+
     def _multiply(self, x: Buffer, name: str, bias: int | None, y: Buffer, *, add: bool = False) -> None:
         """Line up a product. What passes through the ring is multiplied before the next piece is asked for."""
-        layout = self.store.layout(name)
-        data = layout_data(layout) | {
-            "tokens": self._rows(x),
-            "x_stride": x.array.shape[1],
-            "y_stride": y.array.shape[1],
-            "has_bias": bias is not None,
-            "add": add,
-        }
-        bias = self._nothing.address if bias is None else bias
+        layout, rows = self.store.layout(name), self._rows(x)
+        rounds = False
+        inputs: tuple[int, ...]
         if self.rounding and isinstance(layout, TileLayout):
-            data |= {"block": ROUND_BLOCK, "processor": PROCESSORS[self.processor]}
-            kernel, (inputs, *more) = LINEAR_ROUNDED, self._round(x, name, layout)
+            rounds = True
+            inputs, stride = self._round(x, name, layout), 0
         else:
-            kernel, more = LINEAR, []
-            inputs, data["x_stride"] = self._stored_order(x, name)
+            inputs, stride = self._stored_order(x, name)
+        bias = self._nothing.address if bias is None else bias
+        same = (name, rows, rounds, self.processor, *inputs, y.address, add)
         for piece in self.store.pieces(name):
-            data |= {"blob_at": piece.start, "first": piece.first, "out": piece.count}
-            self._steps.add(kernel, [inputs, self._memory_address(piece.data), bias, *more], [y.address], data)
+
+            def step(piece: Piece = piece) -> bytes:
+                data = layout_data(layout) | _product_data(piece, rows, stride, y, self.processor)
+                data |= {"has_bias": bias != self._nothing.address, "add": add}
+                first, *more = inputs
+                blob = self._memory_address(piece.data)
+                return pack_step(LINEAR_ROUNDED if rounds else LINEAR, [first, blob, bias, *more], [y.address], data)
+
+            if piece.stays:
+                self._line_up((*same, id(piece.data), piece.start, piece.first, piece.count), step)
+            else:
+                self._steps.add(step())
             if not piece.stays or piece.count < layout.shape[0]:
                 self._steps.run()
 
@@ -305,30 +337,42 @@ class InferenceOps:
         wide, blocks = layout.padded_in, layout.n_groups * -(-layout.padded_group // ROUND_BLOCK)
         if not self._rounded.hold(self.capacity * wide, self.capacity * blocks):
             self._steps.run()  # the room that there was goes
+            self._packed.clear()
             self._rounded = _RoundedInputs(self.capacity * wide, self.capacity * blocks)
-        data = {
-            "tokens": self._rows(x),
-            "x_stride": x.array.shape[1],
-            "padded_in": wide,
-            "padded_group": layout.padded_group,
-            "block": ROUND_BLOCK,
-            "permuted": perm is not None,
-        }
-        order = self._slots.address if perm is None else self._perm_address(name, perm)
-        self._steps.add(ROUND_ACTIVATIONS, [x.address, order], self._rounded.addresses, data)
+        rows = self._rows(x)
+
+        def step() -> bytes:
+            data = {
+                "tokens": rows,
+                "x_stride": x.array.shape[1],
+                "padded_in": wide,
+                "padded_group": layout.padded_group,
+                "block": ROUND_BLOCK,
+                "permuted": perm is not None,
+            }
+            order = self._slots.address if perm is None else self._perm_address(name, perm)
+            return pack_step(ROUND_ACTIVATIONS, [x.address, order], self._rounded.addresses, data)
+
+        self._line_up((ROUND_ACTIVATIONS, name, rows, x.address), step)
         return self._rounded.addresses
 
-    def _stored_order(self, x: Buffer, name: str) -> tuple[int, int]:
+    def _stored_order(self, x: Buffer, name: str) -> tuple[tuple[int], int]:
         """The inputs in the order in which a matrix holds them, and floats from token to token."""
         perm = self.store.perm(name)
         if perm is None:
-            return x.address, x.array.shape[1]
+            return (x.address,), x.array.shape[1]
         if len(perm) > self._scratch.array.shape[1]:
             self._steps.run()  # the scratch that there was goes
+            self._packed.clear()
             self._scratch = Buffer(aligned((self.capacity, len(perm)), "float32"))
-        data = {"tokens": self._rows(x), "x_stride": x.array.shape[1], "padded_in": len(perm)}
-        self._steps.add(PERMUTE, [x.address, self._perm_address(name, perm)], [self._scratch.address], data)
-        return self._scratch.address, len(perm)
+        rows = self._rows(x)
+
+        def step() -> bytes:
+            data = {"tokens": rows, "x_stride": x.array.shape[1], "padded_in": len(perm)}
+            return pack_step(PERMUTE, [x.address, self._perm_address(name, perm)], [self._scratch.address], data)
+
+        self._line_up((PERMUTE, name, rows, x.address), step)
+        return (self._scratch.address,), len(perm)
 
     def _perm_address(self, name: str, perm: npt.NDArray[np.int32]) -> int:
         if name not in self._small:
@@ -352,6 +396,20 @@ class InferenceOps:
             self._steps.run()
             self.observe(name, buffer.array[: self._rows(buffer)])
         return buffer
+
+
+def _product_data(piece: Piece, rows: int, x_stride: int, y: Buffer, processor: str) -> dict[str, float]:
+    """What the kernels must know of a product with a piece, its layout apart."""
+    return {
+        "tokens": rows,
+        "x_stride": x_stride,
+        "y_stride": y.array.shape[1],
+        "blob_at": piece.start,
+        "first": piece.first,
+        "out": piece.count,
+        "block": ROUND_BLOCK,
+        "processor": PROCESSORS[processor],
+    }
 
 
 def layout_data(layout: RowsLayout | TileLayout) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moss_jt import launch
-from moss_jt.launch import ADD_BOTH, GELU, LAYER_NORM, STEP_TYPES, Buffer, Steps, aligned, run
+from moss_jt.launch import ADD_BOTH, GELU, LAYER_NORM, STEP_TYPES, Buffer, Steps, aligned, pack_step, run
 
 WIDTH = 48
 
@@ -33,7 +33,7 @@ def test_steps_give_the_bits_of_single_launches(jittor: Any) -> None:
             (ADD_BOTH, [x, normed], [total], count),
         ):
             if at_once:
-                steps.add(kernel, [each.address for each in inputs], [each.address for each in outputs], data)
+                steps.add(pack_step(kernel, [b.address for b in inputs], [b.address for b in outputs], data))
             else:
                 run(kernel, [each.var for each in inputs], [each.var for each in outputs], data)
         before = total.array.copy()
@@ -49,7 +49,7 @@ def test_more_steps_than_the_table_holds_run_in_order(jittor: Any) -> None:
     steps = Steps()
     many = launch._MOST_STEPS + 5
     for _ in range(many):
-        steps.add(ADD_BOTH, [one.address, one.address], [x.address], {"count": 3 * WIDTH})
+        steps.add(pack_step(ADD_BOTH, [one.address, one.address], [x.address], {"count": 3 * WIDTH}))
     assert (x.array == 2 * launch._MOST_STEPS).all(), "a full table runs"
     steps.run()
     assert (x.array == 2 * many).all()
@@ -61,7 +61,7 @@ def test_what_is_forgotten_does_not_run(jittor: Any) -> None:
     x = buffer(1)
     before = x.array.copy()
     steps = Steps()
-    steps.add(GELU, [], [x.address], {"count": 3 * WIDTH})
+    steps.add(pack_step(GELU, [], [x.address], {"count": 3 * WIDTH}))
     steps.clear()
     steps.run()
     assert np.array_equal(x.array, before)
