@@ -172,10 +172,10 @@ def choose(scores: Scores, config: GenerationConfig, rng: np.random.Generator) -
         The id, and the logarithm of its probability among the scores.
     """
     best = int(scores.argmax())
+    if config.greedy:
+        return best, -math.log(_weights(scores, scores[best]).sum(dtype=np.float64))
     kept = np.flatnonzero(scores > _REMOVED)
     weights = _weights(scores[kept], scores[best])
-    if config.greedy:
-        return best, -math.log(weights.sum(dtype=np.float64))
     sums = np.cumsum(weights, dtype=np.float64)
     at = min(int(np.searchsorted(sums, rng.random() * sums[-1], side="right")), kept.size - 1)
     return int(kept[at]), float(scores[kept[at]]) - float(scores[best]) - math.log(sums[-1])
