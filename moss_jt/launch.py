@@ -197,28 +197,6 @@ def run(source: str, inputs: list[Any], outputs: list[Any], data: Mapping[str, f
         ) from error
 
 
-def pack_step(
-    kernel: str, inputs: Sequence[int], outputs: Sequence[int], data: Mapping[str, float] | None = None
-) -> bytes:
-    """A step for `Steps`.
-
-    Args:
-        kernel: of STEP_TYPES, its source.
-        inputs, outputs: addresses, of the types that STEP_TYPES names.
-        data: its numbers; others may be among them.
-    """
-    numbers = [data[key] for key in _STEP_KEYS[kernel]] if data else ()
-    return _STEP.pack(
-        _STEP_NUMBERS[kernel],
-        *inputs,
-        *_NOTHING[: _MOST_INPUTS - len(inputs)],
-        *outputs,
-        *_NOTHING[: _MOST_OUTPUTS - len(outputs)],
-        *numbers,
-        *_NOTHING[: _MOST_KEYS - len(numbers)],
-    )
-
-
 class Steps:
     """Kernels that run one after the other in one launch, as if each had been launched by itself.
 
@@ -230,14 +208,51 @@ class Steps:
         self._bytes = self._table.array.data
         self._done = Buffer(aligned((2,), "float32"))
         self._count = 0
+        self._is_recording = False
 
-    def add(self, step: bytes) -> None:
-        """Line up what `pack_step` gave; the same step may be lined up again and again."""
+    def add(
+        self, kernel: str, inputs: Sequence[int], outputs: Sequence[int], data: Mapping[str, float] | None = None
+    ) -> None:
+        """Line up a kernel.
+
+        Args:
+            kernel: of STEP_TYPES, its source.
+            inputs, outputs: addresses, of the types that STEP_TYPES names.
+            data: its numbers; others may be among them.
+        """
         if self._count == _MOST_STEPS:
             self.run()
-        at = self._count * _STEP.size
-        self._bytes[at : at + _STEP.size] = step
+        numbers = [data[key] for key in _STEP_KEYS[kernel]] if data else ()
+        _STEP.pack_into(
+            self._bytes,
+            self._count * _STEP.size,
+            _STEP_NUMBERS[kernel],
+            *inputs,
+            *_NOTHING[: _MOST_INPUTS - len(inputs)],
+            *outputs,
+            *_NOTHING[: _MOST_OUTPUTS - len(outputs)],
+            *numbers,
+            *_NOTHING[: _MOST_KEYS - len(numbers)],
+        )
         self._count += 1
+
+    def record(self) -> None:
+        """From here on, with nothing lined up, keep what is lined up for `recorded`."""
+        assert self._count == 0, "run() comes first"
+        self._is_recording = True
+
+    def recorded(self) -> bytes | None:
+        """What was lined up since `record`, for `repeat`; None where some of it has run already."""
+        whole, self._is_recording = self._is_recording, False
+        return bytes(self._bytes[: self._count * _STEP.size]) if whole else None
+
+    def repeat(self, steps: bytes) -> None:
+        """Line up what `recorded` gave. Whoever repeats knows that everything it names is still the same."""
+        count = len(steps) // _STEP.size
+        if self._count + count > _MOST_STEPS:
+            self.run()
+        self._bytes[self._count * _STEP.size : (self._count + count) * _STEP.size] = steps
+        self._count += count
 
     def run(self) -> None:
         """Run what is lined up.
@@ -247,11 +262,12 @@ class Steps:
         """
         count, self._count = self._count, 0
         if count:
+            self._is_recording = False
             run(_steps_source(), [self._table.var], [self._done.var], {"count": count})
 
     def clear(self) -> None:
         """Forget what is lined up."""
-        self._count = 0
+        self._count, self._is_recording = 0, False
 
 
 @cache
@@ -300,7 +316,7 @@ def warm_up(progress: Progress | None = None) -> None:
     steps = Steps()
     try:
         with _ALONE, _stderr_away():
-            steps.add(pack_step(GELU, (), (steps._done.address,), {"count": 0}))
+            steps.add(GELU, (), (steps._done.address,), {"count": 0})
             steps.run()
         progress.advance(1)
     finally:

@@ -16,6 +16,8 @@ stored weights and a KV cache (moss_jt.ops), or with gradients (moss_jt.ops_grad
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -33,6 +35,10 @@ class Ops(Protocol[X]):
 
     def begin(self, batch: Batch) -> None:
         """Take up a new pass."""
+        ...
+
+    def block(self, name: str, compute: Callable[[], X]) -> X:
+        """A whole block; `compute` calls its steps, unless they are known from before."""
         ...
 
     def layer_done(self, layer: int) -> None:
@@ -135,6 +141,6 @@ class Moss(Generic[X]):
         ops.begin(batch)
         x = ops.embed(batch.ids, self.wte) if self.is_first else ops.hidden(hidden)
         for block in self.blocks:
-            x = block.execute(ops, x)
+            x = ops.block(block.name, partial(block.execute, ops, x))
             ops.layer_done(block.layer)
         return ops.logits(x, self.ln_f, self.lm_head, batch.wanted) if self.is_last else x

@@ -34,15 +34,13 @@ from moss_jt.launch import (
     Buffer,
     Steps,
     aligned,
-    pack_step,
 )
 from moss_jt.layout import RowsLayout, TileLayout
-from moss_jt.weights import Piece, WeightStore
+from moss_jt.weights import WeightStore
 
 Floats = npt.NDArray[np.float32]
 
 MAX_HEAD_DIM = 1024  # of the kernels: one head lies on the stack
-MOST_PACKED = 1024  # steps that are kept packed, half a KB each
 LOGIT_ROWS = 32  # rows of logits that are held at a time
 ROUND_BLOCK = 128  # positions, at most, that share a step when activations are rounded; of the kernels: up to 128
 PROCESSORS = {"best": 0, "plain": 1, "avx2": 2, "avx-vnni": 3, "avx512-vnni": 4}  # versions of the rounded product
@@ -94,6 +92,15 @@ class _RoundedInputs:
     def hold(self, codes: int, blocks: int) -> bool:
         """Whether there is room for so many."""
         return codes <= self.codes.array.size and blocks <= self.steps.array.size
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """The steps of a block, what they hold for, and where they leave their result."""
+
+    state: tuple[Hashable, ...]
+    steps: bytes
+    result: Buffer
 
 
 def _shared_floats(config: MossConfig) -> int:
@@ -149,16 +156,15 @@ class InferenceOps:
         self.sincos = Buffer(rotary_table(config))
         self._kv_address = kv.memory.ctypes.data
         self._stretches = Buffer(aligned((max(2, _shared_floats(config)),), "float32"))
-        self._attention_shapes = {
-            layer: self._attention_shape(index * kv.layout.layer_bytes) for index, layer in enumerate(kv.layers)
-        }
+        self._attention_shapes = self._shapes_of_attention()
         self.rounding, self.processor = rounding, "best"
         self._rounded = _RoundedInputs(2, 2)
         self._small: dict[str, Buffer] = {}
         self._memory: dict[int, Buffer] = {}
         self._steps = Steps()
-        self._packed: dict[Hashable, bytes] = {}  # steps of passes over `_packed_tokens` tokens, by what they do
-        self._packed_tokens = 0
+        self._recorded: dict[str, _Recorded] = {}
+        self._rooms = 0  # how often room for inputs was taken anew
+        self._store_version = store.version
         self._tokens = self._picked_rows = 0
 
     def begin(self, batch: Batch) -> None:
@@ -172,19 +178,38 @@ class InferenceOps:
         if int(batch.positions.max()) >= self.config.n_positions:
             raise ShapeError(f"position {int(batch.positions.max())} is past the model's {self.config.n_positions}.")
         self._steps.clear()  # of a pass that was broken off
-        if batch.size != self._packed_tokens or len(self._packed) > MOST_PACKED:
-            self._packed.clear()
-            self._packed_tokens = batch.size
         self.store.begin_pass()
+        if self._store_version != self.store.version:
+            self._small.clear()
+            self._memory.clear()
+            self._store_version = self.store.version
         self._tokens = batch.size
         self._slots.array[: batch.size] = batch.slots
         self._positions.array[: batch.size] = batch.positions
+        self._attention_shapes.array[:, 0] = batch.size
+        self._attention_shapes.array[:, -1] = self.processor == "plain"
 
     def layer_done(self, layer: int) -> None:
         """Finish a block and say so; whoever wants to break a pass off raises from `on_layer`."""
         self._steps.run()
         if self.on_layer is not None:
             self.on_layer(layer)
+
+    def block(self, name: str, compute: Callable[[], Buffer]) -> Buffer:
+        """A block of the network. Its steps are those of the last time, if nothing has changed that they name."""
+        state = (self._tokens, self.store.version, self._rooms, self.rounding, self.processor, self.observe)
+        recorded = self._recorded.get(name)
+        if recorded is not None and recorded.state == state:
+            self._steps.repeat(recorded.steps)
+            return recorded.result
+        self._steps.run()
+        self._steps.record()
+        result = compute()
+        steps = self._steps.recorded()
+        if steps is not None:
+            state = (*state[:2], self._rooms, *state[3:])
+            self._recorded[name] = _Recorded(state, steps, result)
+        return result
 
     def embed(self, ids: npt.NDArray[np.int32], name: str) -> Buffer:
         """Rows of the embedding: (T,) ids to (T, C)."""
@@ -201,14 +226,9 @@ class InferenceOps:
     def layer_norm(self, x: Buffer, name: str) -> Buffer:
         """Normalise (T, C) by the norm `name`."""
         y = self.buffers["picked" if x is self.buffers["picked"] else "normed"]
-        rows = self._rows(x)
-
-        def step() -> bytes:
-            data = {"tokens": rows, "width": self.config.n_embd, "eps": self.config.layer_norm_epsilon}
-            values = [self._small_address(f"{name}.{kind}") for kind in ("weight", "bias")]
-            return pack_step(LAYER_NORM, [x.address, *values], [y.address], data)
-
-        self._line_up((name, rows, x.address), step)
+        data = {"tokens": self._rows(x), "width": self.config.n_embd, "eps": self.config.layer_norm_epsilon}
+        values = [self._small_address(f"{name}.{kind}") for kind in ("weight", "bias")]
+        self._steps.add(LAYER_NORM, [x.address, *values], [y.address], data)
         return self._seen(name, y)
 
     def linear(self, x: Buffer, weight: Linear, into: str) -> Buffer:
@@ -223,33 +243,25 @@ class InferenceOps:
     def attention(self, qkv: Buffer, layer: int) -> Buffer:
         """Rotate, append to the cache, attend: (T, 3C) to (T, C)."""
         queries, merged = self.buffers["queries"], self.buffers["merged"]
-        shape = self._attention_shapes[layer]
-        shape.array[0], shape.array[-1] = self._tokens, self.processor == "plain"
+        shape = (
+            self._attention_shapes.address + self.cache.layers.index(layer) * self._attention_shapes.array.strides[0]
+        )
         where = [self._slots.address, self._positions.address, self._table.address]
-
-        def append() -> bytes:
-            inputs = [shape.address, qkv.address, self.sincos.address, *where]
-            return pack_step(ROTATE_AND_APPEND, inputs, [queries.address, self._kv_address])
-
-        def attend() -> bytes:
-            inputs = [shape.address, queries.address, self._kv_address, *where]
-            return pack_step(ATTEND, inputs, [merged.address, self._stretches.address])
-
-        self._line_up((ROTATE_AND_APPEND, layer, qkv.address), append)
-        self._line_up((ATTEND, layer), attend)
+        append = [shape, qkv.address, self.sincos.address, *where]
+        self._steps.add(ROTATE_AND_APPEND, append, [queries.address, self._kv_address])
+        attend = [shape, queries.address, self._kv_address, *where]
+        self._steps.add(ATTEND, attend, [merged.address, self._stretches.address])
         return self._seen(f"transformer.h.{layer}.attn.merged", merged)
 
     def gelu(self, x: Buffer, name: str) -> Buffer:
         """gelu_new, in place."""
-        count = {"count": self._tokens * self.config.inner_dim}
-        self._line_up((GELU, x.address), lambda: pack_step(GELU, [], [x.address], count))
+        self._steps.add(GELU, [], [x.address], {"count": self._tokens * self.config.inner_dim})
         return self._seen(name, x)
 
     def residual(self, x: Buffer, attn: Buffer, mlp: Buffer, name: str) -> Buffer:
         """x + attn + mlp, in place of x."""
-        count = {"count": self._tokens * self.config.n_embd}
-        inputs = (attn.address, mlp.address)
-        self._line_up((ADD_BOTH, x.address, *inputs), lambda: pack_step(ADD_BOTH, inputs, [x.address], count))
+        count = self._tokens * self.config.n_embd
+        self._steps.add(ADD_BOTH, [attn.address, mlp.address], [x.address], {"count": count})
         return self._seen(name, x)
 
     def logits(self, x: Buffer, norm: str, head: Linear, wanted: npt.NDArray[np.int32]) -> Floats:
@@ -271,14 +283,18 @@ class InferenceOps:
         self._steps.run()
         return x.array[: self._rows(x)].copy()
 
-    def _attention_shape(self, at: int) -> Buffer:
-        """The AttentionShape of the kernel, but for the tokens, where the layer begins at byte `at` of a block."""
+    def _shapes_of_attention(self) -> Buffer:
+        """The AttentionShape of the kernel for each layer, but for the tokens: (layers, ATTENTION_NUMBERS)."""
         kv, table_width = self.cache.layout, self.cache.table.shape[1]
-        where = (BLOCK, table_width, kv.block_bytes, kv.row_bytes, at, at + kv.layer_bytes // 2)
         stored = (_KV_KIND[kv.kind], kv.steps, STEP_CHANNELS)
-        numbers = (0, kv.heads, kv.width, self.config.rotary_dim, *where, *stored, self._stretches.array.size, 0)
-        assert len(numbers) == ATTENTION_NUMBERS
-        return Buffer(np.array(numbers, np.int64))
+        rows = []
+        for index in range(len(self.cache.layers)):
+            at = index * kv.layer_bytes
+            where = (BLOCK, table_width, kv.block_bytes, kv.row_bytes, at, at + kv.layer_bytes // 2)
+            rows.append((0, kv.heads, kv.width, self.config.rotary_dim, *where, *stored, self._stretches.array.size, 0))
+        shapes = np.array(rows, np.int64)
+        assert shapes.shape[1] == ATTENTION_NUMBERS
+        return Buffer(shapes)
 
     def _rows(self, x: Buffer) -> int:
         """Rows of a buffer that hold something in this pass."""
@@ -296,38 +312,28 @@ class InferenceOps:
             kept = self._memory[id(data)] = Buffer(data)
         return kept.address
 
-    def _line_up(self, key: Hashable, make: Callable[[], bytes]) -> None:
-        """A step that passes over as many tokens repeat: packed once, `key` tells it from the others."""
-        step = self._packed.get(key)
-        if step is None:
-            step = self._packed[key] = make()
-        self._steps.add(step)
-
     def _multiply(self, x: Buffer, name: str, bias: int | None, y: Buffer, *, add: bool = False) -> None:
         """Line up a product. What passes through the ring is multiplied before the next piece is asked for."""
-        layout, rows = self.store.layout(name), self._rows(x)
-        rounds = False
+        layout = self.store.layout(name)
         inputs: tuple[int, ...]
         if self.rounding and isinstance(layout, TileLayout):
-            rounds = True
-            inputs, stride = self._round(x, name, layout), 0
+            kernel, inputs, stride = LINEAR_ROUNDED, self._round(x, name, layout), 0
         else:
-            inputs, stride = self._stored_order(x, name)
-        bias = self._nothing.address if bias is None else bias
-        same = (name, rows, rounds, self.processor, *inputs, y.address, add)
+            kernel, (inputs, stride) = LINEAR, self._stored_order(x, name)
+        data = layout_data(layout) | {
+            "tokens": self._rows(x),
+            "x_stride": stride,
+            "y_stride": y.array.shape[1],
+            "has_bias": bias is not None,
+            "add": add,
+            "block": ROUND_BLOCK,
+            "processor": PROCESSORS[self.processor],
+        }
+        first, *more = inputs
         for piece in self.store.pieces(name):
-
-            def step(piece: Piece = piece) -> bytes:
-                data = layout_data(layout) | _product_data(piece, rows, stride, y, self.processor)
-                data |= {"has_bias": bias != self._nothing.address, "add": add}
-                first, *more = inputs
-                blob = self._memory_address(piece.data)
-                return pack_step(LINEAR_ROUNDED if rounds else LINEAR, [first, blob, bias, *more], [y.address], data)
-
-            if piece.stays:
-                self._line_up((*same, id(piece.data), piece.start, piece.first, piece.count), step)
-            else:
-                self._steps.add(step())
+            data |= {"blob_at": piece.start, "first": piece.first, "out": piece.count}
+            blob = self._memory_address(piece.data)
+            self._steps.add(kernel, [first, blob, bias or self._nothing.address, *more], [y.address], data)
             if not piece.stays or piece.count < layout.shape[0]:
                 self._steps.run()
 
@@ -337,23 +343,18 @@ class InferenceOps:
         wide, blocks = layout.padded_in, layout.n_groups * -(-layout.padded_group // ROUND_BLOCK)
         if not self._rounded.hold(self.capacity * wide, self.capacity * blocks):
             self._steps.run()  # the room that there was goes
-            self._packed.clear()
+            self._rooms += 1
             self._rounded = _RoundedInputs(self.capacity * wide, self.capacity * blocks)
-        rows = self._rows(x)
-
-        def step() -> bytes:
-            data = {
-                "tokens": rows,
-                "x_stride": x.array.shape[1],
-                "padded_in": wide,
-                "padded_group": layout.padded_group,
-                "block": ROUND_BLOCK,
-                "permuted": perm is not None,
-            }
-            order = self._slots.address if perm is None else self._perm_address(name, perm)
-            return pack_step(ROUND_ACTIVATIONS, [x.address, order], self._rounded.addresses, data)
-
-        self._line_up((ROUND_ACTIVATIONS, name, rows, x.address), step)
+        data = {
+            "tokens": self._rows(x),
+            "x_stride": x.array.shape[1],
+            "padded_in": wide,
+            "padded_group": layout.padded_group,
+            "block": ROUND_BLOCK,
+            "permuted": perm is not None,
+        }
+        order = self._slots.address if perm is None else self._perm_address(name, perm)
+        self._steps.add(ROUND_ACTIVATIONS, [x.address, order], self._rounded.addresses, data)
         return self._rounded.addresses
 
     def _stored_order(self, x: Buffer, name: str) -> tuple[tuple[int], int]:
@@ -363,15 +364,10 @@ class InferenceOps:
             return (x.address,), x.array.shape[1]
         if len(perm) > self._scratch.array.shape[1]:
             self._steps.run()  # the scratch that there was goes
-            self._packed.clear()
+            self._rooms += 1
             self._scratch = Buffer(aligned((self.capacity, len(perm)), "float32"))
-        rows = self._rows(x)
-
-        def step() -> bytes:
-            data = {"tokens": rows, "x_stride": x.array.shape[1], "padded_in": len(perm)}
-            return pack_step(PERMUTE, [x.address, self._perm_address(name, perm)], [self._scratch.address], data)
-
-        self._line_up((PERMUTE, name, rows, x.address), step)
+        data = {"tokens": self._rows(x), "x_stride": x.array.shape[1], "padded_in": len(perm)}
+        self._steps.add(PERMUTE, [x.address, self._perm_address(name, perm)], [self._scratch.address], data)
         return (self._scratch.address,), len(perm)
 
     def _perm_address(self, name: str, perm: npt.NDArray[np.int32]) -> int:
@@ -396,20 +392,6 @@ class InferenceOps:
             self._steps.run()
             self.observe(name, buffer.array[: self._rows(buffer)])
         return buffer
-
-
-def _product_data(piece: Piece, rows: int, x_stride: int, y: Buffer, processor: str) -> dict[str, float]:
-    """What the kernels must know of a product with a piece, its layout apart."""
-    return {
-        "tokens": rows,
-        "x_stride": x_stride,
-        "y_stride": y.array.shape[1],
-        "blob_at": piece.start,
-        "first": piece.first,
-        "out": piece.count,
-        "block": ROUND_BLOCK,
-        "processor": PROCESSORS[processor],
-    }
 
 
 def layout_data(layout: RowsLayout | TileLayout) -> dict[str, float]:

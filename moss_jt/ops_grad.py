@@ -66,6 +66,10 @@ class GradientOps:
         self._sin = self._jt.array(table[:, :half].copy())
         self._cos = self._jt.array(table[:, half:].copy())
 
+    def block(self, name: str, compute: Callable[[], Var]) -> Var:
+        """A block of the network."""
+        return compute()
+
     def layer_done(self, layer: int) -> None:
         """Say that a block is through."""
         if self.on_layer is not None:

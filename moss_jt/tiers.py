@@ -104,6 +104,7 @@ class TieredMatrices:
         rows = plan.resident if plan is not None else {size.name: size.rows for size in sizes}
         self._matrices: dict[str, Matrix] = {}
         self._is_cut = False  # whether the reader's order is that of all cuts
+        self.version = 0  # rises whenever rows begin to come from elsewhere
         self._loan: object = None  # names the piece on loan
         self.streamed_bytes = 0
         self._take_memory(checkpoint, sizes, rows)
@@ -141,6 +142,7 @@ class TieredMatrices:
         An interrupt may strike anywhere in here: then the next pass cuts again.
         """
         self._is_cut = False
+        self.version += 1
         items: list[Item] = []
         for matrix in self._matrices.values():
             matrix.cuts = []

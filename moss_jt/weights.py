@@ -104,6 +104,7 @@ class WeightStore:
         self._checkpoint = checkpoint
         self._files: dict[Path, CheckedFile] = {}
         self._tiers: TieredMatrices | None = None
+        self._added = 0
         self.lock = threading.RLock()
         weakref.finalize(self, _close, self._files)
         if checkpoint is not None:
@@ -213,6 +214,7 @@ class WeightStore:
     def add(self, name: str, values: npt.ArrayLike) -> None:
         """Keep a matrix or a small tensor of the caller as float32 in memory, as if it came from the file."""
         array = np.array(values, dtype=np.float32, order="C")
+        self._added += 1
         if array.ndim == 1:
             self._small[name] = array
             return
@@ -225,11 +227,17 @@ class WeightStore:
     def put(self, stored: Stored) -> None:
         """Keep a matrix of the caller in memory, laid out already."""
         self._matrices[stored.name] = stored
+        self._added += 1
         if isinstance(stored.layout, TileLayout) and stored.layout.permuted:
             at, count = stored.layout.perm_offset, stored.layout.padded_in
             self._perms[stored.name] = stored.data[at : at + 4 * count].view(np.int32)
         else:
             self._perms.pop(stored.name, None)
+
+    @property
+    def version(self) -> int:
+        """As long as it is the same, so is every place where `pieces`, `small` and `perm` find what stays."""
+        return self._added + (0 if self._tiers is None else self._tiers.version)
 
     @property
     def resident_bytes(self) -> int:

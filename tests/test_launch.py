@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moss_jt import launch
-from moss_jt.launch import ADD_BOTH, GELU, LAYER_NORM, STEP_TYPES, Buffer, Steps, aligned, pack_step, run
+from moss_jt.launch import ADD_BOTH, GELU, LAYER_NORM, STEP_TYPES, Buffer, Steps, aligned, run
 
 WIDTH = 48
 
@@ -33,7 +33,7 @@ def test_steps_give_the_bits_of_single_launches(jittor: Any) -> None:
             (ADD_BOTH, [x, normed], [total], count),
         ):
             if at_once:
-                steps.add(pack_step(kernel, [b.address for b in inputs], [b.address for b in outputs], data))
+                steps.add(kernel, [b.address for b in inputs], [b.address for b in outputs], data)
             else:
                 run(kernel, [each.var for each in inputs], [each.var for each in outputs], data)
         before = total.array.copy()
@@ -49,7 +49,7 @@ def test_more_steps_than_the_table_holds_run_in_order(jittor: Any) -> None:
     steps = Steps()
     many = launch._MOST_STEPS + 5
     for _ in range(many):
-        steps.add(pack_step(ADD_BOTH, [one.address, one.address], [x.address], {"count": 3 * WIDTH}))
+        steps.add(ADD_BOTH, [one.address, one.address], [x.address], {"count": 3 * WIDTH})
     assert (x.array == 2 * launch._MOST_STEPS).all(), "a full table runs"
     steps.run()
     assert (x.array == 2 * many).all()
@@ -61,10 +61,38 @@ def test_what_is_forgotten_does_not_run(jittor: Any) -> None:
     x = buffer(1)
     before = x.array.copy()
     steps = Steps()
-    steps.add(pack_step(GELU, [], [x.address], {"count": 3 * WIDTH}))
+    steps.add(GELU, [], [x.address], {"count": 3 * WIDTH})
     steps.clear()
     steps.run()
     assert np.array_equal(x.array, before)
+
+
+def test_what_was_recorded_runs_again(jittor: Any) -> None:
+    x, one = buffer(1), Buffer(np.ones((3, WIDTH), np.float32))
+    x.array[:] = 0
+    steps = Steps()
+    steps.record()
+    for _ in range(3):
+        steps.add(ADD_BOTH, [one.address, one.address], [x.address], {"count": 3 * WIDTH})
+    recorded = steps.recorded()
+    assert recorded is not None
+    steps.run()
+    assert (x.array == 6).all()
+    for _ in range(launch._MOST_STEPS):  # more than the table holds
+        steps.repeat(recorded)
+    steps.run()
+    assert (x.array == 6 + 6 * launch._MOST_STEPS).all()
+
+
+def test_what_has_run_in_between_is_not_recorded(jittor: Any) -> None:
+    x = buffer(1)
+    steps = Steps()
+    steps.record()
+    steps.add(GELU, [], [x.address], {"count": 3 * WIDTH})
+    steps.run()
+    assert steps.recorded() is None
+    steps.add(GELU, [], [x.address], {"count": 3 * WIDTH})
+    assert steps.recorded() is None, "nobody asked for it"
 
 
 @pytest.mark.parametrize("kernel", list(STEP_TYPES), ids=lambda source: source.split("moss::")[-1].split("(")[0])

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from residency import resident_bytes
 
+from moss_jt.batch import single_batch
 from moss_jt.budget import Budget
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import GenerationConfig
@@ -236,6 +237,38 @@ def test_the_same_tokens_within_every_budget(spare: int, golden_model: Load) -> 
     engine = Engine(tight)
     assert tokens_of(engine, ids, 40) == want
     assert tokens_of(engine, ids, 40) == want
+
+
+def test_a_block_that_is_repeated_follows_what_changes(golden_model: Load) -> None:
+    """Rows that leave and return, other numbers of tokens, other weights: each pass uses what is there."""
+    model = golden_model("tiny-int4/g128")
+    tight = budgeted(model, 200_000)
+    sizes = sizes_of(Checkpoint.open(model.path))
+    runner, plain = tight.runner(), budgeted(model, 10_000_000).runner()
+    assert plain.ops.store.streamed_bytes == 0
+    rng = np.random.default_rng(3)
+    position = 0
+    full = tight.budget.plan.resident_budget(1) if tight.budget is not None else 0
+    for share, count in ((1.0, 1), (1.0, 1), (0.3, 1), (0.3, 3), (0.0, 1), (1.0, 1), (1.0, 1), (1.0, 3), (1.0, 1)):
+        tight.store.hold(resident_rows(sizes, int(share * full)))
+        ids = rng.integers(0, model.config.vocab_size, count)
+        found = []
+        for each in (runner, plain):
+            each.cache.reserve(0, count)
+            found.append(each.forward(single_batch(ids, start=position)))
+            each.cache.commit(0, count)
+        assert np.array_equal(found[0], found[1]), (share, count)
+        position += count
+    name = "transformer.h.0.ln_1.weight"
+    for each in (runner, plain):
+        each.ops.store.add(name, 2 * each.ops.store.small(name))
+    before = found[0]
+    batch = single_batch(ids[:1], start=position)
+    found = []
+    for each in (runner, plain):
+        each.cache.reserve(0, 1)
+        found.append(each.forward(batch))
+    assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], before)
 
 
 def test_weights_leave_for_the_cache_and_return(golden_model: Load) -> None:

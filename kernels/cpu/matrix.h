@@ -25,7 +25,8 @@ static inline void put(const LinearShape& s, const float* bias, float* y, int64_
     *to = s.add ? *to + value : value;
 }
 
-// Whether to share work among threads: waking a sleeping one takes 10 to 40 microseconds.
-static inline bool worth_waking(int64_t numbers, int64_t picoseconds) { return numbers * picoseconds >= 100000000; }
+// Whether to share work among threads. One that still looks for work comes at once, a sleeping one 10 to 40
+// microseconds later.
+static inline bool worth_waking(int64_t numbers, int64_t picoseconds) { return numbers * picoseconds >= 40000000; }
 
 }  // namespace moss
