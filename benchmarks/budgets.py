@@ -40,7 +40,10 @@ def ours(model: Path, memory: int, *, new_tokens: int, pairs: int, kv: str) -> d
     command += ["--memory", str(memory), "--prompt-tokens", "32", "--context", "64", "--pairs", str(pairs)]
     command += ["--new-tokens", str(new_tokens)]
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+    # its progress must not go to a file: that would count as written
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])["results"]
     return results
 
