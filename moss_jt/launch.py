@@ -114,6 +114,7 @@ _STEP_NUMBERS = {source: number for number, source in enumerate(STEP_TYPES)}
 _MOST_INPUTS, _MOST_OUTPUTS, _MOST_KEYS = 6, 3, 20
 _STEP = struct.Struct(f"={1 + _MOST_INPUTS + _MOST_OUTPUTS}q{_MOST_KEYS}d")  # struct Step of _STEPS
 _MOST_STEPS = 64
+_TICKETS = 1 << 30
 _NOTHING = (0,) * _MOST_KEYS
 
 _ALONE = threading.RLock()
@@ -142,10 +143,11 @@ class Buffer:
 def share(array: npt.NDArray[Any]) -> Any:
     """A Jittor Var on the array's own memory, without a copy, which keeps the array alive.
 
-    The array must be C-contiguous, and not of shape (1,): that Jittor takes for a constant, copies, and compiles.
+    The array must be C-contiguous, not of shape (1,): that Jittor takes for a constant, copies, and compiles; and
+    not of 64-bit numbers: these it converts.
     """
     jt = startup.import_jittor(device="cpu")
-    assert array.flags.c_contiguous and array.shape != (1,)
+    assert array.flags.c_contiguous and array.shape != (1,) and array.dtype.itemsize < 8
     with _ALONE, jt.flag_scope(reuse_array=1):
         var = jt.array(array)
     var.sync()
@@ -180,14 +182,17 @@ def _header() -> str:
 
 
 def _launch(source: str, inputs: list[Any], outputs: list[Any], data: Mapping[str, float]) -> list[Any]:
-    """Queue a kernel that writes `outputs` in place; what comes back must be synced."""
+    """Queue a kernel that writes `outputs` in place; what comes back must be synced, or it runs at some later time."""
     jt = startup.import_jittor(device="cpu")
     numbers = {key: float(value) for key, value in data.items()}
     return list(jt.code(inputs, outputs, cpu_src=source, cpu_header=_header(), data=numbers))
 
 
 def run(source: str, inputs: list[Any], outputs: list[Any], data: Mapping[str, float]) -> None:
-    """Run a kernel now; `outputs` are written in place."""
+    """Run a kernel now; `outputs` are written in place.
+
+    If an interrupt strikes, it may run, or run again, at any later time: nobody may need what it writes to then.
+    """
     try:
         for var in _launch(source, inputs, outputs, data):
             var.sync()
@@ -201,12 +206,17 @@ class Steps:
     """Kernels that run one after the other in one launch, as if each had been launched by itself.
 
     What they read and write must stay where it is until `run`.
+
+    An interrupt may strike when Jittor has queued a launch and not run it, and then Jittor runs it before the
+    next one, whoever has forgotten it. So a launch has a ticket, and its program does nothing unless the gate
+    shows the same; it takes that down before it begins.
     """
 
     def __init__(self) -> None:
         self._table = Buffer(aligned((_MOST_STEPS * _STEP.size,), "uint8"))
         self._bytes = self._table.array.data
-        self._done = Buffer(aligned((2,), "float32"))
+        self._gate = Buffer(aligned((2,), "int32"))  # the first is the ticket, 0 for none
+        self._launches = 0
         self._count = 0
         self._is_recording = False
 
@@ -263,10 +273,14 @@ class Steps:
         count, self._count = self._count, 0
         if count:
             self._is_recording = False
-            run(_steps_source(), [self._table.var], [self._done.var], {"count": count})
+            self._launches = self._launches % _TICKETS + 1
+            self._gate.array[0] = self._launches
+            data = {"count": count, "ticket": self._launches}
+            run(_steps_source(), [self._table.var], [self._gate.var], data)
 
     def clear(self) -> None:
         """Forget what is lined up."""
+        self._gate.array[0] = 0
         self._count, self._is_recording = 0, False
 
 
@@ -290,7 +304,9 @@ def _steps_source() -> str:
     }};
     static_assert(sizeof(Step) == {_STEP.size}, "as launch.py packs it");
     const Step* steps = (const Step*)in0_p;
-    const int64_t count = (int64_t)data["count"];
+    const bool is_wanted = out0_p[0] == (int32_t)data["ticket"];
+    const int64_t count = is_wanted ? (int64_t)data["count"] : 0;
+    if (is_wanted) out0_p[0] = 0;
     for (int64_t i = 0; i < count; i++) {{
         const Step& step = steps[i];
         switch (step.kernel) {{
@@ -316,7 +332,7 @@ def warm_up(progress: Progress | None = None) -> None:
     steps = Steps()
     try:
         with _ALONE, _stderr_away():
-            steps.add(GELU, (), (steps._done.address,), {"count": 0})
+            steps.add(GELU, (), (steps._gate.address,), {"count": 0})
             steps.run()
         progress.advance(1)
     finally:

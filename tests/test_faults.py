@@ -25,13 +25,14 @@ import numpy as np
 import pytest
 from faulty import PROMPT, Ended, Runs, build_shim, small_model
 
-from moss_jt import tiers
+from moss_jt import launch, tiers
 from moss_jt.budget import Budget
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import GenerationConfig
 from moss_jt.engine import Engine
 from moss_jt.errors import CheckpointError, DeviceMemoryError, MossError
 from moss_jt.messages import Request, TokenEvent
+from moss_jt.ops import InferenceOps
 from moss_jt.plan import make_plan, matrix_sizes, needs_of, smallest_memory
 from moss_jt.runner import Model
 from moss_jt.weights import WeightStore
@@ -39,7 +40,11 @@ from moss_jt.weights import WeightStore
 EVERY = 1_000_000
 END = 1 << 40
 NEW = 8
-SOURCES = tiers.__file__, sys.modules[Budget.__module__].__file__, sys.modules[WeightStore.__module__].__file__
+SOURCES = {
+    tiers.__file__,
+    launch.__file__,
+    *(sys.modules[c.__module__].__file__ for c in (Budget, WeightStore, InferenceOps)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -535,11 +540,11 @@ def test_ctrl_c_is_answered_within_a_piece(streaming: Model, piece: int, monkeyp
 
 
 Line = tuple[str, str, int]  # file, function, number
-MOVING = {"_cut_rest", "set_rows", "begin_pass"}  # between passes; the rest is for the thorough
+TELLING = {"_cut_rest", "set_rows", "begin_pass", "run", "block"}  # the rest is for the thorough
 
 
 class _Strike:
-    """Interrupts where a line of the files that move weights runs for the `turn`-th time; counts lines without one."""
+    """Interrupts where a line of the files that move weights and launch kernels runs for the `turn`-th time; counts lines without one."""
 
     def __init__(self, line: Line | None = None, turn: int = 0) -> None:
         self.line, self.turn = line, turn
@@ -593,9 +598,33 @@ def test_an_interrupt_at_any_line_does_no_harm(streaming: Model, thorough: bool)
     assert not converse(counting)
     struck = 0
     for line, runs in sorted(counting.runs.items()):
-        turns = {1, 2, runs // 2, runs} if thorough else {min(2, runs)} if line[1] in MOVING else set()
+        turns = {1, 2, runs // 2, runs} if thorough else {min(2, runs)} if line[1] in TELLING else set()
         for turn in sorted(turns & set(range(1, runs + 1))):
             struck += converse(_Strike(line, turn))
+    assert struck > 15
+
+
+def test_an_interrupt_of_a_launch_does_no_harm(jittor: object, model: Path) -> None:
+    """Everything is held, so a launch is a whole layer: done twice, it would add twice."""
+    checkpoint = Checkpoint.open(model)
+    held = Model(checkpoint, WeightStore(checkpoint), compute="fast", device="cpu", max_tokens=64)
+    want, kept = undisturbed(held, PROMPT, 3)
+    counting = _Strike()
+    engine = Engine(held)
+    engine.submit(request(3, "one"))
+    with counting:
+        rest_of(engine)
+    struck = 0
+    for line, runs in sorted(counting.runs.items()):
+        for turn in range(1, min(runs, 9) + 1) if line[1] == "run" else ():
+            engine = Engine(held)
+            engine.submit(request(3, "one"))
+            told: list[int] = []
+            with suppress(KeyboardInterrupt), _Strike(line, turn):
+                while engine.busy:
+                    told += [event.id for event in engine.step() if isinstance(event, TokenEvent)]
+            struck += engine.busy
+            assert_goes_on(engine, told, want, kept)
     assert struck > 15
 
 

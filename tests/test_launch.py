@@ -95,6 +95,38 @@ def test_what_has_run_in_between_is_not_recorded(jittor: Any) -> None:
     assert steps.recorded() is None, "nobody asked for it"
 
 
+@pytest.mark.parametrize("is_cleared", [False, True])
+def test_what_an_interrupt_left_in_the_queue_never_runs(
+    jittor: Any, monkeypatch: pytest.MonkeyPatch, is_cleared: bool
+) -> None:
+    """Jittor runs it together with the next launch: it must neither repeat that one's steps nor add its own."""
+    x, y, one = buffer(1), buffer(1), Buffer(np.ones((3, WIDTH), np.float32))
+    x.array[:] = y.array[:] = 0
+    steps, queue, queued = Steps(), launch._launch, []
+
+    def struck(*arguments: Any) -> Any:
+        queued.append(queue(*arguments))
+        raise KeyboardInterrupt
+
+    def add(count: int, to: Buffer) -> None:
+        for _ in range(count):
+            steps.add(ADD_BOTH, [one.address, one.address], [to.address], {"count": 3 * WIDTH})
+
+    for is_kept in (True, False):
+        add(3, y)
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+            context.setattr(launch, "_launch", struck)
+            steps.run()
+        if not is_kept:
+            queued.clear()
+        if is_cleared:
+            steps.clear()
+        add(1, x)
+        steps.run()
+    assert (y.array == 0).all()
+    assert (x.array == 4).all()
+
+
 @pytest.mark.parametrize("kernel", list(STEP_TYPES), ids=lambda source: source.split("moss::")[-1].split("(")[0])
 def test_every_kernel_fits_a_step(kernel: str) -> None:
     """Its source names no more arrays and numbers than the table has places for, and those that are declared."""
