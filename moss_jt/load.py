@@ -34,7 +34,7 @@ from moss_jt.weights import WeightStore
 
 Device = Literal["auto", "cpu"] | str  # "cuda", "cuda:1"
 
-_UNSTEADY = 1 << 20  # bytes by which the same process is larger or smaller from start to start
+_UNSTEADY = 4 << 20  # bytes by which the same process is larger or smaller from start to start: mapped files, mostly
 
 _log = logging.getLogger(__name__)
 

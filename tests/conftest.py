@@ -9,6 +9,7 @@ starts Jittor, in this process or in one that a test starts, uses that core and 
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 SHARED_CORE = paths.jittor_home().resolve()  # found before any test moves the home
 GOLDEN = Path(__file__).parent / "golden"
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes that tests start inherit the difference
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
