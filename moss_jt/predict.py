@@ -1,14 +1,13 @@
 """How fast a plan will be on a machine whose rates are known. Arithmetic only; nothing is measured here.
 
-A pass computes every matrix and meanwhile reads what is not resident; whichever takes longer decides:
+A pass goes through the matrices in their order. Each computes what is resident and then what is streamed, while
+the readers fill the ring, and no more than the ring:
 
     compute = weights / kernel's rate + cached keys and values / theirs + the processor's part in reading
               + a fixed time per layer and per token
-    decode  = overlap(streamed / disk's rate, compute)
-    prefill = passes x overlap(streamed / disk's rate, multiplications / kernel's rate + the fixed times)
 
-Where both take nearly as long they no longer hide each other wholly: overlap(a, b) is the p-norm of the
-two with p = OVERLAP, which is their maximum but for a band around a = b.
+What has not been read when it is needed is waited for. So a disk that is slower than the computation decides
+everywhere, and one that is faster still decides where little is computed with many bytes: the head after a prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 from moss_jt.config import MossConfig
 from moss_jt.plan import MatrixSize, Plan, resident_rows
 
-OVERLAP = 8.0
 HEAD = "lm_head.weight"
 
 
@@ -135,10 +133,27 @@ class Prefill:
         return self.tokens / self.seconds
 
 
-def overlap(a: float, b: float) -> float:
-    """The time of two things done at once that now and then wait for each other."""
-    longer, shorter = max(a, b), min(a, b)
-    return longer * (1 + (shorter / longer) ** OVERLAP) ** (1 / OVERLAP) if longer > 0 else 0.0
+class Flow:
+    """Reading and computing side by side.
+
+    Args:
+        disk: bytes a second.
+        ring: bytes that the readers may be ahead; at the start they are.
+
+    Attributes:
+        seconds: until all that was computed so far was done.
+    """
+
+    def __init__(self, disk: float, ring: int) -> None:
+        self.seconds = 0.0
+        self._disk, self._ring = disk, float(ring)
+        self._ahead = self._ring
+
+    def compute(self, seconds: float, streamed: int = 0) -> None:
+        """Compute for so long, and use up so many bytes meanwhile."""
+        waited = max(0.0, (streamed - self._ahead) / self._disk - seconds)
+        self.seconds += seconds + waited
+        self._ahead = min(self._ring, max(0.0, self._ahead + self._disk * (seconds + waited) - streamed))
 
 
 class Predictor:
@@ -161,45 +176,54 @@ class Predictor:
         """A token that comes after `position` others."""
         plan, rates = self._plan, self._rates
         tokens = min(position + 1, plan.context)
+        attention = tokens * plan.needs.kv_token_bytes / rates.attention
         budget = plan.resident_budget(tokens)
-        resident, streamed = self._split(budget)
-        compute = sum(size.nbytes / rates.kernels[size.stored].decode for size in self._sizes)
-        compute += tokens * plan.needs.kv_token_bytes / rates.attention
-        return self._decoding(position, plan.kv_bytes(tokens), resident, streamed, compute)
-
-    def _decoding(self, position: int, kv_bytes: int, resident: int, streamed: int, compute: float) -> Decoding:
-        rates = self._rates
-        compute += self._config.n_layer * rates.layer_s + rates.token_s + self._reading(streamed)
-        disk = streamed / rates.disk
-        return Decoding(position, kv_bytes, resident, streamed, disk, compute, overlap(disk, compute))
+        flow = Flow(rates.disk, plan.ring_bytes)
+        resident, streamed, compute = self._run(flow, budget, 1, attention)
+        before = flow.seconds
+        self._run(flow, budget, 1, attention)  # the one after: reading goes on over the end of a token
+        took, disk = flow.seconds - before, streamed / rates.disk
+        return Decoding(position, plan.kv_bytes(tokens), resident, streamed, disk, compute, took)
 
     def prefill(self, tokens: int) -> Prefill:
         """A prompt of `tokens`, cut into passes as the engine cuts it."""
         plan = self._plan
-        passes, streamed, seconds = 0, 0, 0.0
+        flow = Flow(self._rates.disk, plan.ring_bytes)
+        passes, read = 0, 0
         for start in range(0, tokens, plan.capacity):
             count = min(plan.capacity, tokens - start)
-            part, time = self._pass(start, count)
-            passes, streamed, seconds = passes + 1, streamed + part, seconds + time
-        return Prefill(tokens, passes, streamed, seconds)
+            budget = plan.resident_budget(min(start + count, plan.context))
+            _, streamed, _ = self._run(flow, budget, count, 0.0)
+            passes, read = passes + 1, read + streamed
+        return Prefill(tokens, passes, read, flow.seconds)
 
-    def _pass(self, start: int, count: int) -> tuple[int, float]:
-        """(bytes read, seconds) of a pass over `count` tokens after `start` others."""
-        rates, plan = self._rates, self._plan
-        _, streamed = self._split(plan.resident_budget(min(start + count, plan.context)))
-        compute = self._config.n_layer * rates.layer_s + rates.token_s + self._reading(streamed)
+    def _run(self, flow: Flow, budget: int, count: int, attention: float) -> tuple[int, int, float]:
+        """Send a pass over `count` tokens through a flow.
+
+        Args:
+            budget: bytes of weights that are resident.
+            attention: seconds of it.
+
+        Returns:
+            resident bytes, streamed bytes, and seconds of computing alone.
+        """
+        rates, rows = self._rates, resident_rows(self._sizes, budget)
+        fixed = (self._config.n_layer * rates.layer_s + attention) / len(self._sizes)
+        flow.compute(rates.token_s)
+        held, streamed, computed = 0, 0, rates.token_s
         for size in self._sizes:
-            rate = rates.kernels[size.stored]
-            tokens = 1 if size.name == HEAD else count  # only the last token's logits are wanted
-            compute += max(size.nbytes / rate.decode, 2 * size.rows * size.inputs * tokens / rate.prefill)
-        return streamed, overlap(streamed / rates.disk, compute)
+            here = size.bytes_of(rows[size.name])
+            rest = size.nbytes - here
+            seconds = self._product_s(size, count)
+            later = seconds * rest / size.nbytes + rest * rates.disk_cpu / rates.cores
+            flow.compute(fixed + seconds * here / size.nbytes)
+            flow.compute(later, rest)
+            held, streamed = held + here, streamed + rest
+            computed += fixed + seconds * here / size.nbytes + later
+        return held, streamed, computed
 
-    def _reading(self, nbytes: int) -> float:
-        """What the cores cannot compute while they read."""
-        return nbytes * self._rates.disk_cpu / self._rates.cores
-
-    def _split(self, budget: int) -> tuple[int, int]:
-        """(resident, streamed) bytes of all matrices."""
-        rows = resident_rows(self._sizes, budget)
-        resident = sum(size.bytes_of(rows[size.name]) for size in self._sizes)
-        return resident, sum(size.nbytes for size in self._sizes) - resident
+    def _product_s(self, size: MatrixSize, count: int) -> float:
+        """Seconds of a product with `count` tokens; of the head only the last one's logits are wanted."""
+        rate = self._rates.kernels[size.stored]
+        tokens = 1 if size.name == HEAD else count
+        return max(size.nbytes / rate.decode, 2 * size.rows * size.inputs * tokens / rate.prefill)
