@@ -88,16 +88,18 @@ class Rig:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file = max(folder.glob("*.safetensors"), key=lambda name: name.stat().st_size)
-        self._limits = Limits()
+        self._limits, self._load = Limits(), Limits()
         stored = sorted(wanted_of(folder).stored)
         self._fixed = measuring.measure_fixed("float16")
         self._benches = {name: measuring.Bench(name, "float16", rounding=True) for name in stored}
         self._seconds: dict[str, list[list[float]]] = {name: [[], [], []] for name in stored}
         self._disk: list[float] = []
+        self._beside: list[float] = []
 
     def sample(self) -> None:
         """Measure everything for a moment."""
         self._disk.append(self._limits.disk(self._file, 0.3).per_second)
+        self._beside.append(self._limits.disk_beside(self._load, self._file, 0.3).per_second)
         for name, bench in self._benches.items():
             one, late, many = self._seconds[name]
             bench.step(0, 1)  # after whatever ran before
@@ -114,7 +116,7 @@ class Rig:
             rates = bench.rates(one, late, many, PROMPT, self._fixed)
             key = f"{name} fast" if name.startswith("int") else name
             kernels[key], attention["float16"] = KernelFound(rates.decode, rates.prefill), rates.attention
-        disk = replace(known.disks[here], rate=Spread.of(self._disk))
+        disk = replace(known.disks[here], rate=Spread.of(self._disk), beside=Spread.of(self._beside))
         rest = replace(known, layer_s=self._fixed.layer_s, token_s=self._fixed.token_s)
         return replace(rest, disks={here: disk}, kernels=kernels, attention=attention)
 

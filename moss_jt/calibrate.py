@@ -37,7 +37,7 @@ from moss_jt.startup import machine
 _log = logging.getLogger(__name__)
 
 _FILE = "calibration.json"
-_VERSION = 1
+_VERSION = 2
 _MOST_MACHINES = 8  # and states of our kernels, that are kept
 _LEAST_FILE = 64 * MIB  # of a file that the disk is measured with
 _DECODE_SHARE, _ROUNDED_SHARE, _FLOAT_SHARE = 0.85, 0.5, 0.5  # of the limits, where kernels were not measured
@@ -68,10 +68,12 @@ class DiskRate:
 
     Attributes:
         rate: bytes a second.
+        beside: the same while the processor computes and the memory is busy.
         cpu: processor seconds a byte.
     """
 
     rate: Spread
+    beside: Spread
     cpu: float
 
 
@@ -115,6 +117,7 @@ class Calibration:
         disk = self.disks[disk_of(wanted.folder)]
         return Rates(
             disk=disk.rate.median,
+            disk_beside=disk.beside.median,
             disk_cpu=disk.cpu,
             cores=machine.logical_cores(),
             kernels={stored: self._kernel(stored, wanted.compute) for stored in wanted.stored},
@@ -233,11 +236,15 @@ def _measure_limits(found: Calibration) -> Calibration:
 
 
 def _measure_disk(folder: Path) -> DiskRate:
-    with _file_on(folder) as file, Limits() as limits:
+    alone, beside = [], []
+    with _file_on(folder) as file, Limits() as limits, Limits() as load:
         limits.disk(file, 0.1)
-        readings = [limits.disk(file, 0.25) for _ in range(5)]
-    cpu = Spread.of(reading.cpu_seconds / reading.amount for reading in readings)
-    return DiskRate(Spread.of(reading.per_second for reading in readings), cpu.median)
+        for _ in range(5):
+            alone.append(limits.disk(file, 0.25))
+            beside.append(limits.disk_beside(load, file, 0.25))
+    cpu = Spread.of(reading.cpu_seconds / reading.amount for reading in alone)
+    rate, busy = (Spread.of(reading.per_second for reading in readings) for readings in (alone, beside))
+    return DiskRate(rate, busy, cpu.median)
 
 
 @contextmanager
@@ -341,7 +348,10 @@ def _from_dict(kept: Mapping[str, Any]) -> Calibration:
         fp32=spread(kept["fp32"]),
         int8=spread(kept["int8"]),
         idle=float(kept["idle"]),
-        disks={name: DiskRate(Spread(**disk["rate"]), float(disk["cpu"])) for name, disk in kept["disks"].items()},
+        disks={
+            name: DiskRate(Spread(**disk["rate"]), Spread(**disk["beside"]), float(disk["cpu"]))
+            for name, disk in kept["disks"].items()
+        },
         kernels={
             name: KernelFound(Spread(**kernel["decode"]), Spread(**kernel["prefill"]))
             for name, kernel in kept["kernels"].items()

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,8 @@ from moss_jt.startup.machine import logical_cores
 READERS = 4  # reads of a disk in flight
 PIECE_BYTES = 4 << 20  # of one of them
 MEMORY_MIB = 512  # read again and again: more than any cache holds
+LOAD_MIB = 256  # the same, where it only has to keep the memory busy
+_LEAD_S = 0.05  # for which it begins before, and ends after
 _CHILD = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).moss_limits()"
 
 
@@ -91,6 +95,19 @@ class Limits:
         at = self._disk_at.get(file, 0)
         found = self._ask(f"disk {readers} {seconds} {PIECE_BYTES} {at} {file}")
         self._disk_at[file] = at + int(found.amount)
+        return found
+
+    def disk_beside(self, load: Limits, file: Path, seconds: float = 1.0, *, readers: int = READERS) -> Measured:
+        """The same while another measuring process keeps all cores and the memory busy.
+
+        Raises:
+            StartupError: as `disk`.
+        """
+        with ThreadPoolExecutor(1) as other:
+            busy = other.submit(load.memory, seconds + 2 * _LEAD_S, mib=LOAD_MIB)
+            time.sleep(_LEAD_S)
+            found = self.disk(file, seconds, readers=readers)
+            busy.result()
         return found
 
     def close(self) -> None:

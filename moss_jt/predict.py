@@ -61,7 +61,8 @@ class Rates:
     """What a machine can do.
 
     Attributes:
-        disk: bytes a second read from the model's disk.
+        disk: bytes a second read from the model's disk when nothing computes.
+        disk_beside: the same while the processor computes and the memory is busy.
         disk_cpu: processor seconds that reading a byte takes.
         cores: that compute.
         kernels: by what matrices are stored as ("int4", "int8", "float16", …), in the way of computing chosen.
@@ -71,6 +72,7 @@ class Rates:
     """
 
     disk: float
+    disk_beside: float
     disk_cpu: float
     cores: int
     kernels: Mapping[str, KernelRate]
@@ -137,23 +139,23 @@ class Flow:
     """Reading and computing side by side.
 
     Args:
-        disk: bytes a second.
+        disk, beside: bytes a second while computing waits, and while it goes on.
         ring: bytes that the readers may be ahead; at the start they are.
 
     Attributes:
         seconds: until all that was computed so far was done.
     """
 
-    def __init__(self, disk: float, ring: int) -> None:
+    def __init__(self, disk: float, beside: float, ring: int) -> None:
         self.seconds = 0.0
-        self._disk, self._ring = disk, float(ring)
+        self._disk, self._beside, self._ring = disk, beside, float(ring)
         self._ahead = self._ring
 
     def compute(self, seconds: float, streamed: int = 0) -> None:
         """Compute for so long, and use up so many bytes meanwhile."""
-        waited = max(0.0, (streamed - self._ahead) / self._disk - seconds)
-        self.seconds += seconds + waited
-        self._ahead = min(self._ring, max(0.0, self._ahead + self._disk * (seconds + waited) - streamed))
+        ahead = self._ahead + self._beside * seconds - streamed
+        self.seconds += seconds + max(0.0, -ahead) / self._disk
+        self._ahead = min(self._ring, max(0.0, ahead))
 
 
 class Predictor:
@@ -178,7 +180,7 @@ class Predictor:
         tokens = min(position + 1, plan.context)
         attention = tokens * plan.needs.kv_token_bytes / rates.attention
         budget = plan.resident_budget(tokens)
-        flow = Flow(rates.disk, plan.ring_bytes)
+        flow = Flow(rates.disk, rates.disk_beside, plan.ring_bytes)
         resident, streamed, compute = self._run(flow, budget, 1, attention)
         before = flow.seconds
         self._run(flow, budget, 1, attention)  # the one after: reading goes on over the end of a token
@@ -188,7 +190,7 @@ class Predictor:
     def prefill(self, tokens: int) -> Prefill:
         """A prompt of `tokens`, cut into passes as the engine cuts it."""
         plan = self._plan
-        flow = Flow(self._rates.disk, plan.ring_bytes)
+        flow = Flow(self._rates.disk, self._rates.disk_beside, plan.ring_bytes)
         passes, read = 0, 0
         for start in range(0, tokens, plan.capacity):
             count = min(plan.capacity, tokens - start)

@@ -23,7 +23,7 @@ def known(folder: Path) -> Calibration:
         memory=same(45e9),
         fp32=same(5e11),
         int8=same(2e12),
-        disks={disk_of(folder): DiskRate(same(2e9), 1e-10)},
+        disks={disk_of(folder): DiskRate(same(2e9), same(2e9), 1e-10)},
         kernels={
             "int4 fast": KernelFound(same(40e9), same(1e12)),
             "int8 fast": KernelFound(same(42e9), same(1e12)),

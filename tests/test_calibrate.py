@@ -44,6 +44,11 @@ class FakeLimits:
         self.asked.append(f"disk {file.name}")
         return Measured(2e9 * seconds, seconds, seconds / 4, "direct")
 
+    def disk_beside(self, load: FakeLimits, file: Path, seconds: float) -> Measured:
+        assert load is not self, "it would wait for itself"
+        self.asked.append(f"disk beside {file.name}")
+        return Measured(1.5e9 * seconds, seconds, seconds / 4, "direct")
+
 
 Machine = list[str]
 
@@ -84,7 +89,8 @@ def test_all_is_measured_once_and_kept(machine: Machine, wanted: Wanted) -> None
     assert machine == [
         "start",
         *["memory"] * 8,
-        *["disk model.safetensors"] * 6,
+        "disk model.safetensors",
+        *["disk model.safetensors", "disk beside model.safetensors"] * 5,
         "fixed",
         "float16 float16 True",
         "int4 float16 True",
@@ -123,7 +129,7 @@ def test_again_measures_anew_and_keeps_the_rest(machine: Machine, wanted: Wanted
 
 def test_rates_are_the_medians(machine: Machine, wanted: Wanted) -> None:
     rates = calibrate(wanted).rates(wanted)
-    assert rates.disk == 2e9
+    assert (rates.disk, rates.disk_beside) == (2e9, 1.5e9)
     assert rates.disk_cpu == pytest.approx(0.125e-9)
     assert (rates.kernels["int4"].decode, rates.kernels["int4"].prefill) == (10e9, 2e11)
     assert (rates.attention, rates.layer_s, rates.token_s) == (5e9, 0.001, 0.002)

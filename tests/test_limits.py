@@ -99,3 +99,14 @@ def test_a_machine_without_vector_instructions_is_measured_too(tmp_path: Path) -
     answers = [parse_answer("", line) for line in done.stdout.splitlines()]
     assert [answer.how for answer in answers] == ["plain"] * 3
     assert all(answer.amount > 0 for answer in answers)
+
+
+def test_a_disk_is_read_while_another_process_computes(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(2 * PIECE_BYTES))
+    with Limits(threads=1) as limits, Limits(threads=1) as load:
+        found = limits.disk_beside(load, file, 0.01)
+        assert found.amount > 0 and found.seconds >= 0.01
+        load.close()
+        with pytest.raises((StartupError, ValueError)):
+            limits.disk_beside(load, file, 0.01)

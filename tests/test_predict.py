@@ -15,6 +15,7 @@ INT4 = MossConfig(n_embd=6144, n_head=24, n_layer=34, quantization=Quantization(
 SIZES = matrix_sizes(INT4)
 RATES = Rates(
     disk=2e9,
+    disk_beside=2e9,
     disk_cpu=0.0,
     cores=2,
     kernels={"int4": KernelRate(40e9, 1e12), "float16": KernelRate(45e9, 4e11)},
@@ -44,7 +45,7 @@ def test_a_spread_is_the_median_and_the_quarters() -> None:
 
 
 def test_a_flow_waits_for_what_the_readers_could_not_bring() -> None:
-    flow = Flow(disk=10, ring=20)
+    flow = Flow(disk=10, beside=10, ring=20)
     flow.compute(1, 20)
     assert flow.seconds == 1, "the ring was full"
     flow.compute(1, 20)
@@ -56,9 +57,15 @@ def test_a_flow_waits_for_what_the_readers_could_not_bring() -> None:
     assert flow.seconds == 105 + 3, "in 100 seconds the ring holds no more than it holds"
 
 
+def test_a_flow_reads_less_while_it_computes() -> None:
+    flow = Flow(disk=10, beside=5, ring=0)
+    flow.compute(2, 30)
+    assert flow.seconds == 2 + 2, "10 while computing, the other 20 while waiting"
+
+
 def test_a_slow_disk_decides_alone_and_a_fast_one_not_at_all() -> None:
     for disk, expected in ((1, 60), (1000, 30)):
-        flow = Flow(disk=disk, ring=1)
+        flow = Flow(disk=disk, beside=disk, ring=1)
         for _ in range(30):
             flow.compute(0.5)
             flow.compute(0.5, 2)
@@ -89,8 +96,8 @@ def test_weights_that_leave_for_the_cache_are_read_for_later_tokens() -> None:
 
 
 def test_reading_takes_time_of_the_cores() -> None:
-    busy = replace(RATES, disk_cpu=1e-9, disk=100e9)  # a second for each GB, on two cores
-    plain = replace(RATES, disk=100e9)
+    busy = replace(RATES, disk_cpu=1e-9, disk=100e9, disk_beside=100e9)  # a second for each GB, on two cores
+    plain = replace(RATES, disk=100e9, disk_beside=100e9)
     more = predictor(4 * GIB, busy).decoding(0).compute_s - predictor(4 * GIB, plain).decoding(0).compute_s
     assert more == pytest.approx(planned(4 * GIB).streamed_bytes * 1e-9 / 2)
 
@@ -113,7 +120,7 @@ def test_a_resident_prompt_takes_its_multiplications() -> None:
 
 def test_faster_parts_never_make_it_slower() -> None:
     faster = {
-        "disk": replace(RATES, disk=4e9),
+        "disk": replace(RATES, disk=4e9, disk_beside=4e9),
         "kernel": replace(RATES, kernels={name: KernelRate(90e9, 4e12) for name in RATES.kernels}),
         "cache": replace(RATES, attention=60e9),
         "memory": RATES,

@@ -17,7 +17,7 @@ LAST = ReplyStats(prompt_tokens=128, reused_tokens=0, new_tokens=9, prefill_s=4.
 def predictor() -> Predictor:
     sizes = matrix_sizes(INT4)
     kernels = {"int4": KernelRate(40e9, 1e12), "float16": KernelRate(45e9, 4e11)}
-    rates = Rates(2e9, 0.0, 2, kernels, attention=30e9, layer_s=0.0002, token_s=0.001)
+    rates = Rates(2e9, 2e9, 0.0, 2, kernels, attention=30e9, layer_s=0.0002, token_s=0.001)
     needs = needs_of(INT4, sizes, base=330 * MIB, kv="float16")
     return Predictor(INT4, sizes, make_plan(sizes, needs, memory=4 * GIB), rates)
 
