@@ -1,13 +1,13 @@
 """The C++ kernels of moss_jt.kernels inside Jittor: the only place that hands them over, and that launches them.
 
 Kernels work in place, on arrays that numpy has too. Sizes travel as data and not as shapes, so each is compiled
-once for all lengths. `run` launches one kernel by itself. What inference calls is lined up in `Steps`, whose one
-program holds all of these kernels and is compiled by `warm_up`: a launch takes 7 to 30 microseconds, and in that
-time a memory hands over the weights of half a million products.
+once for all lengths. `run` launches one kernel by itself, as a node of Jittor's graph. What inference calls is lined
+up in `Steps`, whose one program holds all of these kernels and is compiled by `warm_up`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
@@ -15,7 +15,7 @@ import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib import resources
@@ -114,7 +114,6 @@ _STEP_NUMBERS = {source: number for number, source in enumerate(STEP_TYPES)}
 _MOST_INPUTS, _MOST_OUTPUTS, _MOST_KEYS = 6, 3, 20
 _STEP = struct.Struct(f"={1 + _MOST_INPUTS + _MOST_OUTPUTS}q{_MOST_KEYS}d")  # struct Step of _STEPS
 _MOST_STEPS = 64
-_TICKETS = 1 << 30
 _NOTHING = (0,) * _MOST_KEYS
 
 _ALONE = threading.RLock()
@@ -206,17 +205,12 @@ class Steps:
     """Kernels that run one after the other in one launch, as if each had been launched by itself.
 
     What they read and write must stay where it is until `run`.
-
-    An interrupt may strike when Jittor has queued a launch and not run it, and then Jittor runs it before the
-    next one, whoever has forgotten it. So a launch has a ticket, and its program does nothing unless the gate
-    shows the same; it takes that down before it begins.
     """
 
     def __init__(self) -> None:
-        self._table = Buffer(aligned((_MOST_STEPS * _STEP.size,), "uint8"))
-        self._bytes = self._table.array.data
-        self._gate = Buffer(aligned((2,), "int32"))  # the first is the ticket, 0 for none
-        self._launches = 0
+        self._table = aligned((_MOST_STEPS * _STEP.size,), "uint8")
+        self._bytes = self._table.data
+        self._address = self._table.ctypes.data
         self._count = 0
         self._is_recording = False
 
@@ -265,7 +259,7 @@ class Steps:
         self._count += count
 
     def run(self) -> None:
-        """Run what is lined up.
+        """Run what is lined up. Other threads of Python go on meanwhile.
 
         Raises:
             KernelError: the compiler failed, or a kernel.
@@ -273,20 +267,32 @@ class Steps:
         count, self._count = self._count, 0
         if count:
             self._is_recording = False
-            self._launches = self._launches % _TICKETS + 1
-            self._gate.array[0] = self._launches
-            data = {"count": count, "ticket": self._launches}
-            run(_steps_source(), [self._table.var], [self._gate.var], data)
+            if _program()(self._address, count) != 0:
+                raise KernelError("a CPU kernel failed: the system gave it no memory. Close other programs.")
 
     def clear(self) -> None:
         """Forget what is lined up."""
-        self._gate.array[0] = 0
         self._count, self._is_recording = 0, False
 
 
 @cache
+def _program() -> Callable[[int, int], int]:
+    """What goes through the table of `Steps`, (address, steps) to 0 or an error.
+
+    Jittor compiles it; once, it is asked where it lies in memory, and from then on it is called there. Through
+    Jittor a call took 150 microseconds of a step of decoding, whose weights leave no cache warm for the graph
+    that Jittor makes of it, and it held Python's lock. Nor can an interrupt leave it in Jittor's queue.
+    """
+    where = Buffer(aligned((2,), "int32"))  # the two halves of the address
+    with computing():
+        run(_steps_source(), [share(aligned((2,), "int32"))], [where.var], {})
+    address = int(where.array.view(np.int64)[0])
+    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)(address)
+
+
+@cache
 def _steps_source() -> str:
-    """The program of `Steps`: it goes through a table and calls the kernels in it."""
+    """The program of `Steps`: it goes through a table and calls the kernels in it. Run, it tells its address."""
     cases = []
     for source, (inputs, outputs) in STEP_TYPES.items():
         places = [("in", kind, i) for i, kind in enumerate(inputs.split())]
@@ -303,16 +309,21 @@ def _steps_source() -> str:
         double data[{_MOST_KEYS}];
     }};
     static_assert(sizeof(Step) == {_STEP.size}, "as launch.py packs it");
-    const Step* steps = (const Step*)in0_p;
-    const bool is_wanted = out0_p[0] == (int32_t)data["ticket"];
-    const int64_t count = is_wanted ? (int64_t)data["count"] : 0;
-    if (is_wanted) out0_p[0] = 0;
-    for (int64_t i = 0; i < count; i++) {{
-        const Step& step = steps[i];
-        switch (step.kernel) {{
-            {"".join(cases)}
+    int (*const program)(const Step*, int64_t) = [](const Step* steps, int64_t count) {{
+        try {{
+            for (int64_t i = 0; i < count; i++) {{
+                const Step& step = steps[i];
+                switch (step.kernel) {{
+                    {"".join(cases)}
+                }}
+            }}
+        }} catch (const std::bad_alloc&) {{
+            return 1;
         }}
-    }}
+        return 0;
+    }};
+    static_assert(sizeof program == 2 * sizeof(*out0_p), "as launch.py reads it");
+    std::memcpy(out0_p, &program, sizeof program);
     """
 
 
@@ -329,11 +340,9 @@ def warm_up(progress: Progress | None = None) -> None:
     if done.is_file():
         return
     progress.begin(pick("compiling the CPU kernels (once)", "编译 CPU 算子（仅首次）"), 1, "programs")
-    steps = Steps()
     try:
         with _ALONE, _stderr_away():
-            steps.add(GELU, (), (steps._gate.address,), {"count": 0})
-            steps.run()
+            _program()
         progress.advance(1)
     finally:
         progress.end()
