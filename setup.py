@@ -86,7 +86,14 @@ setup(
         'onednn-devel-cpu-gomp==2021.2.0; platform_system == "Linux" and platform_machine == "x86_64"',
     ],
     extras_require={
-        "test": ["pytest>=8", "pexpect>=4.9", "setuptools>=69", "wheel"],
+        "test": [
+            "pytest>=8",
+            "pexpect>=4.9",
+            "setuptools>=69",
+            "wheel",
+            # compiles our CUDA kernels without a device; the version of no library of ours depends on it
+            'nvidia-cuda-nvrtc>=13,<14; platform_system == "Linux" and platform_machine in "x86_64 aarch64"',
+        ],
         "dev": ["build", "mypy>=1.11", "pre-commit", "pyright", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["moss-jt = moss_jt.cli.main:main", "moss-convert = moss_jt.cli.convert:main"]},

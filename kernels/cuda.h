@@ -1,0 +1,90 @@
+// What every CUDA kernel of ours stands on. It is put before each *.cu, and the two are compiled as one text: by NVRTC
+// (which has no headers of its own, so nothing is included here), by nvcc, or on the host with kernels/host/cuda_shim.h.
+//
+// Kernels are named with MOSS_KERNEL(name)(arguments). Warps are 32 threads; a lane is a thread's place in its warp, and
+// as in the fragments of tensor cores its row is lane / 4 and its column lane % 4.
+
+#define MOSS_KERNEL(name) extern "C" __global__ void name
+#define MOSS_INLINE __device__ __forceinline__
+
+typedef signed char i8;
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef int i32;
+typedef unsigned int u32;
+typedef long long i64;
+
+constexpr i32 kWarp = 32;
+constexpr u32 kAll = 0xffffffffu;  // lanes
+
+#if !defined(MOSS_SHIM)
+MOSS_INLINE float half_to_float(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+// d += a * b: a is 16 x 32 unsigned, b 32 x 8 signed bytes, d 16 x 8. Of lane (row, column):
+//   a[0], a[1]  four bytes of row `row` and `row + 8` from k = 4 * column on; a[2], a[3] the same from 16 more
+//   b[0], b[1]  of column `row` from k = 4 * column on, and from 16 more
+//   d[0], d[1]  of row `row`, columns 2 * column and the next; d[2], d[3] of row + 8
+MOSS_INLINE void multiply_bytes(i32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+#pragma unroll
+    for (i32 half = 0; half < 2; half++)
+#pragma unroll
+        for (i32 low = 0; low < 2; low++)
+            asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                : "+r"(d[2 * half]), "+r"(d[2 * half + 1])
+                : "r"(a[half + 2 * low]), "r"(b[low]));
+#endif
+}
+#endif
+
+MOSS_INLINE i32 least(i32 a, i32 b) { return a < b ? a : b; }
+
+// Of all lanes, in every lane; in an order that is always the same.
+MOSS_INLINE float warp_sum(float value) {
+#pragma unroll
+    for (i32 apart = 16; apart > 0; apart /= 2) value += __shfl_xor_sync(kAll, value, apart);
+    return value;
+}
+
+MOSS_INLINE i32 warp_sum(i32 value) {
+#pragma unroll
+    for (i32 apart = 16; apart > 0; apart /= 2) value += __shfl_xor_sync(kAll, value, apart);
+    return value;
+}
+
+MOSS_INLINE i32 warp_max(i32 value) {
+#pragma unroll
+    for (i32 apart = 16; apart > 0; apart /= 2) {
+        const i32 other = __shfl_xor_sync(kAll, value, apart);
+        value = other > value ? other : value;
+    }
+    return value;
+}
+
+// The runs in which activations are rounded: up to `block` positions of one group.
+struct Block {
+    i32 group, start, size;
+};
+
+struct Blocks {
+    i32 padded_in, padded_group, block;
+
+    __device__ i32 per_group() const { return (padded_group + block - 1) / block; }
+    __device__ i32 count() const {
+        const i32 rest = padded_in % padded_group;
+        return padded_in / padded_group * per_group() + (rest + block - 1) / block;
+    }
+    __device__ Block at(i32 index) const {
+        const i32 group = index / per_group(), start = group * padded_group + index % per_group() * block;
+        const i32 end = least((group + 1) * padded_group, padded_in);
+        return {group, start, least(block, end - start)};
+    }
+};

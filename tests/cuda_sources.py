@@ -1,0 +1,56 @@
+"""Our CUDA kernels without a device: run on the host behind the shim, or compiled to machine code for real ones."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moss_jt.kernels.cuda import entry_points, source
+from moss_jt.startup import machine
+
+Argument = npt.NDArray[Any] | int | float | None
+SHIM = Path(__file__).parents[1] / "kernels" / "host" / "cuda_shim.h"
+
+
+class HostKernels:
+    """The kernels of one source, on the host."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        launchers = "".join(
+            f'extern "C" void launch_{entry}(const unsigned* grid, const unsigned* block, void** arguments) {{\n'
+            f'    shim::launch("{entry}", {entry}, grid, block, arguments);\n}}\n'
+            for entry in entry_points(name)
+        )
+        text = f'#include "{SHIM}"\n{source(name)}\n{launchers}'
+        stem = hashlib.sha256((text + SHIM.read_text("utf-8")).encode()).hexdigest()[:16]
+        code, library = folder / f"{stem}.cpp", folder / f"{stem}.so"
+        if not library.is_file():
+            code.write_text(text, "utf-8")
+            flags = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas")
+            command = [str(machine.require_compiler()), *flags, "-o", str(library), str(code)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+            assert done.returncode == 0, done.stderr[-4000:]
+        self._library = ctypes.CDLL(str(library))
+
+    def launch(self, entry: str, grid: Sequence[int], block: int, arguments: Sequence[Argument]) -> None:
+        """Run a kernel; arrays are written in place, whole numbers are 32 bits wide."""
+        values = [_as_c(argument) for argument in arguments]
+        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        three = ctypes.c_uint * 3
+        getattr(self._library, f"launch_{entry}")(three(*grid, *[1] * (3 - len(grid))), three(block, 1, 1), addresses)
+
+
+def _as_c(argument: Argument) -> Any:
+    if argument is None:
+        return ctypes.c_void_p(None)
+    if isinstance(argument, np.ndarray):
+        assert argument.flags.c_contiguous
+        return ctypes.c_void_p(argument.ctypes.data)
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int32(argument)

@@ -1,0 +1,228 @@
+"""CUDA kernels on the host: activations rounded as on the CPU to the bit, products as the reference has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from cuda_sources import Argument, HostKernels
+
+from moss_jt.kernels import reference
+from moss_jt.layout import TILE_ROWS, TileLayout
+from moss_jt.ops import ROUND_BLOCK
+from moss_jt.packing import QuantMatrix, input_order, pack, tile_layout
+
+Array = npt.NDArray[Any]
+WARPS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cuda")
+
+
+@pytest.fixture(scope="module")
+def rounding(folder: Path) -> HostKernels:
+    return HostKernels("rounding", folder)
+
+
+@pytest.fixture(scope="module")
+def products(folder: Path) -> HostKernels:
+    return HostKernels("linear_few", folder)
+
+
+class Rounded:
+    """Activations as the kernel rounds them."""
+
+    def __init__(
+        self, kernels: HostKernels, x: Array, layout: TileLayout, perm: Array | None = None, *, gelu: bool = False
+    ) -> None:
+        blocks = len(reference.rounding_blocks(layout, ROUND_BLOCK))
+        tokens = len(x)
+        self.codes = np.zeros((tokens, layout.padded_in), np.int8)
+        self.steps = np.zeros((blocks, tokens), np.float32)
+        self.sums = np.zeros((blocks, tokens), np.int32)
+        order = np.zeros(1, np.int32) if perm is None else perm
+        sizes = (tokens, x.shape[1], layout.padded_in, layout.padded_group, ROUND_BLOCK, int(perm is not None))
+        grid = (-(-blocks // WARPS), tokens)
+        arguments: list[Argument] = [
+            np.ascontiguousarray(x),
+            order,
+            self.codes,
+            self.steps,
+            self.sums,
+            *sizes,
+            int(gelu),
+        ]
+        kernels.launch("round_activations", grid, 32 * WARPS, arguments)
+
+
+def some_layout(k: int, bits: int, group: int) -> TileLayout:
+    return tile_layout((16, k), 4 if bits == 4 else 8, group)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(
+    ("k", "bits", "group"), [(8, 4, 8), (520, 4, 200), (1024, 8, 128), (132, 8, 64), (384, 4, 384)]
+)
+def test_rounding_gives_the_bits_of_the_cpu(rounding: HostKernels, k: int, bits: int, group: int, tokens: int) -> None:
+    x = np.random.default_rng(k).normal(size=(tokens, k)).astype(np.float32) * 3
+    x[0, k // 2] = 0
+    layout = some_layout(k, bits, group)
+    found = Rounded(rounding, x, layout)
+    blocks = reference.rounding_blocks(layout, ROUND_BLOCK)
+    codes, steps = reference.round_activations(x, blocks)
+    assert np.array_equal(found.codes, codes)
+    assert np.array_equal(found.steps, steps.T)
+    sums = [codes[:, start : start + size].sum(axis=1, dtype=np.int32) for _, start, size in blocks]
+    assert np.array_equal(found.sums, np.array(sums))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_spoils_its_block_only(rounding: HostKernels, bad: float) -> None:
+    x = np.ones((2, 256), np.float32)
+    x[1, 130] = bad
+    found = Rounded(rounding, x, some_layout(256, 4, 128))
+    assert np.isnan(found.steps).tolist() == [[False, False], [False, True]]
+    assert (found.codes[1, 128:] == 0).all() and (found.codes[0] == 127).all()
+
+
+def test_gelu_comes_before_rounding(rounding: HostKernels) -> None:
+    x = np.random.default_rng(5).normal(size=(2, 256)).astype(np.float32) * 4
+    layout = some_layout(256, 8, 128)
+    found = Rounded(rounding, x, layout, gelu=True)
+    kept = found.codes.reshape(2, 2, 128) * found.steps.T[:, :, None]
+    off = np.abs(kept.reshape(2, 256) - reference.gelu(x))
+    assert (off <= np.repeat(found.steps.T, 128, axis=1) * 0.501).all()
+
+
+@pytest.mark.parametrize("width", [1, 3, 127, 129, 1024])
+def test_layer_norm(rounding: HostKernels, width: int) -> None:
+    rng = np.random.default_rng(width)
+    x, weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((3, width), width, width))
+    x += 5
+    y = np.zeros_like(x)
+    rounding.launch("layer_norm", (3,), 256, [x, weight, bias, y, width, 1e-5])
+    want = reference.layer_norm(x, weight, bias, 1e-5)
+    assert np.abs(y - want).max() < 2e-5 * (1 + np.abs(want).max())
+
+
+class Case(NamedTuple):
+    """A quantised matrix to make."""
+
+    n: int
+    k: int
+    bits: int
+    group: int
+    act_order: bool = False
+
+
+class Product:
+    """A random quantised matrix."""
+
+    def __init__(self, case: Case) -> None:
+        n, k, bits, group, act_order = case
+        rng = np.random.default_rng(n * k)
+        groups = (np.arange(k) // group).astype(np.int32)
+        if act_order:
+            groups = rng.permutation(groups).astype(np.int32)
+        count = -(-k // group)
+        codes = rng.integers(0, 2**bits, (n, k)).astype(np.uint8)
+        codes[0], codes[-1] = 2**bits - 1, 0
+        zeros = rng.integers(0, 2**bits, (n, count)).astype(np.uint8)
+        zeros[0], zeros[-1] = 0, 2**bits - 1
+        self.matrix = QuantMatrix(codes, rng.uniform(1e-3, 2e-2, (n, count)).astype(np.float16), zeros, groups)
+        self.layout = tile_layout((n, k), 4 if bits == 4 else 8, group, groups)
+        self.perm = input_order(self.layout, groups)
+        self.blob = pack(self.matrix, self.layout)
+        self.bias = rng.normal(size=n).astype(np.float32)
+
+    def run(
+        self,
+        rounding: HostKernels,
+        products: HostKernels,
+        x: Array,
+        y: Array,
+        *,
+        cut: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Into y (T, wide), in pieces of `cut` tiles."""
+        layout, tokens = self.layout, len(x)
+        rounded = Rounded(rounding, x, layout, self.perm if layout.permuted else None)
+        entry = f"linear_int{layout.bits}_{8 if tokens <= 8 else 16}"
+        cut = layout.n_tiles if cut is None else cut
+        for tile in range(0, layout.n_tiles, cut):
+            count = min(cut, layout.n_tiles - tile)
+            rows = min(count * TILE_ROWS, layout.shape[0] - tile * TILE_ROWS)
+            where = (layout.tile_bytes, layout.code_bytes, layout.code_bytes + layout.scale_bytes)
+            sizes = (tokens, rows, tile * TILE_ROWS, *where, layout.padded_in, layout.padded_group, ROUND_BLOCK)
+            piece = np.ascontiguousarray(self.blob[tile * layout.tile_bytes :])
+            inputs = [piece, rounded.codes, rounded.steps, rounded.sums, self.bias if options.get("bias") else None]
+            products.launch(
+                entry, (count,), 32 * WARPS, [*inputs, y, *sizes, y.shape[1], int(options.get("add", False))]
+            )
+
+
+CASES = [
+    Case(1, 8, 4, 8),
+    Case(3, 136, 4, 32),
+    Case(17, 520, 4, 200),
+    Case(127, 72, 4, 36, act_order=True),
+    Case(129, 1024, 4, 1024),
+    Case(48, 2560, 4, 128),
+    Case(16, 4, 8, 4),
+    Case(31, 132, 8, 64),
+    Case(127, 520, 8, 260),
+    Case(129, 384, 8, 128, act_order=True),
+    Case(48, 2560, 8, 128),
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products(rounding: HostKernels, products: HostKernels, case: Case, tokens: int) -> None:
+    product, n = Product(case), case.n
+    x = np.random.default_rng(tokens).normal(size=(tokens, case.k)).astype(np.float32)
+    want = reference.linear_rounded(x, product.matrix, product.layout, product.perm, ROUND_BLOCK)
+    y = np.full((tokens, n + 3), 7, np.float32)
+    product.run(rounding, products, x, y)
+    assert (y[:, n:] == 7).all(), "what lies beside the result is left alone"
+    off = np.abs(y[:, :n] - want)
+    assert off.max() <= 2e-6 * np.abs(want).max() * np.sqrt(case.k), (
+        f"{off.max()} at {np.unravel_index(off.argmax(), off.shape)}"
+    )
+
+
+def test_the_cut_the_company_and_the_place_change_no_bit(rounding: HostKernels, products: HostKernels) -> None:
+    """In pieces; one token alone and among sixteen."""
+    product = Product(Case(70, 640, 4, 128))
+    x = np.random.default_rng(1).normal(size=(16, 640)).astype(np.float32)
+    whole, pieces, alone = (np.zeros((tokens, 70), np.float32) for tokens in (16, 16, 1))
+    product.run(rounding, products, x, whole)
+    product.run(rounding, products, x, pieces, cut=2)
+    product.run(rounding, products, x[5:6], alone)
+    assert np.array_equal(whole, pieces)
+    assert np.array_equal(whole[5:6], alone)
+
+
+def test_bias_and_sum(rounding: HostKernels, products: HostKernels) -> None:
+    product = Product(Case(35, 256, 8, 128))
+    x = np.random.default_rng(2).normal(size=(2, 256)).astype(np.float32)
+    plain, full = np.zeros((2, 35), np.float32), np.full((2, 35), 3, np.float32)
+    product.run(rounding, products, x, plain)
+    product.run(rounding, products, x, full, bias=True, add=True, cut=1)
+    np.testing.assert_allclose(full, plain + product.bias + 3, rtol=1e-6, atol=1e-6)
+
+
+def test_a_token_that_is_not_finite_stays_alone(rounding: HostKernels, products: HostKernels) -> None:
+    product = Product(Case(16, 256, 4, 128))
+    x = np.ones((3, 256), np.float32)
+    x[1, 7] = np.nan
+    y = np.zeros((3, 16), np.float32)
+    product.run(rounding, products, x, y)
+    assert np.isnan(y).all(axis=1).tolist() == [False, True, False]
+    assert not np.isnan(y[[0, 2]]).any()
