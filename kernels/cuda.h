@@ -24,6 +24,12 @@ MOSS_INLINE float half_to_float(u16 bits) {
     return value;
 }
 
+MOSS_INLINE u16 float_to_half(float value) {  // to nearest, ties to even; what is too large becomes infinity
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
 // d += a * b: a is 16 x 32 unsigned, b 32 x 8 signed bytes, d 16 x 8. Of lane (row, column):
 //   a[0], a[1]  four bytes of row `row` and `row + 8` from k = 4 * column on; a[2], a[3] the same from 16 more
 //   b[0], b[1]  of column `row` from k = 4 * column on, and from 16 more
@@ -47,6 +53,8 @@ MOSS_INLINE void multiply_bytes(i32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2
 
 MOSS_INLINE i32 least(i32 a, i32 b) { return a < b ? a : b; }
 
+MOSS_INLINE float brain_to_float(u16 bits) { return __int_as_float((i32)((u32)bits << 16)); }  // bfloat16
+
 // Of all lanes, in every lane; in an order that is always the same.
 MOSS_INLINE float warp_sum(float value) {
 #pragma unroll
@@ -66,6 +74,12 @@ MOSS_INLINE i32 warp_max(i32 value) {
         const i32 other = __shfl_xor_sync(kAll, value, apart);
         value = other > value ? other : value;
     }
+    return value;
+}
+
+MOSS_INLINE float warp_max(float value) {
+#pragma unroll
+    for (i32 apart = 16; apart > 0; apart /= 2) value = fmaxf(value, __shfl_xor_sync(kAll, value, apart));
     return value;
 }
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from moss_jt.kernels.cuda import entry_points, source
 from moss_jt.startup import machine
 
-Argument = npt.NDArray[Any] | int | float | None
+Argument = npt.NDArray[Any] | np.int64 | int | float | None
 SHIM = Path(__file__).parents[1] / "kernels" / "host" / "cuda_shim.h"
 
 
@@ -40,7 +40,7 @@ class HostKernels:
         self._library = ctypes.CDLL(str(library))
 
     def launch(self, entry: str, grid: Sequence[int], block: int, arguments: Sequence[Argument]) -> None:
-        """Run a kernel; arrays are written in place, whole numbers are 32 bits wide."""
+        """Run a kernel; arrays are written in place, whole numbers are 32 bits wide but for np.int64."""
         values = [_as_c(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         three = ctypes.c_uint * 3
@@ -53,4 +53,6 @@ def _as_c(argument: Argument) -> Any:
     if isinstance(argument, np.ndarray):
         assert argument.flags.c_contiguous
         return ctypes.c_void_p(argument.ctypes.data)
+    if isinstance(argument, np.int64):
+        return ctypes.c_int64(int(argument))
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int32(argument)

@@ -25,6 +25,7 @@
 #define __shared__ static
 #define __restrict__
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct uint2 {
     unsigned x, y;
@@ -206,9 +207,12 @@ inline float __int_as_float(int bits) {
     std::memcpy(&value, &bits, 4);
     return value;
 }
+inline float __expf(float x) { return std::exp(x); }
 inline int __float2int_rn(float value) { return (int)std::nearbyint(value); }
 __attribute__((noinline)) inline float __fmul_rn(float a, float b) { return a * b; }
 __attribute__((noinline)) inline float __fdiv_rn(float a, float b) { return a / b; }
+__attribute__((noinline)) inline float __fadd_rn(float a, float b) { return a + b; }
+__attribute__((noinline)) inline float __fsub_rn(float a, float b) { return a - b; }
 
 static inline float half_to_float(unsigned short bits) {
     const int sign = bits >> 15, exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -216,6 +220,18 @@ static inline float half_to_float(unsigned short bits) {
                         : exponent     ? std::ldexp((float)(1024 + fraction), exponent - 25)
                                        : std::ldexp((float)fraction, -24);
     return sign ? -value : value;
+}
+
+static inline unsigned short float_to_half(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, 4);
+    const unsigned sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return (unsigned short)(sign | 0x7e00u);
+    const float size = std::fabs(value);
+    if (size >= 65520.0f) return (unsigned short)(sign | 0x7c00u);
+    if (size < 6.103515625e-05f) return (unsigned short)(sign | (unsigned)std::nearbyint(std::ldexp(size, 24)));
+    const unsigned rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+    return (unsigned short)(sign | ((rounded - 0x38000000u) >> 13));
 }
 
 // See kernels/cuda.h.

@@ -16,7 +16,7 @@ from moss_jt.ops import ROUND_BLOCK
 from moss_jt.packing import QuantMatrix, input_order, pack, tile_layout
 
 Array = npt.NDArray[Any]
-WARPS = 8
+WARPS, MANY = 8, 64  # of the kernels
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def rounding(folder: Path) -> HostKernels:
 
 @pytest.fixture(scope="module")
 def products(folder: Path) -> HostKernels:
-    return HostKernels("linear_few", folder)
+    return HostKernels("linear_rounded", folder)
 
 
 class Rounded:
@@ -153,7 +153,7 @@ class Product:
         """Into y (T, wide), in pieces of `cut` tiles."""
         layout, tokens = self.layout, len(x)
         rounded = Rounded(rounding, x, layout, self.perm if layout.permuted else None)
-        entry = f"linear_int{layout.bits}_{8 if tokens <= 8 else 16}"
+        size = 8 if tokens <= 8 else 16 if tokens <= 16 else "many"
         cut = layout.n_tiles if cut is None else cut
         for tile in range(0, layout.n_tiles, cut):
             count = min(cut, layout.n_tiles - tile)
@@ -162,9 +162,9 @@ class Product:
             sizes = (tokens, rows, tile * TILE_ROWS, *where, layout.padded_in, layout.padded_group, ROUND_BLOCK)
             piece = np.ascontiguousarray(self.blob[tile * layout.tile_bytes :])
             inputs = [piece, rounded.codes, rounded.steps, rounded.sums, self.bias if options.get("bias") else None]
-            products.launch(
-                entry, (count,), 32 * WARPS, [*inputs, y, *sizes, y.shape[1], int(options.get("add", False))]
-            )
+            grid = (-(-count // WARPS), -(-tokens // MANY)) if size == "many" else (count,)
+            rest = (y, *sizes, y.shape[1], int(options.get("add", False)))
+            products.launch(f"linear_int{layout.bits}_{size}", grid, 32 * WARPS, [*inputs, *rest])
 
 
 CASES = [
@@ -182,7 +182,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 17, 65])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_products(rounding: HostKernels, products: HostKernels, case: Case, tokens: int) -> None:
     product, n = Product(case), case.n
@@ -197,22 +197,26 @@ def test_products(rounding: HostKernels, products: HostKernels, case: Case, toke
     )
 
 
-def test_the_cut_the_company_and_the_place_change_no_bit(rounding: HostKernels, products: HostKernels) -> None:
-    """In pieces; one token alone and among sixteen."""
-    product = Product(Case(70, 640, 4, 128))
-    x = np.random.default_rng(1).normal(size=(16, 640)).astype(np.float32)
-    whole, pieces, alone = (np.zeros((tokens, 70), np.float32) for tokens in (16, 16, 1))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_cut_the_company_and_the_place_change_no_bit(
+    rounding: HostKernels, products: HostKernels, bits: int
+) -> None:
+    """In pieces; one token alone, among nine, and among seventy."""
+    product = Product(Case(70, 1408, bits, 128))
+    x = np.random.default_rng(1).normal(size=(70, 1408)).astype(np.float32)
+    whole = np.zeros((70, 70), np.float32)
     product.run(rounding, products, x, whole)
-    product.run(rounding, products, x, pieces, cut=2)
-    product.run(rounding, products, x[5:6], alone)
-    assert np.array_equal(whole, pieces)
-    assert np.array_equal(whole[5:6], alone)
+    for tokens, cut in ((70, 2), (9, None), (9, 1), (1, None), (1, 3)):
+        y = np.zeros((tokens, 70), np.float32)
+        product.run(rounding, products, x[60 : 60 + tokens] if tokens < 70 else x, y, cut=cut)
+        assert np.array_equal(y, whole[60 : 60 + tokens] if tokens < 70 else whole), (tokens, cut)
 
 
-def test_bias_and_sum(rounding: HostKernels, products: HostKernels) -> None:
+@pytest.mark.parametrize("tokens", [2, 18])
+def test_bias_and_sum(rounding: HostKernels, products: HostKernels, tokens: int) -> None:
     product = Product(Case(35, 256, 8, 128))
-    x = np.random.default_rng(2).normal(size=(2, 256)).astype(np.float32)
-    plain, full = np.zeros((2, 35), np.float32), np.full((2, 35), 3, np.float32)
+    x = np.random.default_rng(2).normal(size=(tokens, 256)).astype(np.float32)
+    plain, full = np.zeros((tokens, 35), np.float32), np.full((tokens, 35), 3, np.float32)
     product.run(rounding, products, x, plain)
     product.run(rounding, products, x, full, bias=True, add=True, cut=1)
     np.testing.assert_allclose(full, plain + product.bias + 3, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,245 @@
+// y = x W^T + bias, W in int4 or int8 tiles (moss_jt/layout.py), x rounded to int8 (rounding.cu):
+//
+//   y[t, n] = sum over blocks of float(sum of code * x - zero * sum of x) * (scale * step)
+//
+// The codes as they lie in a tile are the left side of a tensor core's product of bytes: four bytes of a row belong
+// to neighbouring inputs. A lane reads 8 bytes, which are two rows of one chunk, so the rows of the product are not
+// in the order of the tile: row r of the product is row 2r, row r + 8 is row 2r + 1. Tokens are its columns, and 8
+// of them cost what one costs.
+//
+// The blocks fall into kWarps classes, by their number; those of a class are added up in their order, and then the
+// classes. For up to 16 tokens a warp takes a class of one tile; for more it takes all, one after the other. So the bits
+// depend on nothing but the matrix and the token's own input. Weights of the next block are on their way while one is
+// multiplied.
+
+constexpr i32 kTileRows = 16;
+constexpr i32 kWarps = 8;
+constexpr i32 kSteps8 = 8;  // loads of 8 bytes that a lane has under way for a block of 128 inputs: int8; int4 half
+
+struct Pair {
+    u32 x, y;
+};
+
+MOSS_INLINE Pair load_pair(const u8* from) {
+    const uint2 words = *(const uint2*)from;
+    return {words.x, words.y};
+}
+
+// What a warp needs of one block of a tile.
+template <i32 BITS>
+struct Weights {
+    static constexpr i32 kSteps = BITS == 8 ? kSteps8 : kSteps8 / 2;
+    Pair words[kSteps];  // of chunk (4 * step + column): rows 2 * row and the next
+    u32 scales;          // of these rows, two halves
+    u32 zeros;           // as stored, one in each of the lower bytes
+
+    __device__ void load(const u8* tile, const Block& b, i32 scales_at, i32 zeros_at, i32 row, i32 column) {
+        const i32 first = b.start * BITS / 32, end = (b.start + b.size) * BITS / 32;
+#pragma unroll
+        for (i32 step = 0; step < kSteps; step++) {
+            const i32 chunk = first + 4 * step + column;
+            words[step] = Pair{0, 0};
+            if (chunk < end) words[step] = load_pair(tile + (i64)chunk * 64 + row * 8);
+        }
+        scales = *(const u32*)(tile + scales_at + b.group * 32 + row * 4);
+        if (BITS == 8) {
+            zeros = *(const u16*)(tile + zeros_at + b.group * 16 + row * 2);
+        } else {
+            const u32 both = *(const u16*)(tile + zeros_at + b.group * 8 + row % 4 * 2);
+            zeros = (row < 4 ? both : both >> 4) & 0x0f0fu;
+        }
+    }
+};
+
+// The sums of code * x of a block, for 8 tokens.
+template <i32 BITS>
+MOSS_INLINE void multiply_block(const Weights<BITS>& w, const i8* x, const Block& b, i32 column, i32 (&sum)[4]) {
+    const i32 inputs = 32 / BITS, end = b.start + b.size;
+    if (BITS == 4) {
+#pragma unroll
+        for (i32 step = 0; step < Weights<BITS>::kSteps; step++) {
+            const i32 at = b.start + (4 * step + column) * inputs;
+            const u32 low = 0x0f0f0f0fu;
+            const u32 left[4] = {w.words[step].x & low, w.words[step].y & low, w.words[step].x >> 4 & low,
+                                 w.words[step].y >> 4 & low};
+            Pair here = {0, 0};
+            if (x && at < end) here = load_pair((const u8*)(x + at));
+            const u32 right[2] = {here.x, here.y};
+            multiply_bytes(sum, left, right);
+        }
+    } else {
+#pragma unroll
+        for (i32 step = 0; step < Weights<BITS>::kSteps; step += 2) {
+            const i32 at = b.start + (4 * step + column) * inputs, later = at + 4 * inputs;
+            const u32 left[4] = {w.words[step].x, w.words[step].y, w.words[step + 1].x, w.words[step + 1].y};
+            const u32 right[2] = {x && at < end ? *(const u32*)(x + at) : 0,
+                                  x && later < end ? *(const u32*)(x + later) : 0};
+            multiply_bytes(sum, left, right);
+        }
+    }
+}
+
+// What a block adds to the total of a row and a token.
+MOSS_INLINE float part_of(i32 sum, i32 zero, float scale, i32 sum_of_x, float step) {
+    return __fmul_rn((float)(sum - zero * sum_of_x), __fmul_rn(scale, step));
+}
+
+// Scales and zero points of a lane's two rows.
+template <i32 BITS>
+struct Steps {
+    float scale[2];
+    i32 zero[2];
+
+    __device__ explicit Steps(const Weights<BITS>& w)
+        : scale{half_to_float((u16)w.scales), half_to_float((u16)(w.scales >> 16))},
+          zero{(i32)(w.zeros & 0xffu) + 1, (i32)(w.zeros >> 8 & 0xffu) + 1} {}
+};
+
+// Few tokens. Grid: tiles. Thread block: kWarps warps.
+template <i32 BITS, i32 EIGHTS>
+MOSS_INLINE void linear_few(const u8* blob, const i8* codes, const float* steps, const i32* sums, const float* bias,
+                            float* y, i32 tokens, i32 rows, i32 first, i32 tile_bytes, i32 scales_at, i32 zeros_at,
+                            const Blocks& blocks, i32 y_stride, i32 add) {
+    const i32 warp = (i32)threadIdx.x / kWarp, lane = (i32)threadIdx.x % kWarp, row = lane / 4, column = lane % 4;
+    const u8* tile = blob + (i64)blockIdx.x * tile_bytes;
+    const i32 count = blocks.count();
+    float total[EIGHTS][4] = {};
+    Weights<BITS> now, next;
+    if (warp < count) next.load(tile, blocks.at(warp), scales_at, zeros_at, row, column);
+    for (i32 index = warp; index < count; index += kWarps) {
+        const Block b = blocks.at(index);
+        now = next;
+        if (index + kWarps < count) next.load(tile, blocks.at(index + kWarps), scales_at, zeros_at, row, column);
+        const Steps<BITS> w(now);
+#pragma unroll
+        for (i32 eight = 0; eight < EIGHTS; eight++) {
+            const i32 token = 8 * eight + row;
+            i32 sum[4] = {};
+            multiply_block<BITS>(now, token < tokens ? codes + (i64)token * blocks.padded_in : nullptr, b, column, sum);
+#pragma unroll
+            for (i32 i = 0; i < 4; i++) {
+                const i32 of = least(8 * eight + 2 * column + i % 2, tokens - 1);
+                const i64 at = (i64)index * tokens + of;
+                total[eight][i] += part_of(sum[i], w.zero[i / 2], w.scale[i / 2], sums[at], steps[at]);
+            }
+        }
+    }
+    __shared__ float part[kWarps][8 * EIGHTS][kTileRows];
+#pragma unroll
+    for (i32 eight = 0; eight < EIGHTS; eight++)
+#pragma unroll
+        for (i32 i = 0; i < 4; i++) part[warp][8 * eight + 2 * column + i % 2][2 * row + i / 2] = total[eight][i];
+    __syncthreads();
+    for (i32 i = (i32)threadIdx.x; i < tokens * kTileRows; i += kWarps * kWarp) {
+        const i32 token = i / kTileRows, r = i % kTileRows, n = (i32)blockIdx.x * kTileRows + r;
+        if (n >= rows) continue;
+        float value = 0.0f;
+        for (i32 from = 0; from < least(kWarps, count); from++) value += part[from][token][r];
+        if (bias) value += bias[first + n];
+        float* to = y + (i64)token * y_stride + first + n;
+        *to = add ? *to + value : value;
+    }
+}
+
+constexpr i32 kManyEights = 8, kMany = 8 * kManyEights;  // tokens of a thread block
+
+// Many tokens. Grid: (tiles / kWarps, tokens / kMany). Thread block: kWarps warps, a tile each; they share the codes of x.
+template <i32 BITS>
+MOSS_INLINE void linear_many(const u8* blob, const i8* codes, const float* steps, const i32* sums, const float* bias,
+                             float* y, i32 tokens, i32 rows, i32 first, i32 tile_bytes, i32 scales_at, i32 zeros_at,
+                             const Blocks& blocks, i32 y_stride, i32 add) {
+    constexpr i32 kStride = BITS == 4 ? 160 : 144;  // bytes from token to token: no two lanes meet in a bank
+    __shared__ __align__(16) i8 near_codes[2][kMany * kStride];
+    __shared__ float near_steps[2][kMany];
+    __shared__ i32 near_sums[2][kMany];
+    const i32 warp = (i32)threadIdx.x / kWarp, lane = (i32)threadIdx.x % kWarp, row = lane / 4, column = lane % 4;
+    const i32 tile_index = (i32)blockIdx.x * kWarps + warp, start = (i32)blockIdx.y * kMany;
+    const bool has_tile = tile_index * kTileRows < rows;
+    const u8* tile = blob + (i64)(has_tile ? tile_index : 0) * tile_bytes;
+    const i32 here = least(kMany, tokens - start), count = blocks.count(), classes = least(kWarps, count);
+
+    const auto fetch = [&](i32 index, i32 to) {
+        const Block b = blocks.at(index);
+        constexpr i32 kWords = 32;  // of a block of 128 codes
+        for (i32 i = (i32)threadIdx.x; i < kMany * kWords; i += kWarps * kWarp) {
+            const i32 token = i / kWords, at = i % kWords * 4;
+            const bool is_there = token < here && at < b.size;
+            const i8* from = codes + (i64)(start + token) * blocks.padded_in + b.start + at;
+            *(u32*)(near_codes[to] + token * kStride + at) = is_there ? *(const u32*)from : 0;
+        }
+        for (i32 token = (i32)threadIdx.x; token < kMany; token += kWarps * kWarp) {
+            const i64 at = (i64)index * tokens + start + token;
+            near_steps[to][token] = token < here ? steps[at] : 0.0f;
+            near_sums[to][token] = token < here ? sums[at] : 0;
+        }
+    };
+    const auto after = [&](i32 index) {  // block by block of a class, then the next class; -1 at the end
+        if (index + kWarps < count) return index + kWarps;
+        return index % kWarps + 1 < classes ? index % kWarps + 1 : -1;
+    };
+
+    float total[kManyEights][4] = {}, part[kManyEights][4] = {};
+    Weights<BITS> now, next;
+    next.load(tile, blocks.at(0), scales_at, zeros_at, row, column);
+    fetch(0, 0);
+    __syncthreads();
+    i32 side = 0;
+    for (i32 index = 0; index >= 0; side ^= 1) {
+        const i32 later = after(index);
+        now = next;
+        if (later >= 0) {
+            next.load(tile, blocks.at(later), scales_at, zeros_at, row, column);
+            fetch(later, side ^ 1);
+        }
+        const Steps<BITS> w(now);
+        Block b = blocks.at(index);
+        b.start = 0;  // in what is near
+#pragma unroll
+        for (i32 eight = 0; eight < kManyEights; eight++) {
+            i32 sum[4] = {};
+            multiply_block<BITS>(now, near_codes[side] + (8 * eight + row) * kStride, b, column, sum);
+#pragma unroll
+            for (i32 i = 0; i < 4; i++) {
+                const i32 of = 8 * eight + 2 * column + i % 2;
+                part[eight][i] += part_of(sum[i], w.zero[i / 2], w.scale[i / 2], near_sums[side][of], near_steps[side][of]);
+            }
+        }
+        if (later < 0 || later % kWarps != index % kWarps) {  // the class is through
+#pragma unroll
+            for (i32 eight = 0; eight < kManyEights; eight++)
+#pragma unroll
+                for (i32 i = 0; i < 4; i++) {
+                    total[eight][i] += part[eight][i];
+                    part[eight][i] = 0.0f;
+                }
+        }
+        index = later;
+        __syncthreads();
+    }
+#pragma unroll
+    for (i32 eight = 0; eight < kManyEights; eight++)
+#pragma unroll
+        for (i32 i = 0; i < 4; i++) {
+            const i32 token = 8 * eight + 2 * column + i % 2, n = tile_index * kTileRows + 2 * row + i / 2;
+            if (!has_tile || token >= here || n >= rows) continue;
+            const float value = bias ? total[eight][i] + bias[first + n] : total[eight][i];
+            float* to = y + (i64)(start + token) * y_stride + first + n;
+            *to = add ? *to + value : value;
+        }
+}
+
+// blob: from the first tile on. y, (T, y_stride), and bias: of the whole matrix; rows [first, first + rows) are made.
+#define MOSS_LINEAR(name, CALL)                                                                                        \
+    MOSS_KERNEL(name)                                                                                                  \
+    (const u8* blob, const i8* codes, const float* steps, const i32* sums, const float* bias, float* y, i32 tokens,    \
+     i32 rows, i32 first, i32 tile_bytes, i32 scales_at, i32 zeros_at, i32 padded_in, i32 padded_group, i32 block,     \
+     i32 y_stride, i32 add) {                                                                                          \
+        CALL(blob, codes, steps, sums, bias, y, tokens, rows, first, tile_bytes, scales_at, zeros_at,                  \
+             Blocks{padded_in, padded_group, block}, y_stride, add);                                                   \
+    }
+MOSS_LINEAR(linear_int4_8, (linear_few<4, 1>))
+MOSS_LINEAR(linear_int4_16, (linear_few<4, 2>))
+MOSS_LINEAR(linear_int4_many, (linear_many<4>))
+MOSS_LINEAR(linear_int8_8, (linear_few<8, 1>))
+MOSS_LINEAR(linear_int8_16, (linear_few<8, 2>))
+MOSS_LINEAR(linear_int8_many, (linear_many<8>))

@@ -1,0 +1,149 @@
+"""CUDA kernels of attention on the host: the cache gets the bits that the CPU writes, outputs are the reference's."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from cuda_sources import HostKernels
+
+from moss_jt.batch import Batch
+from moss_jt.cache import KVCache, KVType
+from moss_jt.config import MossConfig
+from moss_jt.kernels import reference
+from moss_jt.ops import InferenceOps, rotary_table
+from moss_jt.weights import WeightStore
+
+Array = npt.NDArray[Any]
+KIND: dict[KVType, int] = {"float32": 0, "float16": 1, "int8": 2}
+LOST = {"float32": 3e-6, "float16": 2e-3, "int8": 2e-2}
+STRETCH = 256
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+    return HostKernels("attention", tmp_path_factory.mktemp("cuda"))
+
+
+class Shape(NamedTuple):
+    """Of the heads."""
+
+    heads: int
+    width: int
+    rotary: int
+
+
+class Seat:
+    """Two caches of three slots: one that the CPU writes, one for the kernels."""
+
+    def __init__(self, kernels: HostKernels, kind: KVType, shape: Shape, positions: int) -> None:
+        self.kernels, self.shape = kernels, shape
+        self.config = MossConfig(
+            vocab_size=8,
+            n_positions=positions,
+            n_embd=shape.heads * shape.width,
+            n_layer=2,
+            n_head=shape.heads,
+            rotary_dim=shape.rotary,
+        )
+        self.cache, self.other = (KVCache(self.config, slots=3, tokens=3 * positions, kind=kind) for _ in range(2))
+        self.ops = InferenceOps(self.config, WeightStore(), self.other, capacity=64)
+        self.sincos = rotary_table(self.config)
+        kv = self.cache.layout
+        self.keys_at, self.values_at = kv.layer_bytes, kv.layer_bytes + kv.layer_bytes // 2  # of the second layer
+        self.common = (self.cache.table.shape[1], kv.row_bytes, KIND[kind], shape.width)
+
+    def feed(self, qkv: Array, slot: int, first: int) -> Array:
+        """Tokens of one slot from position `first` on: (T, 3C) to (T, H, D)."""
+        positions = np.arange(first, first + len(qkv), dtype=np.int32)
+        slots = np.full(len(qkv), slot, np.int32)
+        for cache in (self.cache, self.other):
+            cache.reserve(slot, len(qkv))
+        self.ops.begin(Batch(np.zeros(len(qkv), np.int32), slots, positions, slots[:1]))
+        buffer = self.ops.buffers["qkv"]
+        buffer.array[: len(qkv)] = qkv
+        self.ops.values(self.ops.attention(buffer, 1))
+        out = self.attend(qkv, slots, positions)
+        for cache in (self.cache, self.other):
+            cache.commit(slot, len(qkv))
+        return out
+
+    def attend(self, qkv: Array, slots: Array, positions: Array) -> Array:
+        heads, width, rotary = self.shape
+        tokens, table, memory, block_bytes = len(qkv), self.cache.table, self.cache.memory, self.cache.block_bytes
+        queries, out = (np.zeros((tokens, heads, width), np.float32) for _ in range(2))
+        where = [slots, positions, table]
+        threads = -(-width // 32) * 32
+        append = [np.ascontiguousarray(qkv), self.sincos, *where, queries, memory, np.int64(block_bytes), *self.common]
+        self.kernels.launch(
+            "rotate_and_append", (heads, tokens), threads, [*append, rotary, self.keys_at, self.values_at]
+        )
+        stretches = int(positions.max()) // STRETCH + 1
+        parts = np.full((tokens, heads, stretches, 2 + width), np.nan, np.float32)
+        attend = [queries, memory, *where, parts, np.int64(block_bytes), *self.common, self.keys_at, self.values_at]
+        self.kernels.launch("attend", (stretches, heads, tokens), 128, attend)
+        self.kernels.launch("merge", (heads, tokens), 96, [parts, positions, out, stretches, width])
+        return out
+
+
+def some_qkv(seat: Seat, tokens: int, seed: int = 0) -> Array:
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(tokens, 3 * seat.config.n_embd)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", list(KIND))
+@pytest.mark.parametrize("shape", [Shape(4, 16, 8), Shape(8, 33, 6), Shape(4, 256, 64), Shape(4, 40, 40)], ids=str)
+def test_attention(kernels: HostKernels, shape: Shape, kind: KVType) -> None:
+    seat = Seat(kernels, kind, shape, 48)
+    qkv = some_qkv(seat, 40)
+    found = np.concatenate([seat.feed(qkv[:1], 1, 0), seat.feed(qkv[1:36], 1, 1), seat.feed(qkv[36:], 1, 36)])
+    positions = np.arange(40)
+    want = reference.attention(qkv, shape.heads, shape.rotary, np.zeros(40), positions).reshape(found.shape)
+    assert np.abs(found - want).max() < LOST[kind] * np.abs(want).max()
+    assert np.array_equal(seat.cache.memory, seat.other.memory), "both wrote the same bytes"
+    keys, values = seat.cache.read(1, 1)
+    queries = reference.rotate(reference.split_qkv(qkv, shape.heads)[0], positions, shape.rotary)
+    kept = reference.attend(queries, keys, values, positions)
+    assert np.abs(found - kept).max() < 3e-6 * np.abs(kept).max(), "of what the cache holds, only rounding is lost"
+
+
+@pytest.mark.parametrize("kind", list(KIND))
+def test_many_stretches_and_strangers_in_the_batch(kernels: HostKernels, kind: KVType) -> None:
+    """Positions around the ends of stretches; tokens of other slots change no bit."""
+    seat = Seat(kernels, kind, Shape(4, 64, 16), 600)
+    rng = np.random.default_rng(3)
+    lengths = {0: 520, 2: 255}
+    for slot, length in lengths.items():
+        seat.cache.reserve(slot, length + 3)
+        rows = seat.cache.rows(1)
+        for block in seat.cache.table[slot][: -(-(length + 3) // 32)]:
+            numbers = rng.normal(size=(*rows[block].shape[:3], 64)).astype(np.float32)
+            if kind == "int8":
+                rows[block][..., :64] = rng.integers(-127, 128, numbers.shape, np.int8).view(np.uint8)
+                rows[block][..., 64:] = np.full((*numbers.shape[:3], 2), 0x3C23, np.uint16).view(np.uint8)
+            else:
+                rows[block][...] = numbers.astype(kind).view(np.uint8)
+        seat.cache.commit(slot, length)
+    slots = np.array([0, 2, 0, 2, 0], np.int32)
+    positions = np.array([520, 255, 521, 256, 511], np.int32)
+    qkv = some_qkv(seat, 5)
+    together = seat.attend(qkv, slots, positions)
+    for i in (4, 0, 1, 2, 3):
+        alone = seat.attend(qkv[i : i + 1], slots[i : i + 1], positions[i : i + 1])
+        if i in {1, 3, 2}:
+            assert np.array_equal(alone[0], together[i])
+    seat.cache.commit(0, 2)
+    keys, values = seat.cache.read(1, 0)
+    queries = reference.rotate(reference.split_qkv(qkv, 4)[0], positions, 16)
+    want = reference.attend(queries[2:3], keys, values, positions[2:3])
+    assert np.abs(together[2] - want[0]).max() < 3e-6 * np.abs(want).max()
+
+
+def test_what_is_not_a_number_reaches_its_token(kernels: HostKernels) -> None:
+    seat = Seat(kernels, "float16", Shape(4, 16, 8), 32)
+    qkv = some_qkv(seat, 3)
+    qkv[1, 0] = np.nan  # of the query
+    found = seat.feed(qkv, 0, 0)
+    assert np.isnan(found[1, 0]).all() and not np.isnan(found[[0, 2]]).any()
