@@ -102,3 +102,6 @@ struct Blocks {
         return {group, start, least(block, end - start)};
     }
 };
+
+// gelu_new in float: u / (1 + e^(-2 z)), z = sqrt(2 / pi) (u + 0.044715 u^3)
+MOSS_INLINE float gelu_of(float u) { return u / (1.0f + expf(-1.5957691216057308f * (u + 0.044715f * u * u * u))); }

@@ -33,7 +33,15 @@ class HostKernels:
         code, library = folder / f"{stem}.cpp", folder / f"{stem}.so"
         if not library.is_file():
             code.write_text(text, "utf-8")
-            flags = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas")
+            flags = (
+                "-std=c++17",
+                "-O2",
+                "-U_FORTIFY_SOURCE",
+                "-ffp-contract=off",
+                "-fPIC",
+                "-shared",
+                "-Wno-unknown-pragmas",
+            )
             command = [str(machine.require_compiler()), *flags, "-o", str(library), str(code)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             assert done.returncode == 0, done.stderr[-4000:]

@@ -19,9 +19,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("converters", "kernels", "cli")
 ROWS = {
-    0: "config messages layout kv_layout errors progress language paths memory pages record",
+    0: "config messages layout kv_layout errors progress language paths memory pages record device",
     1: "checked_file safetensors_file checkpoint packing plan predict tokenizer template kernels startup native reader limits",
-    2: "ops ops_grad frozen launch batch budget cache sampling tiers weights synthetic",
+    2: "ops ops_grad frozen launch batch budget cache sampling tiers weights synthetic device_weights device_ops",
     3: "model",
     4: "runner engine generation",
     5: "chat load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit",
@@ -284,11 +284,10 @@ def test_every_kernel_has_a_test_and_a_bench() -> None:
     for program in (ROOT / "kernels" / "host").glob("*.cpp"):
         named = [f for f in (ROOT / "tests").glob("*.py") if f"host/{program.name}" in f.read_text("utf-8")]
         assert named, f"no test names kernels/host/{program.name}"
+    launched = (ROOT / "moss_jt" / "device_ops.py").read_text("utf-8")
     for source in (ROOT / "kernels").glob("*.cu"):
-        stem = source.stem
-        assert source.with_suffix(".py").is_file(), f"{source.name} has no host wrapper beside it"
-        assert (ROOT / "tests" / "kernels" / f"test_{stem}.py").is_file(), f"{source.name} has no test"
-        assert (ROOT / "benchmarks" / f"bench_{stem}.py").is_file(), f"{source.name} has no benchmark"
+        assert f'HostKernels("{source.stem}"' in tested, f"no test runs {source.name} on the host"
+        assert f'"{source.stem}"' in launched, f"device_ops launches nothing of {source.name}"
 
 
 def test_no_file_is_long() -> None:

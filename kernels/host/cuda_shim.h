@@ -3,10 +3,12 @@
 //
 // Blocks run one after the other. The threads of a block are fibers that take turns: one runs until it comes to a
 // barrier of its block, or to an exchange among its warp, and waits there for the others. So a barrier that some
-// threads do not reach is found, and reported, instead of hanging. Memory is the host's.
+// threads do not reach is found, and reported, instead of hanging. Memory is the host's. A fiber is made once and goes
+// through the blocks of all launches; its turns pass by _longjmp, which asks nothing of the system.
 #pragma once
 #define MOSS_SHIM 1
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -52,7 +54,9 @@ struct Meeting {  // of a warp or a block
 };
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // of its first turn
+    jmp_buf turn;
+    bool has_begun = false;
     std::unique_ptr<char[]> stack{new char[STACK]};
     Dim3 thread;
     int lane = 0, warp = 0;
@@ -60,8 +64,8 @@ struct Fiber {
 };
 
 struct State {
-    ucontext_t scheduler;
-    std::vector<Fiber> fibers;
+    jmp_buf scheduler;
+    std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Meeting> warps;
     std::vector<Exchange> exchanges;
     Meeting block;
@@ -77,7 +81,9 @@ inline State& state() {
     return one;
 }
 
-inline void yield() { swapcontext(&state().current->context, &state().scheduler); }
+inline void yield() {
+    if (_setjmp(state().current->turn) == 0) _longjmp(state().scheduler, 1);
+}
 
 inline void meet(Meeting& at) {
     const long turn = at.turn;
@@ -98,44 +104,59 @@ inline void leave(Meeting& at) {  // a thread that has ended no longer comes
 
 inline void run_fiber() {
     State& s = state();
-    s.body();
-    s.current->is_over = true;
-    s.progress++;
-    leave(s.warps[s.current->warp]);
-    leave(s.block);
-    swapcontext(&s.current->context, &s.scheduler);
+    while (true) {
+        s.body();
+        s.current->is_over = true;
+        s.progress++;
+        leave(s.warps[s.current->warp]);
+        leave(s.block);
+        yield();  // until there is another block
+    }
+}
+
+inline void resume(Fiber& fiber) {
+    State& s = state();
+    s.current = &fiber;
+    if (_setjmp(s.scheduler) != 0) return;
+    if (fiber.has_begun) _longjmp(fiber.turn, 1);
+    fiber.has_begun = true;
+    setcontext(&fiber.context);
+}
+
+inline std::unique_ptr<Fiber> new_fiber() {
+    auto fiber = std::make_unique<Fiber>();
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack.get();
+    fiber->context.uc_stack.ss_size = STACK;
+    fiber->context.uc_link = nullptr;
+    makecontext(&fiber->context, run_fiber, 0);
+    return fiber;
 }
 
 inline void run_block() {
     State& s = state();
     const int threads = (int)(s.block_size.x * s.block_size.y * s.block_size.z), warps = (threads + WARP - 1) / WARP;
-    if ((int)s.fibers.size() < threads) s.fibers = std::vector<Fiber>(threads);
+    while ((int)s.fibers.size() < threads) s.fibers.push_back(new_fiber());
     s.warps.assign(warps, Meeting{});
     s.exchanges.resize(warps);
     s.block = Meeting{};
     s.block.expected = threads;
     for (int i = 0; i < threads; i++) {
-        Fiber& fiber = s.fibers[i];
+        Fiber& fiber = *s.fibers[i];
         fiber.thread = {(unsigned)i % s.block_size.x, (unsigned)i / s.block_size.x % s.block_size.y,
                         (unsigned)i / s.block_size.x / s.block_size.y};
         fiber.lane = i % WARP;
         fiber.warp = i / WARP;
         fiber.is_over = false;
         s.warps[fiber.warp].expected++;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = STACK;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run_fiber, 0);
     }
     for (int left = threads; left > 0;) {
         const long before = s.progress;
         left = 0;
         for (int i = 0; i < threads; i++) {
-            if (s.fibers[i].is_over) continue;
-            s.current = &s.fibers[i];
-            swapcontext(&s.scheduler, &s.current->context);
-            left += !s.fibers[i].is_over;
+            if (s.fibers[i]->is_over) continue;
+            resume(*s.fibers[i]);
+            left += !s.fibers[i]->is_over;
         }
         if (left > 0 && s.progress == before) {
             fprintf(stderr, "%s: %d threads wait for others that never come\n", s.kernel, left);

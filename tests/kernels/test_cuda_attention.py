@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pytest
-from cuda_sources import HostKernels
+from cuda_sources import Argument, HostKernels
 
 from moss_jt.batch import Batch
 from moss_jt.cache import KVCache, KVType
@@ -76,13 +76,30 @@ class Seat:
         queries, out = (np.zeros((tokens, heads, width), np.float32) for _ in range(2))
         where = [slots, positions, table]
         threads = -(-width // 32) * 32
-        append = [np.ascontiguousarray(qkv), self.sincos, *where, queries, memory, np.int64(block_bytes), *self.common]
+        append: list[Argument] = [
+            np.ascontiguousarray(qkv),
+            self.sincos,
+            *where,
+            queries,
+            memory,
+            np.int64(block_bytes),
+            *self.common,
+        ]
         self.kernels.launch(
             "rotate_and_append", (heads, tokens), threads, [*append, rotary, self.keys_at, self.values_at]
         )
         stretches = int(positions.max()) // STRETCH + 1
         parts = np.full((tokens, heads, stretches, 2 + width), np.nan, np.float32)
-        attend = [queries, memory, *where, parts, np.int64(block_bytes), *self.common, self.keys_at, self.values_at]
+        attend: list[Argument] = [
+            queries,
+            memory,
+            *where,
+            parts,
+            np.int64(block_bytes),
+            *self.common,
+            self.keys_at,
+            self.values_at,
+        ]
         self.kernels.launch("attend", (stretches, heads, tokens), 128, attend)
         self.kernels.launch("merge", (heads, tokens), 96, [parts, positions, out, stretches, width])
         return out

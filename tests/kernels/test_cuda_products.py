@@ -13,7 +13,7 @@ from cuda_sources import Argument, HostKernels
 from moss_jt.kernels import reference
 from moss_jt.layout import TILE_ROWS, TileLayout
 from moss_jt.ops import ROUND_BLOCK
-from moss_jt.packing import QuantMatrix, input_order, pack, tile_layout
+from moss_jt.packing import QuantMatrix, dequantize, input_order, pack, tile_layout
 
 Array = npt.NDArray[Any]
 WARPS, MANY = 8, 64  # of the kernels
@@ -32,6 +32,16 @@ def rounding(folder: Path) -> HostKernels:
 @pytest.fixture(scope="module")
 def products(folder: Path) -> HostKernels:
     return HostKernels("linear_rounded", folder)
+
+
+@pytest.fixture(scope="module")
+def pointwise(folder: Path) -> HostKernels:
+    return HostKernels("pointwise", folder)
+
+
+@pytest.fixture(scope="module")
+def exact(folder: Path) -> HostKernels:
+    return HostKernels("linear_exact", folder)
 
 
 class Rounded:
@@ -100,14 +110,26 @@ def test_gelu_comes_before_rounding(rounding: HostKernels) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 3, 127, 129, 1024])
-def test_layer_norm(rounding: HostKernels, width: int) -> None:
+def test_layer_norm(pointwise: HostKernels, width: int) -> None:
     rng = np.random.default_rng(width)
     x, weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((3, width), width, width))
     x += 5
     y = np.zeros_like(x)
-    rounding.launch("layer_norm", (3,), 256, [x, weight, bias, y, width, 1e-5])
+    pointwise.launch("layer_norm", (3,), 256, [x, weight, bias, y, width, 1e-5])
     want = reference.layer_norm(x, weight, bias, 1e-5)
     assert np.abs(y - want).max() < 2e-5 * (1 + np.abs(want).max())
+
+
+def test_gelu_and_sum(pointwise: HostKernels) -> None:
+    rng = np.random.default_rng(1)
+    x, a, b = (rng.normal(size=300).astype(np.float32) * 5 for _ in range(3))
+    x[:3] = [0, 40, -40]
+    y, total = x.copy(), x.copy()
+    pointwise.launch("gelu", (2,), 256, [y[:299], 299])
+    np.testing.assert_allclose(y[:299], reference.gelu(x[:299]), rtol=2e-6, atol=1e-7)
+    assert y[299] == x[299], "what lies behind is left alone"
+    pointwise.launch("add_both", (2,), 256, [total, a, b, 300])
+    np.testing.assert_allclose(total, x + a + b, rtol=1e-6, atol=1e-6)
 
 
 class Case(NamedTuple):
@@ -230,3 +252,49 @@ def test_a_token_that_is_not_finite_stays_alone(rounding: HostKernels, products:
     product.run(rounding, products, x, y)
     assert np.isnan(y).all(axis=1).tolist() == [False, True, False]
     assert not np.isnan(y[[0, 2]]).any()
+
+
+TOGETHER, ROW_WARPS = 4, 8  # of linear_exact.cu
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_exact_products(exact: HostKernels, case: Case, tokens: int) -> None:
+    product, layout = Product(case), Product(case).layout
+    wide = np.full((tokens, case.k + 2), np.nan, np.float32)
+    wide[:, : case.k] = np.random.default_rng(tokens).normal(size=(tokens, case.k))
+    y = np.full((tokens, case.n + 3), 7, np.float32)
+    where = (layout.tile_bytes, layout.code_bytes, layout.code_bytes + layout.scale_bytes)
+    order = product.perm.astype(np.int32) if layout.permuted else None
+    for tile in range(layout.n_tiles):  # tile by tile
+        rows = min(TILE_ROWS, case.n - tile * TILE_ROWS)
+        sizes = (tokens, rows, tile * TILE_ROWS, *where, layout.padded_in, layout.padded_group, ROUND_BLOCK)
+        piece = np.ascontiguousarray(product.blob[tile * layout.tile_bytes :])
+        rest = (y, *sizes, wide.shape[1], y.shape[1], 0)
+        grid = (1, -(-tokens // TOGETHER))
+        exact.launch(f"exact_int{case.bits}", grid, 256, [wide, order, piece, product.bias, *rest])
+    want = reference.linear(wide[:, : case.k], dequantize(product.matrix), product.bias)
+    assert np.abs(y[:, : case.n] - want).max() <= 2e-6 * np.abs(want).max() * np.sqrt(case.k)
+    assert (y[:, case.n :] == 7).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 127), (129, 129), (24, 1024)])
+def test_rows_in_floating_point(exact: HostKernels, n: int, k: int, stored: str, tokens: int) -> None:
+    rng = np.random.default_rng(n + k)
+    x, weight = rng.normal(size=(tokens, k)).astype(np.float32), rng.normal(size=(n, k)).astype(np.float32)
+    if stored == "bfloat16":
+        blob = np.ascontiguousarray((weight.view(np.uint32) >> 16).astype(np.uint16))
+        weight = (blob.astype(np.uint32) << 16).view(np.float32)
+    else:
+        blob = weight.astype(stored)
+        weight = blob.astype(np.float32)
+    y, first = np.ones((tokens, n), np.float32), n // 2
+    for start, end in ((0, first), (first, n)):  # in two pieces, added
+        grid = (-(-(end - start) // ROW_WARPS), -(-tokens // TOGETHER))
+        if start < end:
+            sizes = (tokens, end - start, start, k, k, n, 1)
+            exact.launch(f"rows_{stored}", grid, 32 * ROW_WARPS, [x, blob[start:end], None, y, *sizes])
+    want = reference.linear(x, weight) + 1
+    assert np.abs(y - want).max() <= 2e-6 * (1 + np.abs(want).max()) * np.sqrt(k)

@@ -1,0 +1,189 @@
+"""CupyDevice over a stand-in for cupy: what it asks of it, in what order, and what becomes of its errors."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moss_jt.device import Place
+from moss_jt.errors import DeviceMemoryError, KernelError
+from moss_jt.kernels.cupy_device import CupyDevice
+
+
+class CudaError(RuntimeError):
+    """Of the stand-in."""
+
+
+class FakeCupy:
+    """Just what CupyDevice uses; everything that is asked for is noted."""
+
+    def __init__(self, *, major: int = 8, free: int = 1 << 30, broken: bool = False) -> None:
+        self.asked: list[Any] = []
+        self.next_address, self.refuses = 0x1000, False
+        self.broken = broken
+        self.properties = {"name": b"A card", "major": major, "minor": 6}
+        runtime = SimpleNamespace(
+            CUDARuntimeError=CudaError,
+            getDeviceProperties=self._properties,
+            memGetInfo=lambda: (free, 2 * free),
+            malloc=self._malloc,
+            free=lambda address: self.asked.append(("free", address)),
+            memcpyAsync=lambda *given: self.asked.append(("copy", *given)),
+        )
+        self.cuda = SimpleNamespace(
+            runtime=runtime,
+            Device=lambda _index: contextlib.nullcontext(),
+            Stream=self._stream,
+            Event=self._event,
+            compiler=SimpleNamespace(CompileException=ValueError),
+            driver=SimpleNamespace(CUDADriverError=CudaError),
+        )
+
+    def _properties(self, _index: int) -> dict[str, Any]:
+        if self.broken:
+            raise CudaError("no device")
+        return self.properties
+
+    def _malloc(self, nbytes: int) -> int:
+        if self.refuses:
+            raise CudaError("out of memory")
+        self.next_address += nbytes
+        return self.next_address - nbytes
+
+    def _stream(self, *, non_blocking: bool) -> Any:
+        assert non_blocking
+        number = sum(1 for each in self.asked if each == "stream")
+        self.asked.append("stream")
+
+        @contextlib.contextmanager
+        def current() -> Iterator[None]:
+            self.asked.append(("current", number))
+            yield
+
+        class Stream:
+            ptr = 100 + number
+
+            def wait_event(stream, event: Any) -> None:
+                self.asked.append(("follow", number, event.number))
+
+            def synchronize(stream) -> None:
+                self.asked.append(("synchronize", number))
+
+            def __enter__(stream) -> None:
+                self.asked.append(("current", number))
+
+            def __exit__(stream, *_: object) -> None:
+                pass
+
+        return Stream()
+
+    def _event(self, *, disable_timing: bool) -> Any:
+        assert disable_timing
+        number = sum(1 for each in self.asked if each[0] == "record")
+        return SimpleNamespace(
+            number=number,
+            record=lambda stream: self.asked.append(("record", stream.ptr)),
+            synchronize=lambda: self.asked.append(("wait", number)),
+        )
+
+    def RawModule(self, *, code: str, options: tuple[str, ...], backend: str) -> Any:
+        assert "MOSS_KERNEL" in code and backend == "nvrtc" and options
+        self.asked.append("compile")
+        return SimpleNamespace(get_function=lambda name: lambda *given: self._launch(name, *given))
+
+    def _launch(self, name: str, *given: Any) -> None:
+        if self.refuses:
+            raise CudaError("invalid value")
+        self.asked.append((name, *given))
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
+    fake = FakeCupy()
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    return fake
+
+
+def test_memory_is_counted_and_given_back(cupy: FakeCupy) -> None:
+    device = CupyDevice(capacity=1024)
+    first = device.allocate(1, "something small")
+    assert device.allocate(500, "more") == first.after(256)
+    assert device.taken == 768
+    with pytest.raises(
+        DeviceMemoryError, match=r"too much takes 0.5KiB of device memory, and of the 1KiB allowed 0.25KiB"
+    ):
+        device.allocate(257, "too much")
+    cupy.refuses = True
+    with pytest.raises(DeviceMemoryError, match=r"A card does not give 0.25KiB for the last \(out of memory\)"):
+        device.allocate(256, "the last")
+    assert device.taken == 768
+    device.close()
+    assert [each for each in cupy.asked if each[0] == "free"] == [
+        ("free", first.address + 256),
+        ("free", first.address),
+    ]
+    assert device.taken == 0
+
+
+def test_no_more_is_allowed_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(free=4096))
+    assert CupyDevice(capacity=1 << 40).capacity == CupyDevice().capacity == 4096
+
+
+def test_copies_name_their_stream_and_wait_where_values_may_change(cupy: FakeCupy) -> None:
+    device = CupyDevice()
+    values, into = np.arange(8, dtype=np.float32), np.zeros(4, np.int8)
+    cupy.asked.clear()
+    device.write(Place(64), values, stream="copy", stays=True)
+    device.write(Place(64), values)
+    device.move(Place(1), Place(2), 3)
+    device.read(Place(64), into)
+    assert cupy.asked == [
+        ("copy", 64, values.ctypes.data, 32, 1, 101),
+        ("copy", 64, values.ctypes.data, 32, 1, 100),
+        ("record", 100),
+        ("wait", 0),
+        ("copy", 2, 1, 3, 3, 100),
+        ("copy", into.ctypes.data, 64, 4, 2, 100),
+        ("record", 100),
+        ("wait", 1),
+    ]
+
+
+def test_streams_follow_events(cupy: FakeCupy) -> None:
+    device = CupyDevice()
+    cupy.asked.clear()
+    device.follow("compute", device.record("copy"))
+    assert cupy.asked == [("record", 101), ("follow", 0, 0)]
+
+
+def test_a_source_is_compiled_once_and_arguments_have_their_widths(cupy: FakeCupy) -> None:
+    device = CupyDevice()
+    for _ in range(2):
+        device.launch("pointwise", "gelu", (7,), 256, (Place(1 << 40), None, 3, 0.5, np.int64(9)))
+    assert cupy.asked.count("compile") == 1
+    name, grid, block, values = cupy.asked[-1]
+    assert (name, grid, block) == ("gelu", (7, 1, 1), (256, 1, 1))
+    assert [value.dtype.itemsize for value in values] == [8, 8, 4, 4, 8]
+    assert [float(value) for value in values] == [float(1 << 40), 0, 3, 0.5, 9]
+    assert ("current", 0) in cupy.asked
+    cupy.refuses = True
+    with pytest.raises(
+        KernelError, match=r"gelu of pointwise.cu, grid \(7, 1, 1\), 256 threads, on A card: invalid value"
+    ):
+        device.launch("pointwise", "gelu", (7,), 256, ())
+
+
+def test_old_devices_and_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(major=6))
+    with pytest.raises(KernelError, match=r"A card is of compute capability 6.6; our kernels need 7.5. Use the CPU."):
+        CupyDevice()
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(broken=True))
+    with pytest.raises(KernelError, match="CUDA device 0 does not answer: no device"):
+        CupyDevice()
