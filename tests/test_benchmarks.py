@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import struct
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import has_device
 
 from moss_jt.bench import parse_synthetic
 from moss_jt.record import spread
@@ -245,3 +247,13 @@ def test_a_second_turn_computes_its_own_tokens(benchmark_module: Import, jittor:
         synthetic_model(parse_synthetic("tiny-int4", layers=1), max_tokens=64), first=24, new=10
     )
     assert turn["computed"] == 11
+
+
+def test_the_gpu_suite_without_a_device(tmp_path: Path) -> None:
+    if has_device():
+        pytest.skip("there is a device: the suite would measure it")
+    line = ["sh", str(BENCHMARKS / "gpu_suite.sh"), "--only", "golden"]
+    variables = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=variables, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("not measured: ")
