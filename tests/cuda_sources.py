@@ -1,26 +1,63 @@
-"""Our CUDA kernels without a device: run on the host behind the shim, or compiled to machine code for real ones."""
+"""Our CUDA kernels for tests: run on the host behind the shim, or on a device where MOSS_JT_TEST_DEVICE names one."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from moss_jt.device import Device
 from moss_jt.kernels.cuda import entry_points, source
+from moss_jt.kernels.cupy_device import CupyDevice
 from moss_jt.startup import machine
 
 Argument = npt.NDArray[Any] | np.int64 | int | float | None
+DEVICE = "MOSS_JT_TEST_DEVICE"  # an environment variable: the number of a CUDA device
 SHIM = Path(__file__).parents[1] / "kernels" / "host" / "cuda_shim.h"
 
 
+class Kernels(Protocol):
+    """The kernels of one source."""
+
+    def launch(self, entry: str, grid: Sequence[int], block: int, arguments: Sequence[Argument]) -> None:
+        """Run a kernel; arrays are written in place, whole numbers are 32 bits wide but for np.int64."""
+        ...
+
+
+def kernels_of(name: str, folder: Path) -> Kernels:
+    """The kernels of a source, where tests are to run them; what is compiled for the host lies in `folder`."""
+    number = os.environ.get(DEVICE)
+    return HostKernels(name, folder) if number is None else DeviceKernels(name, CupyDevice(int(number)))
+
+
+class DeviceKernels:
+    """On a device: arrays go there before each launch, and come back after it."""
+
+    def __init__(self, name: str, device: Device) -> None:
+        self._name, self._device = name, device
+
+    def launch(self, entry: str, grid: Sequence[int], block: int, arguments: Sequence[Argument]) -> None:
+        """As `Kernels` says."""
+        arrays = {i: each for i, each in enumerate(arguments) if isinstance(each, np.ndarray)}
+        places = {i: self._device.allocate(each.nbytes, "a test") for i, each in arrays.items()}
+        for i, each in arrays.items():
+            self._device.write(places[i], each)
+        values = [places[i] if isinstance(each, np.ndarray) else each for i, each in enumerate(arguments)]
+        self._device.launch(self._name, entry, grid, block, values)
+        for i, each in arrays.items():
+            self._device.read(places[i], each)
+        self._device.close()
+
+
 class HostKernels:
-    """The kernels of one source, on the host."""
+    """On the host."""
 
     def __init__(self, name: str, folder: Path) -> None:
         launchers = "".join(
@@ -48,7 +85,7 @@ class HostKernels:
         self._library = ctypes.CDLL(str(library))
 
     def launch(self, entry: str, grid: Sequence[int], block: int, arguments: Sequence[Argument]) -> None:
-        """Run a kernel; arrays are written in place, whole numbers are 32 bits wide but for np.int64."""
+        """As `Kernels` says."""
         values = [_as_c(argument) for argument in arguments]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         three = ctypes.c_uint * 3

@@ -99,6 +99,7 @@ class HostDevice:
 
     def close(self) -> None:
         self._memory.clear()
+        self._account.taken = 0
 
     def _queue(self, stream: Stream, run: Callable[[], None]) -> None:
         self._queues[stream].append(_Step(run))

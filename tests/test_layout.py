@@ -286,7 +286,7 @@ def test_every_kernel_has_a_test_and_a_bench() -> None:
         assert named, f"no test names kernels/host/{program.name}"
     launched = (ROOT / "moss_jt" / "device_ops.py").read_text("utf-8")
     for source in (ROOT / "kernels").glob("*.cu"):
-        assert f'HostKernels("{source.stem}"' in tested, f"no test runs {source.name} on the host"
+        assert f'kernels_of("{source.stem}"' in tested, f"no test runs {source.name} on the host"
         assert f'"{source.stem}"' in launched, f"device_ops launches nothing of {source.name}"
 
 

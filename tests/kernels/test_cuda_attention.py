@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from cuda_sources import Argument, HostKernels
+from cuda_sources import DEVICE, Argument, Kernels, kernels_of
 
 from moss_jt.batch import Batch
 from moss_jt.cache import KVCache, KVType
@@ -20,11 +21,12 @@ Array = npt.NDArray[Any]
 KIND: dict[KVType, int] = {"float32": 0, "float16": 1, "int8": 2}
 LOST = {"float32": 3e-6, "float16": 2e-3, "int8": 2e-2}
 STRETCH = 256
+ON_DEVICE = DEVICE in os.environ  # there Jittor need not be, and the CPU writes nothing to compare with
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
-    return HostKernels("attention", tmp_path_factory.mktemp("cuda"))
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    return kernels_of("attention", tmp_path_factory.mktemp("cuda"))
 
 
 class Shape(NamedTuple):
@@ -38,7 +40,7 @@ class Shape(NamedTuple):
 class Seat:
     """Two caches of three slots: one that the CPU writes, one for the kernels."""
 
-    def __init__(self, kernels: HostKernels, kind: KVType, shape: Shape, positions: int) -> None:
+    def __init__(self, kernels: Kernels, kind: KVType, shape: Shape, positions: int) -> None:
         self.kernels, self.shape = kernels, shape
         self.config = MossConfig(
             vocab_size=8,
@@ -61,10 +63,11 @@ class Seat:
         slots = np.full(len(qkv), slot, np.int32)
         for cache in (self.cache, self.other):
             cache.reserve(slot, len(qkv))
-        self.ops.begin(Batch(np.zeros(len(qkv), np.int32), slots, positions, slots[:1]))
-        buffer = self.ops.buffers["qkv"]
-        buffer.array[: len(qkv)] = qkv
-        self.ops.values(self.ops.attention(buffer, 1))
+        if not ON_DEVICE:
+            self.ops.begin(Batch(np.zeros(len(qkv), np.int32), slots, positions, slots[:1]))
+            buffer = self.ops.buffers["qkv"]
+            buffer.array[: len(qkv)] = qkv
+            self.ops.values(self.ops.attention(buffer, 1))
         out = self.attend(qkv, slots, positions)
         for cache in (self.cache, self.other):
             cache.commit(slot, len(qkv))
@@ -112,14 +115,14 @@ def some_qkv(seat: Seat, tokens: int, seed: int = 0) -> Array:
 
 @pytest.mark.parametrize("kind", list(KIND))
 @pytest.mark.parametrize("shape", [Shape(4, 16, 8), Shape(8, 33, 6), Shape(4, 256, 64), Shape(4, 40, 40)], ids=str)
-def test_attention(kernels: HostKernels, shape: Shape, kind: KVType) -> None:
+def test_attention(kernels: Kernels, shape: Shape, kind: KVType) -> None:
     seat = Seat(kernels, kind, shape, 48)
     qkv = some_qkv(seat, 40)
     found = np.concatenate([seat.feed(qkv[:1], 1, 0), seat.feed(qkv[1:36], 1, 1), seat.feed(qkv[36:], 1, 36)])
     positions = np.arange(40)
     want = reference.attention(qkv, shape.heads, shape.rotary, np.zeros(40), positions).reshape(found.shape)
     assert np.abs(found - want).max() < LOST[kind] * np.abs(want).max()
-    assert np.array_equal(seat.cache.memory, seat.other.memory), "both wrote the same bytes"
+    assert ON_DEVICE or np.array_equal(seat.cache.memory, seat.other.memory), "both wrote the same bytes"
     keys, values = seat.cache.read(1, 1)
     queries = reference.rotate(reference.split_qkv(qkv, shape.heads)[0], positions, shape.rotary)
     kept = reference.attend(queries, keys, values, positions)
@@ -127,7 +130,7 @@ def test_attention(kernels: HostKernels, shape: Shape, kind: KVType) -> None:
 
 
 @pytest.mark.parametrize("kind", list(KIND))
-def test_many_stretches_and_strangers_in_the_batch(kernels: HostKernels, kind: KVType) -> None:
+def test_many_stretches_and_strangers_in_the_batch(kernels: Kernels, kind: KVType) -> None:
     """Positions around the ends of stretches; tokens of other slots change no bit."""
     seat = Seat(kernels, kind, Shape(4, 64, 16), 600)
     rng = np.random.default_rng(3)
@@ -158,7 +161,7 @@ def test_many_stretches_and_strangers_in_the_batch(kernels: HostKernels, kind: K
     assert np.abs(together[2] - want[0]).max() < 3e-6 * np.abs(want).max()
 
 
-def test_what_is_not_a_number_reaches_its_token(kernels: HostKernels) -> None:
+def test_what_is_not_a_number_reaches_its_token(kernels: Kernels) -> None:
     seat = Seat(kernels, "float16", Shape(4, 16, 8), 32)
     qkv = some_qkv(seat, 3)
     qkv[1, 0] = np.nan  # of the query

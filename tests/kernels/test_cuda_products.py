@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pytest
-from cuda_sources import Argument, HostKernels
+from cuda_sources import Argument, DeviceKernels, Kernels, kernels_of
+from host_device import HostDevice
 
 from moss_jt.kernels import reference
 from moss_jt.layout import TILE_ROWS, TileLayout
@@ -25,30 +26,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rounding(folder: Path) -> HostKernels:
-    return HostKernels("rounding", folder)
+def rounding(folder: Path) -> Kernels:
+    return kernels_of("rounding", folder)
 
 
 @pytest.fixture(scope="module")
-def products(folder: Path) -> HostKernels:
-    return HostKernels("linear_rounded", folder)
+def products(folder: Path) -> Kernels:
+    return kernels_of("linear_rounded", folder)
 
 
 @pytest.fixture(scope="module")
-def pointwise(folder: Path) -> HostKernels:
-    return HostKernels("pointwise", folder)
+def pointwise(folder: Path) -> Kernels:
+    return kernels_of("pointwise", folder)
 
 
 @pytest.fixture(scope="module")
-def exact(folder: Path) -> HostKernels:
-    return HostKernels("linear_exact", folder)
+def exact(folder: Path) -> Kernels:
+    return kernels_of("linear_exact", folder)
 
 
 class Rounded:
     """Activations as the kernel rounds them."""
 
     def __init__(
-        self, kernels: HostKernels, x: Array, layout: TileLayout, perm: Array | None = None, *, gelu: bool = False
+        self, kernels: Kernels, x: Array, layout: TileLayout, perm: Array | None = None, *, gelu: bool = False
     ) -> None:
         blocks = len(reference.rounding_blocks(layout, ROUND_BLOCK))
         tokens = len(x)
@@ -78,7 +79,7 @@ def some_layout(k: int, bits: int, group: int) -> TileLayout:
 @pytest.mark.parametrize(
     ("k", "bits", "group"), [(8, 4, 8), (520, 4, 200), (1024, 8, 128), (132, 8, 64), (384, 4, 384)]
 )
-def test_rounding_gives_the_bits_of_the_cpu(rounding: HostKernels, k: int, bits: int, group: int, tokens: int) -> None:
+def test_rounding_gives_the_bits_of_the_cpu(rounding: Kernels, k: int, bits: int, group: int, tokens: int) -> None:
     x = np.random.default_rng(k).normal(size=(tokens, k)).astype(np.float32) * 3
     x[0, k // 2] = 0
     layout = some_layout(k, bits, group)
@@ -92,7 +93,7 @@ def test_rounding_gives_the_bits_of_the_cpu(rounding: HostKernels, k: int, bits:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_spoils_its_block_only(rounding: HostKernels, bad: float) -> None:
+def test_what_is_not_finite_spoils_its_block_only(rounding: Kernels, bad: float) -> None:
     x = np.ones((2, 256), np.float32)
     x[1, 130] = bad
     found = Rounded(rounding, x, some_layout(256, 4, 128))
@@ -100,7 +101,7 @@ def test_what_is_not_finite_spoils_its_block_only(rounding: HostKernels, bad: fl
     assert (found.codes[1, 128:] == 0).all() and (found.codes[0] == 127).all()
 
 
-def test_gelu_comes_before_rounding(rounding: HostKernels) -> None:
+def test_gelu_comes_before_rounding(rounding: Kernels) -> None:
     x = np.random.default_rng(5).normal(size=(2, 256)).astype(np.float32) * 4
     layout = some_layout(256, 8, 128)
     found = Rounded(rounding, x, layout, gelu=True)
@@ -110,7 +111,7 @@ def test_gelu_comes_before_rounding(rounding: HostKernels) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 3, 127, 129, 1024])
-def test_layer_norm(pointwise: HostKernels, width: int) -> None:
+def test_layer_norm(pointwise: Kernels, width: int) -> None:
     rng = np.random.default_rng(width)
     x, weight, bias = (rng.normal(size=shape).astype(np.float32) for shape in ((3, width), width, width))
     x += 5
@@ -120,7 +121,7 @@ def test_layer_norm(pointwise: HostKernels, width: int) -> None:
     assert np.abs(y - want).max() < 2e-5 * (1 + np.abs(want).max())
 
 
-def test_gelu_and_sum(pointwise: HostKernels) -> None:
+def test_gelu_and_sum(pointwise: Kernels) -> None:
     rng = np.random.default_rng(1)
     x, a, b = (rng.normal(size=300).astype(np.float32) * 5 for _ in range(3))
     x[:3] = [0, 40, -40]
@@ -164,8 +165,8 @@ class Product:
 
     def run(
         self,
-        rounding: HostKernels,
-        products: HostKernels,
+        rounding: Kernels,
+        products: Kernels,
         x: Array,
         y: Array,
         *,
@@ -206,7 +207,7 @@ CASES = [
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 17, 65])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_products(rounding: HostKernels, products: HostKernels, case: Case, tokens: int) -> None:
+def test_products(rounding: Kernels, products: Kernels, case: Case, tokens: int) -> None:
     product, n = Product(case), case.n
     x = np.random.default_rng(tokens).normal(size=(tokens, case.k)).astype(np.float32)
     want = reference.linear_rounded(x, product.matrix, product.layout, product.perm, ROUND_BLOCK)
@@ -220,9 +221,7 @@ def test_products(rounding: HostKernels, products: HostKernels, case: Case, toke
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_cut_the_company_and_the_place_change_no_bit(
-    rounding: HostKernels, products: HostKernels, bits: int
-) -> None:
+def test_the_cut_the_company_and_the_place_change_no_bit(rounding: Kernels, products: Kernels, bits: int) -> None:
     """In pieces; one token alone, among nine, and among seventy."""
     product = Product(Case(70, 1408, bits, 128))
     x = np.random.default_rng(1).normal(size=(70, 1408)).astype(np.float32)
@@ -235,7 +234,7 @@ def test_the_cut_the_company_and_the_place_change_no_bit(
 
 
 @pytest.mark.parametrize("tokens", [2, 18])
-def test_bias_and_sum(rounding: HostKernels, products: HostKernels, tokens: int) -> None:
+def test_bias_and_sum(rounding: Kernels, products: Kernels, tokens: int) -> None:
     product = Product(Case(35, 256, 8, 128))
     x = np.random.default_rng(2).normal(size=(tokens, 256)).astype(np.float32)
     plain, full = np.zeros((tokens, 35), np.float32), np.full((tokens, 35), 3, np.float32)
@@ -244,7 +243,7 @@ def test_bias_and_sum(rounding: HostKernels, products: HostKernels, tokens: int)
     np.testing.assert_allclose(full, plain + product.bias + 3, rtol=1e-6, atol=1e-6)
 
 
-def test_a_token_that_is_not_finite_stays_alone(rounding: HostKernels, products: HostKernels) -> None:
+def test_a_token_that_is_not_finite_stays_alone(rounding: Kernels, products: Kernels) -> None:
     product = Product(Case(16, 256, 4, 128))
     x = np.ones((3, 256), np.float32)
     x[1, 7] = np.nan
@@ -259,7 +258,7 @@ TOGETHER, ROW_WARPS = 4, 8  # of linear_exact.cu
 
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_exact_products(exact: HostKernels, case: Case, tokens: int) -> None:
+def test_exact_products(exact: Kernels, case: Case, tokens: int) -> None:
     product, layout = Product(case), Product(case).layout
     wide = np.full((tokens, case.k + 2), np.nan, np.float32)
     wide[:, : case.k] = np.random.default_rng(tokens).normal(size=(tokens, case.k))
@@ -281,7 +280,7 @@ def test_exact_products(exact: HostKernels, case: Case, tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 127), (129, 129), (24, 1024)])
-def test_rows_in_floating_point(exact: HostKernels, n: int, k: int, stored: str, tokens: int) -> None:
+def test_rows_in_floating_point(exact: Kernels, n: int, k: int, stored: str, tokens: int) -> None:
     rng = np.random.default_rng(n + k)
     x, weight = rng.normal(size=(tokens, k)).astype(np.float32), rng.normal(size=(n, k)).astype(np.float32)
     if stored == "bfloat16":
@@ -298,3 +297,16 @@ def test_rows_in_floating_point(exact: HostKernels, n: int, k: int, stored: str,
             exact.launch(f"rows_{stored}", grid, 32 * ROW_WARPS, [x, blob[start:end], None, y, *sizes])
     want = reference.linear(x, weight) + 1
     assert np.abs(y - want).max() <= 2e-6 * (1 + np.abs(want).max()) * np.sqrt(k)
+
+
+def test_kernels_of_a_device_take_the_same_arguments(folder: Path) -> None:
+    """So that all of this can be run on one; here it is the host again."""
+    x, bias = np.array([-1, 0, 2], np.float32), np.zeros(3, np.float32)
+    found = [x.copy(), x.copy()]
+    kernels_of("pointwise", folder).launch("gelu", (1,), 256, [found[0], 3])
+    device = HostDevice(folder)
+    DeviceKernels("pointwise", device).launch("gelu", (1,), 256, [found[1], 3])
+    assert np.array_equal(found[0], found[1]) and found[0][2] != x[2]
+    DeviceKernels("pointwise", device).launch("add_both", (1,), 256, [found[1], x, bias, 3])
+    np.testing.assert_allclose(found[1], found[0] + x, rtol=1e-6)
+    assert device.taken == 0
