@@ -22,6 +22,7 @@ from moss_jt.errors import ShapeError
 from moss_jt.kv_layout import STEP_CHANNELS
 from moss_jt.layout import RowsLayout, TileLayout
 from moss_jt.ops import LOGIT_ROWS, ROUND_BLOCK, STRETCH, Linear, rotary_table
+from moss_jt.plan import buffer_widths
 from moss_jt.weights import WeightStore
 
 Array = npt.NDArray[Any]
@@ -89,19 +90,9 @@ class DeviceOps:
         self.observe: Callable[[str, Floats], None] | None = None
         self.on_layer: Callable[[int], None] | None = None
         self._weights = weights
-        width, inner = config.n_embd, config.inner_dim
-        widths = {
-            "x": width,
-            "normed": width,
-            "qkv": 3 * width,
-            "queries": width,
-            "merged": width,
-            "attn": width,
-            "inner": inner,
-            "mlp": width,
-        }
+        widths = buffer_widths(config)
         self.buffers = {name: DeviceBuffer(device, capacity, size, "activations") for name, size in widths.items()}
-        self.buffers["picked"] = DeviceBuffer(device, LOGIT_ROWS, width, "activations")
+        self.buffers["picked"] = DeviceBuffer(device, LOGIT_ROWS, config.n_embd, "activations")
         self.buffers["logits"] = DeviceBuffer(device, LOGIT_ROWS, config.vocab_size, "logits")
         stretches = -(-config.n_positions // STRETCH)
         self._parts = device.allocate(4 * capacity * config.n_head * stretches * (2 + config.head_dim), "attention")

@@ -36,6 +36,7 @@ from moss_jt.launch import (
     aligned,
 )
 from moss_jt.layout import RowsLayout, TileLayout
+from moss_jt.plan import buffer_widths
 from moss_jt.weights import WeightStore
 
 Floats = npt.NDArray[np.float32]
@@ -134,19 +135,10 @@ class InferenceOps:
         self.config, self.store, self.cache, self.capacity = config, store, kv, capacity
         self.observe: Callable[[str, Floats], None] | None = None
         self.on_layer: Callable[[int], None] | None = None
-        width, inner = config.n_embd, config.inner_dim
-        sizes = {
-            "x": width,
-            "normed": width,
-            "qkv": 3 * width,
-            "queries": width,
-            "merged": width,
-            "attn": width,
-            "inner": inner,
-            "mlp": width,
+        self.buffers = {
+            name: Buffer(aligned((capacity, size), "float32")) for name, size in buffer_widths(config).items()
         }
-        self.buffers = {name: Buffer(aligned((capacity, size), "float32")) for name, size in sizes.items()}
-        self.buffers["picked"] = Buffer(aligned((LOGIT_ROWS, width), "float32"))
+        self.buffers["picked"] = Buffer(aligned((LOGIT_ROWS, config.n_embd), "float32"))
         self.buffers["logits"] = Buffer(aligned((LOGIT_ROWS, config.vocab_size), "float32"))
         self._scratch = Buffer(aligned((2, 2), "float32"))  # grows to the widest permuted matrix
         self._nothing = Buffer(aligned((2,), "float32"))
