@@ -163,6 +163,6 @@ def _as_scalar(argument: Argument) -> Any:
     """What cupy hands to a kernel bit by bit."""
     if argument is None or isinstance(argument, Place):
         return np.uintp(0 if argument is None else argument.address)
-    if isinstance(argument, np.int64):
+    if isinstance(argument, np.integer):
         return argument
     return np.float32(argument) if isinstance(argument, float) else np.int32(argument)

@@ -98,6 +98,6 @@ def _as_c(argument: Argument) -> Any:
     if isinstance(argument, np.ndarray):
         assert argument.flags.c_contiguous
         return ctypes.c_void_p(argument.ctypes.data)
-    if isinstance(argument, np.int64):
+    if isinstance(argument, np.integer):
         return ctypes.c_int64(int(argument))
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int32(argument)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,24 +60,21 @@ class FakeCupy:
         number = sum(1 for each in self.asked if each == "stream")
         self.asked.append("stream")
 
-        @contextlib.contextmanager
-        def current() -> Iterator[None]:
-            self.asked.append(("current", number))
-            yield
+        asked = self.asked
 
         class Stream:
             ptr = 100 + number
 
-            def wait_event(stream, event: Any) -> None:
-                self.asked.append(("follow", number, event.number))
+            def wait_event(self, event: Any) -> None:
+                asked.append(("follow", number, event.number))
 
-            def synchronize(stream) -> None:
-                self.asked.append(("synchronize", number))
+            def synchronize(self) -> None:
+                asked.append(("synchronize", number))
 
-            def __enter__(stream) -> None:
-                self.asked.append(("current", number))
+            def __enter__(self) -> None:
+                asked.append(("current", number))
 
-            def __exit__(stream, *_: object) -> None:
+            def __exit__(self, *_: object) -> None:
                 pass
 
         return Stream()
