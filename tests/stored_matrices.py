@@ -77,8 +77,10 @@ class Matrix:
                 groups = rng.permutation(groups).astype(np.int32)
             count = -(-case.k // case.group)
             codes = rng.integers(0, 2**case.bits, (case.n, case.k)).astype(np.uint8)
+            codes[0], codes[-1] = 2**case.bits - 1, 0  # the largest sums of products
             scales = rng.uniform(1e-3, 2e-2, (case.n, count)).astype(np.float16)
             zeros = rng.integers(0, 2**case.bits, (case.n, count)).astype(np.uint8)
+            zeros[0], zeros[-1] = 0, 2**case.bits - 1
             matrix = self.codes = QuantMatrix(codes, scales, zeros, groups)
             self.layout = tile_layout((case.n, case.k), case.bits, case.group, groups)
             self.perm = input_order(self.layout, groups)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from cuda_sources import Argument, DeviceKernels, Kernels, kernels_of
 from host_device import HostDevice
+from stored_matrices import Matrix, Tiles
 
+from moss_jt.config import Bits
 from moss_jt.kernels import reference
 from moss_jt.layout import TILE_ROWS, TileLayout
 from moss_jt.ops import ROUND_BLOCK
-from moss_jt.packing import QuantMatrix, dequantize, input_order, pack, tile_layout
+from moss_jt.packing import dequantize, tile_layout
 
 Array = npt.NDArray[Any]
 WARPS, MANY = 8, 64  # of the kernels
@@ -133,35 +135,14 @@ def test_gelu_and_sum(pointwise: Kernels) -> None:
     np.testing.assert_allclose(total, x + a + b, rtol=1e-6, atol=1e-6)
 
 
-class Case(NamedTuple):
-    """A quantised matrix to make."""
-
-    n: int
-    k: int
-    bits: int
-    group: int
-    act_order: bool = False
-
-
 class Product:
     """A random quantised matrix."""
 
-    def __init__(self, case: Case) -> None:
-        n, k, bits, group, act_order = case
-        rng = np.random.default_rng(n * k)
-        groups = (np.arange(k) // group).astype(np.int32)
-        if act_order:
-            groups = rng.permutation(groups).astype(np.int32)
-        count = -(-k // group)
-        codes = rng.integers(0, 2**bits, (n, k)).astype(np.uint8)
-        codes[0], codes[-1] = 2**bits - 1, 0
-        zeros = rng.integers(0, 2**bits, (n, count)).astype(np.uint8)
-        zeros[0], zeros[-1] = 0, 2**bits - 1
-        self.matrix = QuantMatrix(codes, rng.uniform(1e-3, 2e-2, (n, count)).astype(np.float16), zeros, groups)
-        self.layout = tile_layout((n, k), 4 if bits == 4 else 8, group, groups)
-        self.perm = input_order(self.layout, groups)
-        self.blob = pack(self.matrix, self.layout)
-        self.bias = rng.normal(size=n).astype(np.float32)
+    def __init__(self, case: Tiles) -> None:
+        made = Matrix(case)
+        assert made.codes is not None and isinstance(made.layout, TileLayout)
+        self.matrix, self.layout, self.perm, self.blob = made.codes, made.layout, made.perm, made.blob
+        self.bias = np.random.default_rng(case.n).normal(size=case.n).astype(np.float32)
 
     def run(
         self,
@@ -191,23 +172,23 @@ class Product:
 
 
 CASES = [
-    Case(1, 8, 4, 8),
-    Case(3, 136, 4, 32),
-    Case(17, 520, 4, 200),
-    Case(127, 72, 4, 36, act_order=True),
-    Case(129, 1024, 4, 1024),
-    Case(48, 2560, 4, 128),
-    Case(16, 4, 8, 4),
-    Case(31, 132, 8, 64),
-    Case(127, 520, 8, 260),
-    Case(129, 384, 8, 128, act_order=True),
-    Case(48, 2560, 8, 128),
+    Tiles(1, 8, 4, 8),
+    Tiles(3, 136, 4, 32),
+    Tiles(17, 520, 4, 200),
+    Tiles(127, 72, 4, 36, act_order=True),
+    Tiles(129, 1024, 4, 1024),
+    Tiles(48, 2560, 4, 128),
+    Tiles(16, 4, 8, 4),
+    Tiles(31, 132, 8, 64),
+    Tiles(127, 520, 8, 260),
+    Tiles(129, 384, 8, 128, act_order=True),
+    Tiles(48, 2560, 8, 128),
 ]
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 17, 65])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_products(rounding: Kernels, products: Kernels, case: Case, tokens: int) -> None:
+def test_products(rounding: Kernels, products: Kernels, case: Tiles, tokens: int) -> None:
     product, n = Product(case), case.n
     x = np.random.default_rng(tokens).normal(size=(tokens, case.k)).astype(np.float32)
     want = reference.linear_rounded(x, product.matrix, product.layout, product.perm, ROUND_BLOCK)
@@ -221,9 +202,9 @@ def test_products(rounding: Kernels, products: Kernels, case: Case, tokens: int)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_cut_the_company_and_the_place_change_no_bit(rounding: Kernels, products: Kernels, bits: int) -> None:
+def test_the_cut_the_company_and_the_place_change_no_bit(rounding: Kernels, products: Kernels, bits: Bits) -> None:
     """In pieces; one token alone, among nine, and among seventy."""
-    product = Product(Case(70, 1408, bits, 128))
+    product = Product(Tiles(70, 1408, bits, 128))
     x = np.random.default_rng(1).normal(size=(70, 1408)).astype(np.float32)
     whole = np.zeros((70, 70), np.float32)
     product.run(rounding, products, x, whole)
@@ -235,7 +216,7 @@ def test_the_cut_the_company_and_the_place_change_no_bit(rounding: Kernels, prod
 
 @pytest.mark.parametrize("tokens", [2, 18])
 def test_bias_and_sum(rounding: Kernels, products: Kernels, tokens: int) -> None:
-    product = Product(Case(35, 256, 8, 128))
+    product = Product(Tiles(35, 256, 8, 128))
     x = np.random.default_rng(2).normal(size=(tokens, 256)).astype(np.float32)
     plain, full = np.zeros((tokens, 35), np.float32), np.full((tokens, 35), 3, np.float32)
     product.run(rounding, products, x, plain)
@@ -244,7 +225,7 @@ def test_bias_and_sum(rounding: Kernels, products: Kernels, tokens: int) -> None
 
 
 def test_a_token_that_is_not_finite_stays_alone(rounding: Kernels, products: Kernels) -> None:
-    product = Product(Case(16, 256, 4, 128))
+    product = Product(Tiles(16, 256, 4, 128))
     x = np.ones((3, 256), np.float32)
     x[1, 7] = np.nan
     y = np.zeros((3, 16), np.float32)
@@ -258,7 +239,7 @@ TOGETHER, ROW_WARPS = 4, 8  # of linear_exact.cu
 
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_exact_products(exact: Kernels, case: Case, tokens: int) -> None:
+def test_exact_products(exact: Kernels, case: Tiles, tokens: int) -> None:
     product, layout = Product(case), Product(case).layout
     wide = np.full((tokens, case.k + 2), np.nan, np.float32)
     wide[:, : case.k] = np.random.default_rng(tokens).normal(size=(tokens, case.k))
