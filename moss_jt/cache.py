@@ -12,8 +12,9 @@ keeps to a budget compares with it, and whatever an interrupt cuts short is righ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +25,58 @@ from moss_jt.kv_layout import BLOCK, STEP_CHANNELS, KVLayout, KVType
 from moss_jt.memory import HUGE_PAGE
 from moss_jt.pages import Pages
 
-__all__ = ["BLOCK", "KVCache", "KVLayout", "KVType"]
+__all__ = ["BLOCK", "Blocks", "HostBlocks", "KVCache", "KVLayout", "KVType"]
 
 Bytes = npt.NDArray[np.uint8]
+
+
+class Blocks(Protocol):
+    """Where the blocks of a cache lie."""
+
+    def take(self, blocks: Iterable[int]) -> None:
+        """Have memory for these, from before they are written; for those that have it nothing changes."""
+        ...
+
+    def give_back(self, block: int) -> None:
+        """Return the memory of one; what was in it is lost."""
+        ...
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy what one holds to another."""
+        ...
+
+
+class HostBlocks:
+    """Blocks in main memory: the system gives it where they are touched.
+
+    Attributes:
+        memory: (blocks, block_bytes) uint8; kernels write it.
+
+    Raises:
+        DeviceMemoryError: the system does not give the addresses.
+    """
+
+    def __init__(self, layout: KVLayout, count: int) -> None:
+        self._block_bytes = layout.block_bytes
+        self._pages = Pages(
+            count * layout.block_bytes,
+            "the KV cache",
+            "Ask for a shorter context.",
+            huge=layout.page_bytes == HUGE_PAGE,  # else more would be resident than was touched
+            reserve=False,
+        )
+        self.memory: Bytes = self._pages.array.reshape(count, layout.block_bytes)
+
+    def take(self, blocks: Iterable[int]) -> None:
+        """Nothing: whoever writes takes it."""
+
+    def give_back(self, block: int) -> None:
+        """Return the memory of one block to the system."""
+        self._pages.give_back(block * self._block_bytes, self._block_bytes)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy what one block holds to another."""
+        self.memory[target] = self.memory[source]
 
 
 @dataclass
@@ -38,9 +88,11 @@ class _Slot:
 class KVCache:
     """Room for `slots` sequences that share `tokens` positions.
 
+    Args:
+        blocks: where they are to lie, made for a layout and a number of them; else in main memory.
+
     Attributes:
         layout: where things lie in a block.
-        memory: all blocks, (blocks, block_bytes) uint8; kernels write it.
         table: block numbers of each slot, (slots, blocks a sequence) int32; kernels read it.
         on_take: called with a number of bytes before the cache becomes so much larger than `resident_bytes`.
             It makes room, or raises DeviceMemoryError, and then nothing changes.
@@ -51,28 +103,34 @@ class KVCache:
     """
 
     def __init__(
-        self, config: MossConfig, *, slots: int, tokens: int, kind: KVType = "float32", layers: range | None = None
+        self,
+        config: MossConfig,
+        *,
+        slots: int,
+        tokens: int,
+        kind: KVType = "float32",
+        layers: range | None = None,
+        blocks: Callable[[KVLayout, int], Blocks] = HostBlocks,
     ) -> None:
         per_slot = -(-config.n_positions // BLOCK)
         # a sequence may leave its last block part empty, so every slot but one may cost one block more
-        blocks = min(-(-tokens // BLOCK) + slots - 1, per_slot * slots)
+        self._count = min(-(-tokens // BLOCK) + slots - 1, per_slot * slots)
         self.layers = layers if layers is not None else range(config.n_layer)
         self.layout = KVLayout.of(config, kind, len(self.layers))
         self.limit = config.n_positions
         self.table: npt.NDArray[np.int32] = np.zeros((slots, per_slot), np.int32)
-        self._pages = Pages(
-            blocks * self.block_bytes,
-            "the KV cache",
-            "Ask for a shorter context.",
-            huge=self.layout.page_bytes == HUGE_PAGE,  # else more would be resident than was touched
-            reserve=False,
-        )
-        self.memory: Bytes = self._pages.array.reshape(blocks, self.block_bytes)
+        self.blocks = blocks(self.layout, self._count)
         self.on_take: Callable[[int], None] | None = None
         self.on_give: Callable[[int], None] | None = None
         # Which blocks are free follows from who has them, so that an interrupt can nowhere lose one or give it twice.
         self._slots = [_Slot() for _ in range(slots)]
         self._touched: set[int] = set()  # blocks that the system has given, or may have
+
+    @property
+    def memory(self) -> Bytes:
+        """All blocks, (blocks, block_bytes) uint8, where they lie in main memory."""
+        assert isinstance(self.blocks, HostBlocks), "the blocks are not in main memory"
+        return self.blocks.memory
 
     @property
     def kind(self) -> KVType:
@@ -106,7 +164,7 @@ class KVCache:
     def room(self, slot: int) -> int:
         """How many more tokens `reserve` would grant this slot now, if `on_take` agrees."""
         own = self._slots[slot]
-        blocks = len(own.blocks) + len(self.memory) - sum(len(other.blocks) for other in self._slots)
+        blocks = len(own.blocks) + self._count - sum(len(other.blocks) for other in self._slots)
         return min(blocks * BLOCK, self.limit) - own.length
 
     def missing_bytes(self, slot: int, count: int) -> int:
@@ -131,6 +189,7 @@ class KVCache:
         if new and self.on_take is not None:
             self.on_take(len(new) * self.block_bytes)
         self._touched.update(new)
+        self.blocks.take(chosen)
         for block in chosen:
             self.table[slot, len(own.blocks)] = block
             own.blocks.append(block)
@@ -173,7 +232,7 @@ class KVCache:
         idle = sorted(self._touched.difference(*(slot.blocks for slot in self._slots)))
         given = 0
         for block in reversed(idle[keep // self.block_bytes :]):
-            self._pages.give_back(block * self.block_bytes, self.block_bytes)
+            self.blocks.give_back(block)
             self._touched.discard(block)  # after it has gone: counted too long rather than too short
             given += self.block_bytes
         if given and self.on_give is not None:
@@ -191,7 +250,7 @@ class KVCache:
         self.reserve(target, length)
         pairs = zip(self._slots[source].blocks, self._slots[target].blocks, strict=False)
         for here, there in list(pairs)[: -(-length // BLOCK)]:
-            self.memory[there] = self.memory[here]
+            self.blocks.copy(here, there)
         self.commit(target, length)
 
     def rows(self, layer: int) -> Bytes:
@@ -214,7 +273,7 @@ class KVCache:
         if missing <= 0:
             return []
         taken = {block for slot in self._slots for block in slot.blocks}
-        free = (block for block in range(len(self.memory)) if block not in taken)
+        free = (block for block in range(self._count) if block not in taken)
         return sorted(free, key=lambda block: (block not in self._touched, block))[:missing]
 
 
