@@ -19,7 +19,7 @@ is resident, and a pass grows by a small part of the memory that comes on top.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from moss_jt.checkpoint import expected_shapes, quantization_of
@@ -127,6 +127,8 @@ class Needs:
 
     def tokens_in(self, nbytes: int) -> int:
         """The longest context whose cache has room in `nbytes`, at most `positions`."""
+        if not self.block_bytes:
+            return self.positions if nbytes >= 0 else 0  # the cache lies elsewhere
         blocks = max(0, nbytes) // self.block_bytes
         best = min(max(0, blocks - self.slots + 1) * BLOCK, self.positions)
         return self.positions if self.kv_bytes(self.positions) <= nbytes else best
@@ -381,6 +383,12 @@ def resident_rows(sizes: Sequence[MatrixSize], nbytes: int) -> dict[str, int]:
                 units, left = units + 1, left - cost
         rows[size.name] = size.rows_of(units)
     return rows
+
+
+def rest_of(sizes: Sequence[MatrixSize], base: Mapping[str, int]) -> list[MatrixSize]:
+    """The matrices without the rows below `base`, whole units; those of which nothing is left are left out."""
+    rest = [replace(size, rows=size.rows - base.get(size.name, 0)) for size in sizes]
+    return [size for size in rest if size.rows]
 
 
 def cut_rows(size: MatrixSize, first: int, piece_bytes: int) -> Iterator[tuple[int, int]]:

@@ -57,9 +57,9 @@ def synthetic_store(config: MossConfig, *, threads: int | None = None, progress:
     layouts = layouts_of(config)
     matrices = {n: v for n, v in layouts.items() if isinstance(v, RowsLayout | TileLayout) and n != EMBEDDING}
     pools = _Pools(config)
-    store = SyntheticStore(config, pools)
-    memory = _memory_for(matrices)
     total = sum(layout.nbytes for layout in matrices.values())
+    whole = Pages(total, "random weights", "Ask for fewer layers.").array
+    store, memory = SyntheticStore(config, pools, whole), _parts_of(whole, matrices)
     progress.begin(pick("making random weights", "生成随机权重"), total, "B")
     try:
         with ThreadPoolExecutor(threads or logical_cores()) as workers:
@@ -77,10 +77,16 @@ def synthetic_store(config: MossConfig, *, threads: int | None = None, progress:
 class SyntheticStore(WeightStore):
     """Random weights; rows of the embedding are cut from the pool when asked for."""
 
-    def __init__(self, config: MossConfig, pools: _Pools) -> None:
+    def __init__(self, config: MossConfig, pools: _Pools, whole: Bytes) -> None:
         super().__init__()
         self._pools = pools
         self._width = config.n_embd
+        self._whole = whole
+
+    @property
+    def memory(self) -> list[Bytes]:
+        """The memory that all matrices lie in."""
+        return [self._whole]
 
     def rows(self, name: str, which: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Rows of the embedding, (len(which), C) float32."""
@@ -112,10 +118,8 @@ def _layout(config: MossConfig, name: str, shape: tuple[int, ...]) -> Layout:
     return tile_layout((shape[0], shape[1]), quantization.bits, quantization.group_size)
 
 
-def _memory_for(matrices: Mapping[str, RowsLayout | TileLayout]) -> dict[str, Bytes]:
-    """One stretch of memory, and the part of each matrix."""
-    total = sum(layout.nbytes for layout in matrices.values())
-    whole = Pages(total, "random weights", "Ask for fewer layers.").array
+def _parts_of(whole: Bytes, matrices: Mapping[str, RowsLayout | TileLayout]) -> dict[str, Bytes]:
+    """The part of each matrix."""
     parts, start = {}, 0
     for name, layout in matrices.items():
         parts[name] = whole[start : start + layout.nbytes]

@@ -8,6 +8,9 @@ operation meets the same units whatever is held.
 What is held may change between passes. To shrink costs nothing: the last rows of each matrix are
 given back to the system. To grow costs no reading either: a piece that passes by and may stay is
 copied from the ring to its place.
+
+Where a device holds the first rows of each matrix for good, only the rest is a matter of this file: its
+rows count from `base` on in here, and from the first of the matrix for everybody else.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moss_jt.checkpoint import Checkpoint, Entry
-from moss_jt.layout import ALIGNMENT, PlainLayout, RowsLayout, TileLayout, round_up
+from moss_jt.layout import ALIGNMENT, round_up
 from moss_jt.pages import Pages
-from moss_jt.plan import MatrixSize, Plan, cut_rows
+from moss_jt.plan import MatrixSize, Plan, cut_rows, rest_of
 from moss_jt.progress import Progress, Quiet
 from moss_jt.reader import Item, Reader, ReaderStats
 
@@ -43,32 +46,48 @@ class Matrix:
     """One matrix: where it lies in its file, and what of it is held.
 
     Attributes:
-        size: how it may be cut.
-        file: the reader's number of its file.
-        memory_at, memory: room for the rows that may be held, in whole pages; the first `held` rows are here.
+        size: of the rows from `base` on, and how they may be cut; rows count from there.
+        base: the first row of the matrix that matters here.
+        file, offset: the reader's number of its file, and where row `base` lies in it.
+        memory_at, memory: room for the rows that may be held, up to the end of a page; the first `held` rows are here.
+            Its address and `offset` are equal modulo a page, which direct I/O likes.
         goal: rows that should be held.
+        low: rows below this are not asked for now.
         cuts: the rest, in order.
     """
 
     size: MatrixSize
-    entry: Entry
+    base: int
     file: int
+    offset: int
     goal: int
     memory_at: int
     memory: Bytes
     held: int = 0
+    low: int = 0
     cuts: list[Cut] = field(default_factory=list)
+
+    @property
+    def lead(self) -> int:
+        """Bytes of the first page before row `base`."""
+        return self.offset % ALIGNMENT
 
     def pages_of(self, rows: int) -> int:
         """Bytes of memory that hold the first `rows` rows, in whole pages."""
-        return round_up(self.size.bytes_of(rows), ALIGNMENT)
+        return round_up(self.lead + self.size.bytes_of(rows), ALIGNMENT) if rows else 0
 
     def rest(self, piece_bytes: int) -> Iterator[tuple[int, int]]:
         """(first, count) of pieces for the rows that are not held: those that should be, and then the others."""
-        if self.held < self.goal:
-            yield from cut_rows(replace(self.size, rows=self.goal), self.held, piece_bytes)
-        if max(self.held, self.goal) < self.size.rows:
-            yield from cut_rows(self.size, max(self.held, self.goal), piece_bytes)
+        start = self.first_not_here
+        if start < self.goal:
+            yield from cut_rows(replace(self.size, rows=self.goal), start, piece_bytes)
+        if max(start, self.goal) < self.size.rows:
+            yield from cut_rows(self.size, max(start, self.goal), piece_bytes)
+
+    @property
+    def first_not_here(self) -> int:
+        """The first row that is asked for and not held."""
+        return max(self.held, self.low)
 
     @property
     def first_streamed(self) -> int:
@@ -83,6 +102,7 @@ class TieredMatrices:
         checkpoint: whose files are read; they stay open.
         sizes: of the matrices, in the order in which a pass asks for them.
         plan: what to hold at first, and the ring; None holds everything. More than at first is never held.
+        base: the first row of each matrix that matters here, whole units; the plan counts rows from there.
 
     Raises:
         DeviceMemoryError: the system does not give the memory.
@@ -95,7 +115,11 @@ class TieredMatrices:
         sizes: Sequence[MatrixSize],
         plan: Plan | None = None,
         progress: Progress | None = None,
+        base: Mapping[str, int] | None = None,
     ) -> None:
+        self._checkpoint, self._base = checkpoint, base or {}
+        self._files: dict[Path, int] = {}
+        sizes = rest_of(sizes, self._base)
         if plan is not None and plan.ring_slots:
             self._reader = Reader(plan.ring_slots, plan.slot_bytes, progress=progress)
         else:
@@ -107,31 +131,36 @@ class TieredMatrices:
         self.version = 0  # rises whenever rows begin to come from elsewhere
         self._loan: object = None  # names the piece on loan
         self.streamed_bytes = 0
-        self._take_memory(checkpoint, sizes, rows)
+        self._take_memory(sizes, rows)
         self._fill(Quiet() if progress is None else progress)
         self._cut_rest()
 
-    def _take_memory(self, checkpoint: Checkpoint, sizes: Sequence[MatrixSize], rows: Mapping[str, int]) -> None:
+    def _take_memory(self, sizes: Sequence[MatrixSize], rows: Mapping[str, int]) -> None:
         """Take room for what is held at first."""
-        files: dict[Path, int] = {}
         total = 0
         for size in sizes:
-            entry, goal = checkpoint.entries[size.name], rows[size.name]
+            entry, goal, base = self._checkpoint.entries[size.name], rows[size.name], self._base.get(size.name, 0)
             assert goal % size.unit == 0 or goal == size.rows, f"{size.name} would be cut within a unit"
-            if entry.file not in files:
-                files[entry.file] = self._reader.add_file(entry.file)
-            matrix = Matrix(size, entry, files[entry.file], goal, total, np.empty(0, np.uint8))
+            offset = entry.offset + size.bytes_of(base)
+            matrix = Matrix(size, base, self._file_of(entry), offset, goal, total, np.empty(0, np.uint8))
             self._matrices[size.name] = matrix
             total += matrix.pages_of(goal)
         self._arena = Pages(total, "weights", "Give a smaller --memory.")
         memory = self._arena.array
         for matrix in self._matrices.values():
-            matrix.memory = memory[matrix.memory_at : matrix.memory_at + matrix.pages_of(matrix.goal)]
+            if matrix.goal:
+                matrix.memory = memory[matrix.memory_at :][matrix.lead : matrix.pages_of(matrix.goal)]
+
+    def _file_of(self, entry: Entry) -> int:
+        """The reader's number of the file in which something lies."""
+        if entry.file not in self._files:
+            self._files[entry.file] = self._reader.add_file(entry.file)
+        return self._files[entry.file]
 
     def _fill(self, progress: Progress) -> None:
         """Read what is held from the files."""
         wanted = [matrix for matrix in self._matrices.values() if matrix.goal]
-        places = [(Item(m.file, m.entry.offset, len(m.memory)), m.memory) for m in wanted]
+        places = [(Item(m.file, m.offset, len(m.memory)), m.memory) for m in wanted]
         self._reader.fill(places, progress)
         for matrix in wanted:
             matrix.held = matrix.goal
@@ -149,7 +178,7 @@ class TieredMatrices:
             for first, count in matrix.rest(self._piece_bytes):
                 matrix.cuts.append(Cut(len(items), first, count))
                 start, end = matrix.size.bytes_of(first), matrix.size.bytes_of(first + count)
-                items.append(Item(matrix.file, matrix.entry.offset + start, end - start))
+                items.append(Item(matrix.file, matrix.offset + start, end - start))
         self.streamed_bytes = sum(item.nbytes for item in items)
         self._reader.set_order(items)
         self._is_cut = True
@@ -159,25 +188,20 @@ class TieredMatrices:
         """The memory through which the rest passes."""
         return self._reader.ring
 
-    def layout(self, name: str) -> RowsLayout | TileLayout:
-        """How a matrix is stored."""
-        layout = self._matrices[name].entry.layout
-        assert not isinstance(layout, PlainLayout)
-        return layout
-
     def __contains__(self, name: str) -> bool:
         return name in self._matrices
 
     def pieces(self, name: str) -> Iterator[tuple[Bytes, int, int, int]]:
-        """(memory, byte of the first row in it, first row, rows) for all rows in order."""
+        """(memory, byte of the first row in it, first row, rows) for all rows that are asked for, in order."""
         matrix = self._matrices[name]
-        if matrix.first_streamed:
-            yield matrix.memory, 0, 0, matrix.first_streamed
+        if matrix.first_streamed > matrix.low:
+            at = matrix.size.bytes_of(matrix.low)
+            yield matrix.memory, at, matrix.base + matrix.low, matrix.first_streamed - matrix.low
         for cut in matrix.cuts:
             loan = self._loan = object()
             start = self._reader.acquire(cut.index)
             try:
-                yield self._reader.ring, start, cut.first, cut.count
+                yield self._reader.ring, start, matrix.base + cut.first, cut.count
                 self._keep(matrix, cut, start)
             finally:
                 if self._loan is loan:  # what broke off may be closed late, when another pass has the same piece
@@ -190,9 +214,14 @@ class TieredMatrices:
             matrix.memory[at:end] = self._reader.ring[start : start + end - at]
             matrix.held = cut.first + cut.count
 
+    def held(self, name: str) -> tuple[Bytes, int, int, int] | None:
+        """What `pieces` gives first, if it is in memory; nothing is waited for."""
+        matrix = self._matrices[name]
+        return next(iter(self.pieces(name))) if matrix.first_streamed > matrix.low else None
+
     def begin_pass(self) -> None:
         """Take up what has come to stay since the last pass."""
-        if not self._is_cut or any(matrix.first_streamed != matrix.held for matrix in self._matrices.values()):
+        if not self._is_cut or any(m.first_streamed != m.first_not_here for m in self._matrices.values()):
             self._cut_rest()
 
     def set_rows(self, rows: Mapping[str, int]) -> None:
@@ -200,10 +229,30 @@ class TieredMatrices:
         self._is_cut = False
         for name, matrix in self._matrices.items():
             matrix.goal = rows[name]
-            assert matrix.pages_of(matrix.goal) <= len(matrix.memory), f"{name} has no room for {matrix.goal} rows"
+            assert matrix.size.bytes_of(matrix.goal) <= len(matrix.memory), f"{name} has no room for {matrix.goal} rows"
             if matrix.goal < matrix.held:
                 self._give_back(matrix)
         self._cut_rest()
+
+    def start_at(self, rows: Mapping[str, int]) -> None:
+        """Ask for the rows of each matrix from these on; a device has the others. Only between passes."""
+        self._is_cut = False
+        for name, matrix in self._matrices.items():
+            matrix.low = max(0, rows[name] - matrix.base)
+        self._cut_rest()
+
+    def fill(self, parts: Sequence[tuple[str, int, Bytes]], progress: Progress | None = None) -> None:
+        """Read bytes of matrices into arrays, several at a time: (name, byte of the blob, array to fill)."""
+        items = []
+        for name, start, target in parts:
+            entry = self._checkpoint.entries[name]
+            items.append((Item(self._file_of(entry), entry.offset + start, len(target)), target))
+        self._reader.fill(items, progress)
+
+    @property
+    def memory(self) -> list[Bytes]:
+        """The memory that weights lie in and pass through, for devices that copy from it."""
+        return [memory for memory in (self._arena.array, self._reader.ring) if len(memory)]
 
     def _give_back(self, matrix: Matrix) -> None:
         """Return the pages behind the rows that should be held to the system."""

@@ -85,6 +85,8 @@ class WeightStore:
         checkpoint: whose weights. Its files are held open: they may be removed or replaced, but not written to.
         plan: what is held in memory and what is streamed; without one everything is held.
         progress: told how much has been read.
+        base: the first row of each matrix that is ever asked for, whole units, where a device keeps those before it;
+            the plan is for the rows from there on.
 
     Attributes:
         lock: held by whoever computes a pass or changes what is held, so that neither meets the other.
@@ -95,7 +97,12 @@ class WeightStore:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint | None = None, plan: Plan | None = None, progress: Progress | None = None
+        self,
+        checkpoint: Checkpoint | None = None,
+        plan: Plan | None = None,
+        progress: Progress | None = None,
+        *,
+        base: Mapping[str, int] | None = None,
     ) -> None:
         self._matrices: dict[str, Stored] = {}
         self._perms: dict[str, Perm] = {}
@@ -108,9 +115,11 @@ class WeightStore:
         self.lock = threading.RLock()
         weakref.finalize(self, _close, self._files)
         if checkpoint is not None:
-            self._load(checkpoint, plan, progress)
+            self._load(checkpoint, plan, progress, base)
 
-    def _load(self, checkpoint: Checkpoint, plan: Plan | None, progress: Progress | None) -> None:
+    def _load(
+        self, checkpoint: Checkpoint, plan: Plan | None, progress: Progress | None, base: Mapping[str, int] | None
+    ) -> None:
         sizes = matrix_sizes(checkpoint.config, {name: entry.layout for name, entry in checkpoint.entries.items()})
         streamable = {size.name for size in sizes}
         for path in {entry.file for entry in checkpoint.entries.values()}:
@@ -122,7 +131,7 @@ class WeightStore:
                 self._on_disk[name] = entry
             elif isinstance(entry.layout, TileLayout) and entry.layout.permuted:
                 self._perms[name] = _read_perm(checkpoint, entry, entry.layout)
-        self._tiers = TieredMatrices(checkpoint, sizes, plan, progress)
+        self._tiers = TieredMatrices(checkpoint, sizes, plan, progress, base)
         for path, file in self._files.items():
             file.check_in_place(checkpoint.stamps.get(path, file.stamp))
 
@@ -149,6 +158,37 @@ class WeightStore:
         if self._tiers is not None:
             self._tiers.set_rows(rows)
 
+    def start_at(self, rows: Mapping[str, int]) -> None:
+        """From now on `pieces` begins at these rows: a device has those before. Only between passes."""
+        if self._tiers is not None:
+            self._tiers.start_at(rows)
+
+    def fill(self, parts: Sequence[tuple[str, int, Bytes]], progress: Progress | None = None) -> None:
+        """Read parts of matrices into arrays, several at a time.
+
+        Args:
+            parts: name, byte of its blob where the part begins, and the array to fill, uint8; fastest where the
+                array's address and that byte are equal modulo 4096.
+            progress: told about the bytes.
+
+        Raises:
+            CheckpointError: a part cannot be read.
+        """
+        on_disk = []
+        for name, start, target in parts:
+            if name in self._matrices:
+                target[:] = self._matrices[name].data[start : start + len(target)]
+            else:
+                on_disk.append((name, start, target))
+        if on_disk:
+            assert self._tiers is not None, on_disk[0][0]
+            self._tiers.fill(on_disk, progress)
+
+    @property
+    def memory(self) -> list[Bytes]:
+        """The memory that matrices of the checkpoint lie in and pass through, for devices that copy from it."""
+        return [] if self._tiers is None else self._tiers.memory
+
     def close(self) -> None:
         """Stop reading ahead; the store can no longer be used."""
         if self._tiers is not None:
@@ -156,23 +196,35 @@ class WeightStore:
 
     def layout(self, name: str) -> RowsLayout | TileLayout:
         """How a matrix is stored."""
-        if name in self._matrices or self._tiers is None or name not in self._tiers:
+        if name in self._matrices or self._checkpoint is None or name not in self._checkpoint.entries:
             return self._find(name).layout
-        return self._tiers.layout(name)
+        layout = self._checkpoint.entries[name].layout
+        assert not isinstance(layout, PlainLayout), f"{name} is no matrix"
+        return layout
 
     def perm(self, name: str) -> Perm | None:
         """The order in which a matrix holds its inputs, (padded_in,) int32, -1 for padding; None where it is theirs."""
         return self._perms.get(name)
 
     def pieces(self, name: str) -> Iterator[Piece]:
-        """All rows of a matrix, once and in order. A piece is gone when the next one is asked for."""
+        """The rows of a matrix, once and in order: all, or those that `start_at` left.
+
+        A piece is gone when the next one is asked for.
+        """
         if name in self._matrices or self._tiers is None or name not in self._tiers:
             stored = self._find(name)
             yield Piece(name, stored.layout, stored.data, 0, 0, stored.layout.shape[0])
             return
-        layout = self._tiers.layout(name)
+        layout = self.layout(name)
         for data, start, first, count in self._tiers.pieces(name):
             yield Piece(name, layout, data, start, first, count, stays=data is not self._tiers.ring)
+
+    def held(self, name: str) -> Piece | None:
+        """What `pieces` gives first, if it is in memory and stays there."""
+        if name in self._matrices or self._tiers is None or name not in self._tiers:
+            return next(iter(self.pieces(name)))
+        held = self._tiers.held(name)
+        return None if held is None else Piece(name, self.layout(name), *held)
 
     def read(self, name: str) -> Bytes:
         """The whole blob of a matrix: for tools and tests, it may be large."""
