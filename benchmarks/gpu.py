@@ -1,15 +1,19 @@
 """What our kernels do on a CUDA device: right, and how fast. `benchmarks/gpu_suite.sh` sets it up.
 
-    python benchmarks/gpu.py [--only bandwidth,kernels,golden,products,decode] [--layers 34] [--save]
+    python benchmarks/gpu.py [--only bandwidth,kernels,…] [--layers 34] [--kinds int4,int8,fp16] [--caps 4,6,8,12,24] [--save]
 
 bandwidth  copies within the device, and to it from pinned and from ordinary memory
 kernels    the tests of every kernel against numpy, run on this device (needs pytest)
 golden     logits of the original's small models, exact and fast, on this device
 products   int4 and int8 products of one layer for 1 to 512 tokens, bytes per second against copies on the device
-decode     the full-size int4 model of random weights, resident: a prompt of 128 and 32 tokens after it
+resident   the full-size model of random weights, all on the device: prompts of 128 and 512, and the tokens after them
+batch      what a step of 16 conversations takes against a step of one
+context    int4 with 2048 tokens within 12 and 4 GiB
+caps       int4, int8 and fp16 within 4 to 24 GiB: the same tokens, the memory taken, bytes per second against the link
+peers      int4 products of torch and of a Triton kernel beside ours
 
-Each part ends with a JSON line as soon as it is measured; the exit code is 1 where numbers are wrong. Without a device
-it says so and exits with 0.
+Each part ends with a JSON line as soon as it is measured, and a table comes last; the exit code is 1 where numbers are
+wrong. Without a device it says so and exits with 0.
 """
 
 from __future__ import annotations
@@ -19,31 +23,29 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_model
+import gpu_peers
 import numpy as np
+from gpu_model import Stage
 
-from moss_jt.batch import single_batch
-from moss_jt.bench import parse_synthetic, pass_bytes
-from moss_jt.cache import KVCache
 from moss_jt.checkpoint import Checkpoint
-from moss_jt.config import Bits, MossConfig
-from moss_jt.device_ops import DeviceBuffer, DeviceOps, matrices_of
-from moss_jt.device_weights import DeviceWeights
+from moss_jt.config import Bits
 from moss_jt.kernels.cupy_device import CupyDevice
+from moss_jt.kernels.nvml import used_memory
 from moss_jt.layout import TILE_ROWS, TileLayout
 from moss_jt.load import native_folder
-from moss_jt.model import Moss
+from moss_jt.memory import GIB
 from moss_jt.ops import ROUND_BLOCK
-from moss_jt.plan import matrix_sizes
+from moss_jt.placement import place
 from moss_jt.progress import Quiet
 from moss_jt.record import keep, spread
+from moss_jt.runner import DEFAULT_KV, Compute, Model
 from moss_jt.startup.gpu import ask_driver
-from moss_jt.synthetic import synthetic_store
-from moss_jt.weights import WeightStore
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -51,7 +53,10 @@ MODELS = ("tiny-fp/safetensors-fp16", "tiny-fp-h8/bin-single", "tiny-int4/g32-ac
 SHAPES = {"qkv": (18432, 6144), "out": (6144, 6144), "fc_in": (24576, 6144), "fc_out": (6144, 24576)}
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
 PAST_CACHES = 512 << 20
-ALLOWED = {"exact": 1e-3, "fast": 0.25}  # rounded activations lose up to 0.19 on the CPU, too (docs/kernels.md)
+ALLOWED: dict[Compute, float] = {
+    "exact": 1e-3,
+    "fast": 0.25,
+}  # rounded activations lose up to 0.19 on the CPU, too (docs/kernels.md)
 Results = dict[str, Any]
 
 
@@ -96,16 +101,6 @@ def bandwidth(_: argparse.Namespace) -> Results:
     return results
 
 
-def on_device(
-    config: MossConfig, store: WeightStore, device: CupyDevice, *, rounding: bool
-) -> tuple[DeviceOps, KVCache]:
-    """All of a model in device memory."""
-    resident = {name: store.layout(name).shape[0] for name in matrices_of(config)}
-    weights = DeviceWeights(device, store, resident)
-    cache = KVCache(config, slots=1, tokens=256, kind="float16" if rounding else "float32")
-    return DeviceOps(config, device, store, weights, cache, capacity=128, rounding=rounding), cache
-
-
 def kernels(_: argparse.Namespace) -> Results:
     """What pytest says of the kernels' tests, run on the device."""
     files = [str(ROOT / "tests" / "kernels" / f"test_cuda_{name}.py") for name in ("products", "attention")]
@@ -127,14 +122,23 @@ def golden(_: argparse.Namespace) -> Results:
         path = GOLDEN / name / "expected.npz"
         want = np.load(path if path.is_file() else path.parents[1] / "expected.npz")
         checkpoint = Checkpoint.open(native_folder(GOLDEN / name, Quiet()))
-        for way in ALLOWED if "int" in name else ("exact",):
-            device, config = CupyDevice(), checkpoint.config
-            ops, cache = on_device(config, WeightStore(checkpoint), device, rounding=way == "fast")
-            ids = want["b2_ids"][0]
-            cache.reserve(0, len(ids))
-            network: Moss[DeviceBuffer] = Moss(config)
-            logits = network.execute(ops, single_batch(ids, wanted=np.arange(len(ids))))
-            off = float(np.abs(logits - want["b2_logits"][0]).max())
+        ways: tuple[Compute, ...] = ("exact", "fast") if "int" in name else ("exact",)
+        for way in ways:
+            device = CupyDevice()
+            kv = DEFAULT_KV[way]
+            room = device.own_bytes + device.capacity
+            placed = place(checkpoint, device, kv, vram=room, memory=1 << 33, host_base=0)
+            model = Model(
+                checkpoint,
+                placed.store,
+                compute=way,
+                device=device.name,
+                max_tokens=None,
+                kv=kv,
+                budget=placed.budget,
+                placed=placed,
+            )
+            off = float(np.abs(model.logits(want["b2_ids"][0])[0] - want["b2_logits"][0]).max())
             results[f"{name} {way}"] = {"off": off, "wrong": not off <= ALLOWED[way]}
             device.close()
     results["wrong"] = any(each["wrong"] for each in results.values())
@@ -193,45 +197,26 @@ def _product(device: CupyDevice, layout: TileLayout, tokens: int) -> Results:
     return {"nbytes": nbytes, "seconds": [each / copies for each in timed(device, work)]}
 
 
-def decode(arguments: argparse.Namespace) -> Results:
-    """Speed of the whole model, resident."""
+def stage_of(arguments: argparse.Namespace) -> Stage:
+    """This machine's first device, and what was asked for."""
+    import cupy
+
+    bus = cupy.cuda.Device(0).pci_bus_id
+    return Stage(
+        open=lambda limit: CupyDevice(0, limit),
+        layers=arguments.layers,
+        kinds=tuple(arguments.kinds.split(",")),
+        caps=tuple(int(float(gib) * GIB) for gib in arguments.caps.split(",")),
+        used=lambda: used_memory(bus),
+    )
+
+
+def of_copy(arguments: argparse.Namespace) -> Results:
+    """The resident model against copies within the device."""
     device = CupyDevice()
-    limit = copy_rate(device)
+    rate = copy_rate(device)
     device.close()
-    config = parse_synthetic("moss-moon-003-int4", layers=arguments.layers)
-    device = CupyDevice()
-    ops, cache = on_device(config, synthetic_store(config), device, rounding=True)
-    network: Moss[DeviceBuffer] = Moss(config)
-    ids = np.random.default_rng(0).integers(0, 50000, 128).astype(np.int32)
-    prefill, tokens, answer, finite = [], [], [0], True
-    for _ in range(4):
-        cache.release(0)
-        cache.reserve(0, len(ids))
-        began = time.perf_counter()
-        network.execute(ops, single_batch(ids))
-        prefill.append(len(ids) / (time.perf_counter() - began))
-        cache.commit(0, len(ids))
-        for place in range(128, 160):
-            cache.reserve(0, 1)
-            began = time.perf_counter()
-            logits = network.execute(ops, single_batch(np.array(answer[-1:], np.int32), start=place))
-            tokens.append(time.perf_counter() - began)
-            cache.commit(0, 1)
-            answer.append(int(logits[0].argmax()))
-            finite = finite and bool(np.isfinite(logits).all())
-    nbytes = pass_bytes(matrix_sizes(config))
-    rate = nbytes / sorted(tokens)[len(tokens) // 2]
-    taken = device.taken
-    device.close()
-    return {
-        "layers": config.n_layer,
-        "copy_gb_per_s": round(limit / 1e9, 1),
-        "prefill_tokens_per_s": spread(prefill[1:], 1),
-        "decode_tokens_per_s": spread([1 / each for each in tokens[4:]], 1),
-        "of_copy": round(rate / limit, 3),
-        "taken_bytes": taken,
-        "wrong": not finite,
-    }
+    return {**gpu_model.resident(stage_of(arguments), rate), "copy_gb_per_s": round(rate / 1e9, 1)}
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
@@ -239,7 +224,11 @@ PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
     "kernels": kernels,
     "golden": golden,
     "products": products,
-    "decode": decode,
+    "resident": of_copy,
+    "batch": lambda arguments: gpu_model.batch(stage_of(arguments)),
+    "context": lambda arguments: gpu_model.context(stage_of(arguments)),
+    "caps": lambda arguments: gpu_model.caps(stage_of(arguments)),
+    "peers": lambda _: gpu_peers.products(CupyDevice),
 }
 
 
@@ -248,6 +237,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--layers", type=int, default=34)
+    parser.add_argument("--kinds", default="int4,int8,fp16")
+    parser.add_argument("--caps", default="4,6,8,12,24", help="GiB")
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
@@ -257,12 +248,31 @@ def main() -> int:
     if driver.problem is not None:
         print(f"not measured: {driver.problem}")
         return 0
-    wrong = False
+    found = {}
     for name in names:
-        results = PARTS[name](arguments)
-        print(keep(f"gpu_{name}", results, save=arguments.save), flush=True)
-        wrong = wrong or bool(results.get("wrong"))
-    return int(wrong)
+        found[name] = PARTS[name](arguments)
+        print(keep(f"gpu_{name}", found[name], save=arguments.save), flush=True)
+    print("\n".join(table(found)))
+    return int(any(results.get("wrong") for results in found.values()))
+
+
+def table(found: Mapping[str, Results]) -> list[str]:
+    """A line for everything measured: part, what, and its figures."""
+    lines = []
+    for part, results in found.items():
+        for name, value in results.items():
+            rows = value if isinstance(value, dict) and "median" not in value else {"": value}
+            figures = "  ".join(f"{key} {_short(each)}".strip() for key, each in rows.items())
+            lines.append(f"{part:10} {name:28} {figures}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and "median" in value:
+        return f"{value['median']:g} ({value['min']:g}-{value['max']:g})"
+    if isinstance(value, dict):
+        return " ".join(f"{key}: {_short(each)}" for key, each in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

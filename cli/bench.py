@@ -126,12 +126,14 @@ def command(*, as_json: bool, save: bool, **values: Any) -> None:
 def _open(values: dict[str, Any], longest: int, screen: Screen, times: dict[str, float]) -> Model:
     """The model that the options name; how long starting and loading took goes into `times`."""
     from moss_jt import launch
-    from moss_jt.bench import parse_synthetic, synthetic_model
+    from moss_jt.bench import parse_synthetic, require_cpu, synthetic_model
     from moss_jt.hub import resolve_model
     from moss_jt.load import load_model
 
     name, synthetic, layers = values.pop("model"), values.pop("synthetic"), values.pop("layers")
     options = load_options({**values, "context": longest})
+    require_cpu(options["device"])
+    options["device"] = "cpu"
     progress = screen.progress()
     config = None if synthetic is None else parse_synthetic(synthetic, layers=layers)
     folder = None if name is None else resolve_model(name, progress=progress)
@@ -140,6 +142,7 @@ def _open(values: dict[str, Any], longest: int, screen: Screen, times: dict[str,
     times["start_s"] = round(time.perf_counter() - began, 2)
     began = time.perf_counter()
     if config is not None:
+        del options["vram"]
         model = synthetic_model(config, **options, progress=progress)
     else:
         assert folder is not None, "one of the two was given"

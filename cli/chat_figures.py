@@ -89,12 +89,27 @@ def _weights(stats: Figures) -> list[tuple[str, str]]:
     """Where the weights are now."""
     if "resident_bytes" not in stats:
         return []
+    if "device_bytes" in stats:
+        return _tiers(stats)
     here, streamed = gigabytes(int(stats["resident_bytes"])), int(stats["streamed_bytes"])
     if not streamed:
         return [(pick("weights", "权重"), pick(f"{here}, all in memory", f"{here}，全部在内存中"))]
     there = gigabytes(streamed)
     where = pick(f"{here} in memory, {there} read for each token", f"{here} 在内存中，每个词元从磁盘读取 {there}")
     return [(pick("weights", "权重"), where)]
+
+
+def _tiers(stats: Figures) -> list[tuple[str, str]]:
+    """Where the weights are, where a device has some of them."""
+    there, moved = gigabytes(int(stats["device_bytes"])), int(stats["link_bytes_per_pass"])
+    rows = [(pick("on the device", "显存"), pick(f"{there} of weights", f"{there} 权重"))]
+    if moved:
+        copied = gigabytes(moved)
+        rows[0] = (rows[0][0], pick(f"{there} of weights, {copied} copied", f"{there} 权重，复制 {copied}"))
+        rows.append((pick("on the host", "内存"), gigabytes(int(stats["resident_bytes"]))))
+    if stats["streamed_bytes"]:
+        rows.append((pick("from disk", "磁盘"), gigabytes(int(stats["streamed_bytes"]))))
+    return rows
 
 
 def resident_bytes() -> tuple[int, int]:

@@ -73,15 +73,29 @@ def _what_is_loaded(model: Model, name: str, seconds: float) -> str:
     config = model.config
     kind = f"int{config.quantization.bits}" if config.quantization else (config.dtype or "float")
     size = f"{config.n_layer} x {config.n_embd}"
-    streamed = model.store.streamed_bytes / 1e9
-    rest = pick(
-        f"; {streamed:.1f} GB of weights are read from disk for each token" if streamed else "",
-        f"；每个词元需从磁盘读取 {streamed:.1f} GB 权重" if streamed else "",
-    )
+    rest = _what_is_moved(model)
     return pick(
         f"{name}: {kind}, {size}, up to {model.max_tokens} tokens, on {model.device}; loaded in {seconds:.1f} s{rest}.",
         f"{name}：{kind}，{size}，最多 {model.max_tokens} 个词元，运行于 {model.device}；加载用时 {seconds:.1f} 秒{rest}。",
     )
+
+
+def _what_is_moved(model: Model) -> str:
+    """How much of the weights is copied to the device and read from disk for each token, where any is."""
+    told = ""
+    copied = 0.0 if model.placed is None else model.placed.space.weights.streamed_bytes / 1e9
+    if copied:
+        told += pick(
+            f"; {copied:.1f} GB of weights are copied to the device for each token",
+            f"；每个词元需向显卡复制 {copied:.1f} GB 权重",
+        )
+    streamed = model.store.streamed_bytes / 1e9
+    if streamed:
+        told += pick(
+            f"; {streamed:.1f} GB of weights are read from disk for each token",
+            f"；每个词元需从磁盘读取 {streamed:.1f} GB 权重",
+        )
+    return told
 
 
 def _licence(folder: Path) -> str | None:

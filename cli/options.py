@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-LOADING = ("device", "compute", "memory", "kv", "context")
+LOADING = ("device", "compute", "memory", "vram", "kv", "context")
 SAMPLING = ("greedy", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens")
 
 
@@ -34,8 +34,11 @@ def model_options(*, model_required: bool, context: bool = True) -> Callable[[F]
             "--device",
             default="auto",
             show_default=True,
-            metavar="auto|cpu|cuda",
-            help=pick("Where to compute.", "计算设备。"),
+            metavar="auto|cpu|cuda|cuda:N",
+            help=pick(
+                "Where to compute; auto takes a CUDA device where one can be used.",
+                "计算设备；auto 在有可用的 CUDA 设备时使用它。",
+            ),
         ),
         click.option(
             "--compute",
@@ -54,6 +57,15 @@ def model_options(*, model_required: bool, context: bool = True) -> Callable[[F]
                 "All memory that may be taken, like 6GiB; weights that do not fit are read from disk as they are "
                 "needed. [default: what is free, less a reserve]",
                 "可用内存总量，如 6GiB；放不下的权重按需从磁盘读取。[默认：空闲内存减去预留]",
+            ),
+        ),
+        click.option(
+            "--vram",
+            metavar="SIZE",
+            help=pick(
+                "All memory of the device that may be taken, like 8GiB; weights that do not fit stay in main memory and "
+                "are copied as they are needed. [default: what is free, less a reserve]",
+                "可用显存总量，如 8GiB；放不下的权重留在内存中，按需复制。[默认：空闲显存减去预留]",
             ),
         ),
         click.option(

@@ -2,26 +2,36 @@
 
 Memory is taken from the driver directly, not from cupy's pool, so that what is counted is what is taken. Both streams
 are our own and non-blocking: nothing of Jittor's or cupy's, which share the legacy stream, waits for them or they for it.
-Sources are compiled by NVRTC at their first launch; cupy keeps the machine code on disk, one for each kind of device.
+Sources are compiled by NVRTC when the device is opened; cupy keeps the machine code on disk, one for each kind of device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moss_jt.device import Account, Argument, Event, Place, Stream
+from moss_jt.device import Account, Argument, Event, Graph, Place, Stream
 from moss_jt.errors import DeviceMemoryError, KernelError
-from moss_jt.kernels.cuda import OPTIONS, source
+from moss_jt.kernels.cuda import OPTIONS, SOURCES, entry_points, source
+from moss_jt.kernels.nvml import used_memory
+from moss_jt.language import pick
 from moss_jt.memory import format_size
+from moss_jt.progress import Progress, Quiet
 
 Array = npt.NDArray[Any]
 
 OLDEST = 75  # compute capability times ten: the products of bytes need its tensor cores
 _TO_DEVICE, _FROM_DEVICE, _WITHIN = 1, 2, 3  # cudaMemcpyKind
+_PORTABLE = 1  # cudaHostRegisterPortable
+_CONTEXT = 512 << 20  # what the driver takes for a process, where nobody tells; and what is believable
+_LEAST, _MOST = 64 << 20, 1 << 30
+_RESERVE, _RESERVE_SHARE = 256 << 20, 20  # left to the screen and others
+
+_log = logging.getLogger(__name__)
 
 
 class CupyDevice:
@@ -29,38 +39,58 @@ class CupyDevice:
 
     Args:
         index: which, as CUDA counts them.
-        capacity: bytes that may be taken; None for what is free.
+        limit: bytes that this process may take there, all in all; None for what is free, less a reserve.
+        progress: told about compiling.
 
     Raises:
         KernelError: the device is too old for our kernels, or CUDA does not answer.
     """
 
-    def __init__(self, index: int = 0, capacity: int | None = None) -> None:
+    def __init__(self, index: int = 0, limit: int | None = None, progress: Progress | None = None) -> None:
         import cupy
 
         self._cupy = cupy
         self._device = cupy.cuda.Device(index)
+        self._modules: dict[str, Any] = {}
+        self._kernels: dict[tuple[str, str], Any] = {}
+        self._addresses: list[int] = []
+        self._pinned: set[int] = set()
         try:
             found = cupy.cuda.runtime.getDeviceProperties(index)
+            self.name = found["name"].decode()
+            _check_generation(self.name, 10 * found["major"] + found["minor"])
+            before = used_memory(self._device.pci_bus_id)
             with self._device:
-                free, _ = cupy.cuda.runtime.memGetInfo()
                 self._streams: dict[Stream, Any] = {
                     "compute": cupy.cuda.Stream(non_blocking=True),
                     "copy": cupy.cuda.Stream(non_blocking=True),
                 }
+                self._compile(Quiet() if progress is None else progress)
+                free, _ = cupy.cuda.runtime.memGetInfo()
         except cupy.cuda.runtime.CUDARuntimeError as error:
             raise KernelError(f"CUDA device {index} does not answer: {error}. `moss-jt doctor` checks it.") from error
-        self.name = found["name"].decode()
-        generation = 10 * found["major"] + found["minor"]
-        if generation < OLDEST:
-            raise KernelError(
-                f"{self.name} is of compute capability {generation / 10}; our kernels need {OLDEST / 10}. Use the CPU."
-            )
-        self._account = Account(free if capacity is None else min(capacity, free))
+        after = used_memory(self._device.pci_bus_id)
+        self.own_bytes = _CONTEXT if before is None or after is None else min(max(after - before, _LEAST), _MOST)
+        if limit is None:
+            limit = self.own_bytes + free - max(_RESERVE, free // _RESERVE_SHARE)
+        self.limit = min(limit, self.own_bytes + free)
+        self._account = Account(max(0, self.limit - self.own_bytes))
         self.capacity = self._account.capacity
-        self._modules: dict[str, Any] = {}
-        self._kernels: dict[tuple[str, str], Any] = {}
-        self._addresses: list[int] = []
+
+    def _compile(self, progress: Progress) -> None:
+        """Have all kernels ready, so that their memory counts as the process's own."""
+        progress.begin(pick("Preparing the CUDA kernels", "准备 CUDA 内核"), len(SOURCES), "")
+        try:
+            for name in SOURCES:
+                for kernel in entry_points(name):
+                    self._kernel(name, kernel)
+                progress.advance(1)
+        except self._cupy.cuda.compiler.CompileException as error:
+            raise KernelError(
+                f"{name}.cu does not compile for {self.name}: {error}. Is CUDA's NVRTC older than 11?"
+            ) from error
+        finally:
+            progress.end()
 
     @property
     def taken(self) -> int:
@@ -85,6 +115,27 @@ class CupyDevice:
             ) from error
         self._addresses.append(address)
         return Place(address)
+
+    def pin(self, memory: Array) -> bool:
+        """Keep main memory where it is, so that copies from it need no processor; False: the system refuses."""
+        try:
+            with self._device:
+                self._cupy.cuda.runtime.hostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE)
+        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+            _log.warning(
+                "%s of main memory cannot be pinned (%s): copies from it are slower.",
+                format_size(memory.nbytes),
+                error,
+            )
+            return False
+        self._pinned.add(memory.ctypes.data)
+        return True
+
+    def unpin(self, memory: Array) -> None:
+        """End that, when nothing is copied from it any more."""
+        self._pinned.discard(memory.ctypes.data)
+        with self._device:
+            self._cupy.cuda.runtime.hostUnregister(memory.ctypes.data)
 
     def write(self, place: Place, values: Array, *, stream: Stream = "compute", stays: bool = False) -> None:
         """Queue a copy to the device. Unless `stays`, the values may change as soon as this returns."""
@@ -122,6 +173,22 @@ class CupyDevice:
                 "`moss-jt doctor` checks CUDA."
             ) from error
 
+    def capture(self, queue: Callable[[], None]) -> Graph:
+        """What `queue` launches on the computing stream, kept to be launched again as one; nothing runs now."""
+        stream = self._streams["compute"]
+        with self._device, stream:
+            stream.begin_capture()
+            try:
+                queue()
+            finally:
+                graph = stream.end_capture()
+        return graph
+
+    def replay(self, graph: Graph) -> None:
+        """Queue what was captured, with the same arguments."""
+        with self._device:
+            graph.launch(self._streams["compute"])
+
     def record(self, stream: Stream) -> Event:
         """An event that happens when all that was queued so far is done."""
         with self._device:
@@ -142,6 +209,9 @@ class CupyDevice:
         with self._device:
             for stream in self._streams.values():
                 stream.synchronize()
+            for address in self._pinned:
+                self._cupy.cuda.runtime.hostUnregister(address)
+            self._pinned.clear()
             while self._addresses:
                 self._cupy.cuda.runtime.free(self._addresses.pop())
         self._account.taken = 0
@@ -157,6 +227,13 @@ class CupyDevice:
     def _copy(self, target: int, source: int, nbytes: int, kind: int, stream: Stream) -> None:
         with self._device:
             self._cupy.cuda.runtime.memcpyAsync(target, source, nbytes, kind, self._streams[stream].ptr)
+
+
+def _check_generation(name: str, generation: int) -> None:
+    if generation < OLDEST:
+        raise KernelError(
+            f"{name} is of compute capability {generation / 10}; our kernels need {OLDEST / 10}. Use the CPU."
+        )
 
 
 def _as_scalar(argument: Argument) -> Any:

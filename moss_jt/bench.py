@@ -138,6 +138,7 @@ def synthetic_model(
         DeviceMemoryError: the system does not give the memory.
     """
     check_arguments(device, compute, kv, max_tokens)
+    require_cpu(device)
     asked = parse_size(memory) if isinstance(memory, str) else memory
     launch.warm_up(progress)
     kind = KV_TYPES[kv] if kv is not None else DEFAULT_KV[compute]
@@ -157,6 +158,18 @@ def synthetic_model(
     nowhere = Checkpoint(Path(f"{config.name} in memory"), config, {})
     budget = Budget(plan, sizes, store)
     return Model(nowhere, store, compute=compute, device="cpu", max_tokens=plan.context, kv=kind, budget=budget)
+
+
+def require_cpu(device: str) -> None:
+    """Refuse a device: the limits here are those of the processor and its memory.
+
+    Raises:
+        ConfigError: another device was asked for by name.
+    """
+    if device not in ("auto", "cpu"):
+        raise ConfigError(
+            f'device is "{device}"; bench measures the CPU. benchmarks/gpu_suite.sh measures a CUDA device.'
+        )
 
 
 def measure(model: Model, settings: Settings, limits: Limits, progress: Progress | None = None) -> dict[str, Any]:

@@ -6,15 +6,15 @@ weights leave to make room, evenly; when it has given blocks back, they return a
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from moss_jt.cache import BLOCK, KVCache
 from moss_jt.errors import ConfigError, DeviceMemoryError
 from moss_jt.memory import format_size
 from moss_jt.plan import MatrixSize, Plan, resident_rows
-from moss_jt.weights import WeightStore
 
 
 class Consumer(Protocol):
@@ -24,16 +24,29 @@ class Consumer(Protocol):
     buffer_bytes: int
 
 
+class Holder(Protocol):
+    """Whoever holds weights in the memory that is kept to: the store on the host, or what is on a device."""
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by whoever computes a pass, or changes what is held."""
+        ...
+
+    def hold(self, rows: Mapping[str, int]) -> None:
+        """Hold this many rows of each matrix from now on."""
+        ...
+
+
 class Budget:
     """Keeps weights, caches and buffers within a plan.
 
     Args:
         plan: how the memory was divided.
         sizes: of the matrices.
-        store: where the weights lie.
+        store: what holds the weights.
     """
 
-    def __init__(self, plan: Plan, sizes: Sequence[MatrixSize], store: WeightStore) -> None:
+    def __init__(self, plan: Plan, sizes: Sequence[MatrixSize], store: Holder) -> None:
         self.plan = plan
         self._sizes = sizes
         self._store = store

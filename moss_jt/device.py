@@ -7,7 +7,7 @@ device but `wait` and `read`, which say so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,7 @@ from moss_jt.memory import format_size
 Array = npt.NDArray[Any]
 Stream = Literal["compute", "copy"]
 Event = Any
+Graph = Any
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Device(Protocol):
 
     Attributes:
         name: as its maker calls it.
-        capacity: bytes of memory that may be taken, all in all.
+        own_bytes: device memory that the process takes without asking: the driver's context, code.
+        capacity: bytes of memory that may be taken beside these.
     """
 
     name: str
+    own_bytes: int
     capacity: int
 
     @property
@@ -58,6 +61,14 @@ class Device(Protocol):
         Raises:
             DeviceMemoryError: it would pass `capacity`, or the device has no more.
         """
+        ...
+
+    def pin(self, memory: Array) -> bool:
+        """Keep main memory where it is, so that copies from it need no processor; False: the system refuses."""
+        ...
+
+    def unpin(self, memory: Array) -> None:
+        """End that, when nothing is copied from it any more."""
         ...
 
     def write(self, place: Place, values: Array, *, stream: Stream = "compute", stays: bool = False) -> None:
@@ -76,6 +87,14 @@ class Device(Protocol):
         self, source: str, kernel: str, grid: Sequence[int], threads: int, arguments: Sequence[Argument]
     ) -> None:
         """Queue a kernel of `moss_jt.kernels.cuda` on the computing stream."""
+        ...
+
+    def capture(self, queue: Callable[[], None]) -> Graph:
+        """What `queue` launches on the computing stream, kept to be launched again as one; nothing runs now."""
+        ...
+
+    def replay(self, graph: Graph) -> None:
+        """Queue what was captured, with the same arguments."""
         ...
 
     def record(self, stream: Stream) -> Event:
@@ -116,3 +135,30 @@ class Account:
             )
         self.taken += whole
         return whole
+
+
+class Slab:
+    """Device memory taken at once and handed out from its start, since many small pieces would waste whole pages.
+
+    Raises:
+        DeviceMemoryError: the device does not give it.
+    """
+
+    def __init__(self, device: Device, nbytes: int, purpose: str) -> None:
+        self._account = Account(nbytes)
+        self._place = device.allocate(nbytes, purpose)
+
+    @property
+    def left(self) -> int:
+        """Bytes that are not handed out."""
+        return self._account.capacity - self._account.taken
+
+    def take(self, nbytes: int, purpose: str) -> Place:
+        """The next bytes, aligned to 256.
+
+        Raises:
+            DeviceMemoryError: so many are not left.
+        """
+        place = self._place.after(self._account.taken)
+        self._account.take(nbytes, purpose)
+        return place

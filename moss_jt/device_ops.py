@@ -1,31 +1,28 @@
 """The steps of a forward pass on a device: the same as in moss_jt.ops, launched as kernels of moss_jt.kernels.cuda.
 
 Buffers are taken beforehand and everything is queued on one stream, in order; what comes back to the host are logits.
-The cache of keys and values has the host's layout, block by block, in device memory.
+The cache of keys and values has the host's layout, block by block, in device memory. Where all weights are resident the
+launches of a block are captured once and replayed: a graph, which costs the host one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moss_jt.batch import Batch
 from moss_jt.cache import KVCache
-from moss_jt.config import MossConfig
-from moss_jt.device import Device, Place
-from moss_jt.device_weights import DeviceWeights
+from moss_jt.device import Event, Graph, Place
+from moss_jt.device_blocks import DeviceBlocks
 from moss_jt.errors import ShapeError
 from moss_jt.kv_layout import STEP_CHANNELS
-from moss_jt.layout import RowsLayout, TileLayout
-from moss_jt.ops import LOGIT_ROWS, ROUND_BLOCK, STRETCH, Linear, rotary_table
-from moss_jt.plan import buffer_widths
-from moss_jt.weights import WeightStore
+from moss_jt.layout import TileLayout
+from moss_jt.ops import LOGIT_ROWS, ROUND_BLOCK, STRETCH, Linear
+from moss_jt.workspace import DeviceBuffer, Workspace, blocks_of
 
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 # Of the kernels: warps of a block and what they share out; each is said in the head of its source.
@@ -34,6 +31,7 @@ _TOGETHER, _EXACT_THREADS, _ROW_WARPS = 4, 256, 8
 _ATTEND_THREADS, _SMALL_THREADS = 128, 256
 _FEW = (8, 16)  # tokens for which there are products of their own
 _KV_KIND = {"float32": 0, "float16": 1, "int8": 2}
+_LAYERS_AHEAD = 2  # queued before the device has done them, where weights are streamed: Ctrl-C waits for these
 
 
 @dataclass(frozen=True)
@@ -46,67 +44,46 @@ class _Tiles:
     bias: Place | None
 
 
-class DeviceBuffer:
-    """Rows of float32 in device memory, `width` to a row."""
+@dataclass(frozen=True)
+class _Captured:
+    """The launches of a block, what they hold for, and where they leave their result; None where not captured yet."""
 
-    def __init__(self, device: Device, rows: int, width: int, purpose: str) -> None:
-        self.width = width
-        self.place = device.allocate(4 * rows * width, purpose)
+    state: tuple[Hashable, ...]
+    graph: Graph | None
+    result: DeviceBuffer
 
 
 class DeviceOps:
     """The steps of a forward pass over weights and a cache in device memory.
 
     Args:
-        config: of the model.
-        device: that computes.
-        store: of the host: small tensors, rows of the embedding, layouts.
-        weights: its matrices on the device.
-        kv: counts the tokens; its memory on the host is not used.
-        capacity: T at most, new tokens of one pass.
+        space: buffers and weights, shared by all caches of a model.
+        kv: the cache, its blocks from the pool of `space`.
         rounding: whether products with int4 and int8 matrices round their inputs to int8.
 
+    Attributes:
+        capacity: T at most, new tokens of one pass.
+        observe: called with the name and values of each step's result, for tests and debugging.
+        on_layer: called when a block is queued; may raise to break the pass off.
+
     Raises:
-        DeviceMemoryError: buffers and cache do not fit.
         ShapeError: heads that the kernels cannot take.
     """
 
-    def __init__(
-        self,
-        config: MossConfig,
-        device: Device,
-        store: WeightStore,
-        weights: DeviceWeights,
-        kv: KVCache,
-        *,
-        capacity: int = 128,
-        rounding: bool = False,
-    ) -> None:
+    def __init__(self, space: Workspace, kv: KVCache, *, rounding: bool = False) -> None:
+        config = space.config
         if config.head_dim > 1024:
             raise ShapeError(f"heads are {config.head_dim} wide; the CUDA kernels take up to 1024.")
         assert STEP_CHANNELS == _WARP, "a warp keeps the channels that share a step"
-        self.config, self.device, self.store, self.cache = config, device, store, kv
-        self.capacity, self.rounding = capacity, rounding
+        assert isinstance(kv.blocks, DeviceBlocks), "the cache is not on the device"
+        self.config, self.device, self.store, self.cache = config, space.device, space.store, kv
+        self.space, self.capacity, self.rounding, self.buffers = space, space.capacity, rounding, space.buffers
         self.observe: Callable[[str, Floats], None] | None = None
         self.on_layer: Callable[[int], None] | None = None
-        self._weights = weights
-        widths = buffer_widths(config)
-        self.buffers = {name: DeviceBuffer(device, capacity, size, "activations") for name, size in widths.items()}
-        self.buffers["picked"] = DeviceBuffer(device, LOGIT_ROWS, config.n_embd, "activations")
-        self.buffers["logits"] = DeviceBuffer(device, LOGIT_ROWS, config.vocab_size, "logits")
-        stretches = -(-config.n_positions // STRETCH)
-        self._parts = device.allocate(4 * capacity * config.n_head * stretches * (2 + config.head_dim), "attention")
-        self._slots, self._positions = (device.allocate(4 * capacity, "activations") for _ in range(2))
-        self._table = device.allocate(kv.table.nbytes, "the KV cache")
-        self._cache = device.allocate(kv.memory.nbytes, "the KV cache")
-        sincos = rotary_table(config)
-        self._sincos = device.allocate(sincos.nbytes, "activations")
-        device.write(self._sincos, sincos)
-        widest = max((store.layout(name) for name in matrices_of(config)), key=_padded_in)
-        most_blocks = max(_blocks(store.layout(name)) for name in matrices_of(config))
-        self._codes = device.allocate(capacity * _padded_in(widest), "activations")
-        self._steps, self._sums = (device.allocate(4 * capacity * most_blocks, "activations") for _ in range(2))
-        self._small: dict[str, Place] = {}
+        self._blocks = kv.blocks
+        self._weights = space.weights
+        self._captured: dict[str, _Captured] = {}
+        self._queued: list[Event] = []
         self._tokens = self._picked_rows = self._stretches = 0
 
     def begin(self, batch: Batch) -> None:
@@ -120,20 +97,40 @@ class DeviceOps:
         last = int(batch.positions.max())
         if last >= self.config.n_positions:
             raise ShapeError(f"position {last} is past the model's {self.config.n_positions}.")
-        self.store.begin_pass()
+        self._weights.begin_pass()
+        self._queued.clear()
         self._tokens, self._stretches = batch.size, last // STRETCH + 1
-        self.device.write(self._slots, batch.slots)
-        self.device.write(self._positions, batch.positions)
-        self.device.write(self._table, self.cache.table)
+        used, which = np.unique(batch.slots, return_inverse=True)  # only their rows of the table go to the device
+        self.device.write(self.space.slots, which.astype(np.int32))
+        self.device.write(self.space.positions, batch.positions)
+        self.device.write(self.space.table, self._blocks.units[self.cache.table[used]])
 
     def layer_done(self, layer: int) -> None:
-        """Say that a block is queued; whoever wants to break a pass off raises from `on_layer`."""
+        """Say that a block is queued; whoever wants to break a pass off raises from `on_layer`.
+
+        Where weights are streamed the host does not run far ahead, so that a pass can be broken off.
+        """
+        if not self._weights.is_whole:
+            self._queued.append(self.device.record("compute"))
+            if len(self._queued) > _LAYERS_AHEAD:
+                self.device.wait(self._queued.pop(0))
         if self.on_layer is not None:
             self.on_layer(layer)
 
     def block(self, name: str, compute: Callable[[], DeviceBuffer]) -> DeviceBuffer:
-        """A block of the network."""
-        return compute()
+        """A block of the network: queued step by step, then captured, then replayed as long as nothing has changed."""
+        if self.observe is not None or not self._weights.is_whole:
+            return compute()
+        state = (self._tokens, self._stretches, self._weights.version, self.rounding)
+        known = self._captured.get(name)
+        if known is None or known.state != state:
+            result = compute()
+            self._captured[name] = _Captured(state, None, result)
+            return result
+        if known.graph is None:
+            known = self._captured[name] = _Captured(state, self.device.capture(lambda: _run(compute)), known.result)
+        self.device.replay(known.graph)
+        return known.result
 
     def embed(self, ids: npt.NDArray[np.int32], name: str) -> DeviceBuffer:
         """Rows of the embedding, read on the host: (T,) ids to (T, C)."""
@@ -150,7 +147,7 @@ class DeviceOps:
     def layer_norm(self, x: DeviceBuffer, name: str) -> DeviceBuffer:
         """Normalise (T, C) by the norm `name`."""
         y = self.buffers["picked" if x is self.buffers["picked"] else "normed"]
-        weight, bias = (self._small_place(f"{name}.{kind}") for kind in ("weight", "bias"))
+        weight, bias = (self.space.small(f"{name}.{kind}") for kind in ("weight", "bias"))
         arguments = (x.place, weight, bias, y.place, x.width, self.config.layer_norm_epsilon)
         self.device.launch("pointwise", "layer_norm", (self._rows(x),), _SMALL_THREADS, arguments)
         return self._seen(name, y)
@@ -159,7 +156,7 @@ class DeviceOps:
         """(T, K) to (T, N), written to the buffer `into`."""
         assert weight.low_rank is None, "adapters are not on the device yet"
         y = self.buffers[into]
-        bias = self._small_place(weight.name + ".bias") if weight.bias else None
+        bias = self.space.small(weight.name + ".bias") if weight.bias else None
         self._multiply(x, weight.name + ".weight", bias, y)
         return self._seen(weight.name, y)
 
@@ -170,14 +167,15 @@ class DeviceOps:
         heads, tokens, width = config.n_head, self._tokens, config.head_dim
         keys_at = self.cache.layers.index(layer) * kv.layer_bytes
         places = (keys_at, keys_at + kv.layer_bytes // 2)
-        whose = (self._slots, self._positions, self._table)
+        space, pool = self.space, self.space.pool.place
+        whose = (space.slots, space.positions, space.table)
         common = (np.int64(kv.block_bytes), self.cache.table.shape[1], kv.row_bytes, _KV_KIND[kv.kind], width)
         threads = -(-width // _WARP) * _WARP
-        append = (qkv.place, self._sincos, *whose, queries.place, self._cache, *common, config.rotary_dim, *places)
+        append = (qkv.place, space.sincos, *whose, queries.place, pool, *common, config.rotary_dim, *places)
         self.device.launch("attention", "rotate_and_append", (heads, tokens), threads, append)
-        attend = (queries.place, self._cache, *whose, self._parts, *common, *places)
+        attend = (queries.place, pool, *whose, space.parts, *common, *places)
         self.device.launch("attention", "attend", (self._stretches, heads, tokens), _ATTEND_THREADS, attend)
-        merge = (self._parts, self._positions, merged.place, self._stretches, width)
+        merge = (space.parts, space.positions, merged.place, self._stretches, width)
         self.device.launch("attention", "merge", (heads, tokens), _ATTEND_THREADS, merge)
         return self._seen(f"transformer.h.{layer}.attn.merged", merged)
 
@@ -201,8 +199,14 @@ class DeviceOps:
                 self.device.move(x.place.after(int(token) * row), picked.place.after(place * row), row)
             self._picked_rows = len(rows)
             out = self.linear(self.layer_norm(picked, norm), head, "logits")
+            if start + LOGIT_ROWS >= len(wanted):
+                self._weights.prefetch()
             self.device.read(out.place, result[start : start + len(rows)])
         return result
+
+    def more_logits(self, norm: str, head: Linear, wanted: npt.NDArray[np.int32]) -> Floats:
+        """The same for other tokens of the pass that has just run."""
+        return self.logits(self.buffers["x"], norm, head, wanted)
 
     def values(self, x: DeviceBuffer) -> Floats:
         """The T rows of a buffer; waits for the device."""
@@ -214,21 +218,6 @@ class DeviceOps:
         """Rows of a buffer that hold something in this pass."""
         return self._picked_rows if x is self.buffers["picked"] or x is self.buffers["logits"] else self._tokens
 
-    def _small_place(self, name: str) -> Place:
-        if name not in self._small:
-            values = self.store.small(name)
-            place = self.device.allocate(values.nbytes, "norms and biases")
-            self.device.write(place, values)
-            self._small[name] = place
-        return self._small[name]
-
-    def _perm_place(self, name: str, perm: npt.NDArray[np.int32]) -> Place:
-        if name not in self._small:
-            place = self.device.allocate(perm.nbytes, "the order of inputs")
-            self.device.write(place, perm)
-            self._small[name] = place
-        return self._small[name]
-
     def _each(self, x: DeviceBuffer, kernel: str, *arguments: Place | int) -> None:
         grid = -(-self._tokens * x.width // _SMALL_THREADS)
         self.device.launch("pointwise", kernel, (grid,), _SMALL_THREADS, arguments)
@@ -236,7 +225,7 @@ class DeviceOps:
     def _multiply(self, x: DeviceBuffer, name: str, bias: Place | None, y: DeviceBuffer) -> None:
         layout, perm = self.store.layout(name), self.store.perm(name)
         if isinstance(layout, TileLayout):
-            tiles = _Tiles(name, layout, None if perm is None else self._perm_place(name, perm), bias)
+            tiles = _Tiles(name, layout, None if perm is None else self.space.small(name), bias)
             multiply = self._multiply_rounded if self.rounding else self._multiply_exact
             return multiply(x, tiles, y)
         tokens = self._rows(x)
@@ -257,8 +246,8 @@ class DeviceOps:
 
     def _multiply_rounded(self, x: DeviceBuffer, tiles: _Tiles, y: DeviceBuffer) -> None:
         layout = tiles.layout
-        tokens, rounded = self._rows(x), (self._codes, self._steps, self._sums)
-        grid: tuple[int, ...] = (-(-_blocks(layout) // _ROUND_WARPS), tokens)
+        tokens, rounded = self._rows(x), self.space.rounded
+        grid: tuple[int, ...] = (-(-blocks_of(layout) // _ROUND_WARPS), tokens)
         sizes = (tokens, x.width, layout.padded_in, layout.padded_group, ROUND_BLOCK, int(tiles.order is not None), 0)
         arguments = (x.place, tiles.order, *rounded, *sizes)
         self.device.launch("rounding", "round_activations", grid, _ROUND_WARPS * _WARP, arguments)
@@ -277,27 +266,11 @@ class DeviceOps:
         return buffer
 
 
-def matrices_of(config: MossConfig) -> list[str]:
-    """The matrices that a pass multiplies with, in its order."""
-    parts = ("attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out")
-    names = [f"transformer.h.{layer}.{part}.weight" for layer in range(config.n_layer) for part in parts]
-    return [*names, "lm_head.weight"]
+def _run(compute: Callable[[], DeviceBuffer]) -> None:
+    compute()
 
 
 def _tile_sizes(layout: TileLayout) -> tuple[int, ...]:
     """What the kernels must know of a matrix in tiles, its rows apart."""
     where = (layout.tile_bytes, layout.code_bytes, layout.code_bytes + layout.scale_bytes)
     return (*where, layout.padded_in, layout.padded_group, ROUND_BLOCK)
-
-
-def _padded_in(layout: RowsLayout | TileLayout) -> int:
-    return layout.padded_in if isinstance(layout, TileLayout) else layout.shape[1]
-
-
-def _blocks(layout: RowsLayout | TileLayout) -> int:
-    """Runs in which the inputs of a matrix are rounded."""
-    if isinstance(layout, RowsLayout):
-        return 1
-    per_group = -(-layout.padded_group // ROUND_BLOCK)
-    whole, rest = divmod(layout.padded_in, layout.padded_group)
-    return whole * per_group + -(-rest // ROUND_BLOCK)

@@ -96,7 +96,7 @@ class Engine:
             )
         self.model = model
         self.runner = model.runner(slots=slots, tokens=tokens)
-        self.runner.ops.on_layer = _weakly(self)
+        self.runner.on_layer = _weakly(self)
         self.context_size = min(model.config.n_positions, tokens or model.max_tokens, self.runner.cache.room(0))
         # Which slots are free follows from these two, so that an interrupt can nowhere lose one.
         self._tasks: dict[int, _Task] = {}  # by id, which is by age
@@ -179,13 +179,27 @@ class Engine:
 
     def _memory_stats(self) -> dict[str, float]:
         """Where the weights are, and what was read for them."""
-        store, reading = self.model.store, self.model.store.reading
-        return {
+        store, reading, budget, placed = (
+            self.model.store,
+            self.model.store.reading,
+            self.model.budget,
+            self.model.placed,
+        )
+        told: dict[str, float] = {
             "resident_bytes": store.resident_bytes,
             "streamed_bytes": store.streamed_bytes,
             "disk_bytes": reading.disk_bytes,
             "waited_for_disk_s": reading.waited_s,
-            "memory_limit": self.model.budget.plan.memory if self.model.budget is not None else 0,
+        }
+        if placed is None:
+            return told | {"memory_limit": budget.plan.memory if budget is not None else 0}
+        weights, host = placed.space.weights, placed.plans.host
+        return told | {
+            "memory_limit": host.memory if host is not None else 0,
+            "vram_limit": placed.plans.device.memory,
+            "device_bytes": weights.resident_bytes,
+            "link_bytes_per_pass": weights.streamed_bytes,
+            "link_bytes": weights.copied_bytes,
         }
 
     def _check(self, request: Request) -> None:

@@ -219,9 +219,9 @@ def fit(
 def predictor_for(model: Model) -> Predictor | None:
     """Predictions for a loaded model, from what is kept of this machine; nothing is measured.
 
-    None where the model has no budget, or the machine was not measured for it (`moss-jt fit` does that).
+    None where the model has no budget, lies on a device, or the machine was not measured for it (`moss-jt fit` does that).
     """
-    if model.budget is None:
+    if model.budget is None or model.placed is not None:
         return None
     layouts = {size.name: model.store.layout(size.name) for size in matrix_sizes(model.config)}
     sizes = matrix_sizes(model.config, layouts)

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from moss_jt import launch, paths
+from moss_jt.accelerator import check_device_name, open_accelerator
 from moss_jt.budget import Budget
 from moss_jt.checkpoint import Checkpoint, is_native
+from moss_jt.device import Device
 from moss_jt.errors import CheckpointError, ConfigError, DeviceMemoryError, DiskError, MossError
 from moss_jt.kv_layout import KVType
 from moss_jt.memory import (
@@ -26,13 +28,14 @@ from moss_jt.memory import (
     resident_memory,
     room_in_process,
 )
+from moss_jt.placement import Placed, place
 from moss_jt.plan import MatrixSize, Plan, make_plan, matrix_sizes, needs_of, smallest_memory
 from moss_jt.progress import Progress, Quiet
 from moss_jt.runner import DEFAULT_KV, KV_TYPES, Compute, Model
 from moss_jt.tokenizer import TOKENIZER_FILES, load_tokenizer
 from moss_jt.weights import WeightStore
 
-Device = Literal["auto", "cpu"] | str  # "cuda", "cuda:1"
+DeviceName = Literal["auto", "cpu"] | str  # "cuda", "cuda:1"
 
 _UNSTEADY = 4 << 20  # bytes by which the same process is larger or smaller from start to start: mapped files, mostly
 
@@ -41,10 +44,11 @@ _log = logging.getLogger(__name__)
 
 def load_model(
     path: str | os.PathLike[str],
-    device: Device = "auto",
+    device: DeviceName | Device = "auto",
     compute: Compute = "exact",
     *,
     memory: int | str | None = None,
+    vram: int | str | None = None,
     kv: str | None = None,
     max_tokens: int | None = None,
     progress: Progress | None = None,
@@ -56,10 +60,13 @@ def load_model(
 
     Args:
         path: a native folder, or a Hugging Face folder of a MOSS model.
-        device: "cpu", or "auto", which takes it too: kernels for CUDA are not in this version.
+        device: "cpu", "cuda", "cuda:1", or "auto": a CUDA device where one can be used, else the CPU. Or an open device,
+            which stays the caller's.
         compute: "exact" computes in float32; "fast" rounds the inputs of int4 and int8 matrices to int8.
         memory: what the whole process may take, in bytes or like "6GiB"; None for what is free, less a reserve.
             What does not fit is read from disk in every pass. Results do not depend on it.
+        vram: what the process may take on the device, in the same way. What does not fit is kept in main memory and
+            copied in every pass, as far as that has room for it.
         kv: type of the cached keys and values, "fp32", "fp16" or "int8"; None for fp32 with exact compute, else fp16.
         max_tokens: positions that a cache holds, prompt and answer together; None for n_positions, or for what
             fits where memory is short.
@@ -70,17 +77,35 @@ def load_model(
         ConfigError: an argument, or a value in config.json, cannot work; or the memory is too little, and then
             the least that would do is named.
         StartupError: Jittor cannot be started here.
+        KernelError: the device that was asked for cannot be used.
     """
     check_arguments(device, compute, kv, max_tokens)
     limit = parse_size(memory) if isinstance(memory, str) else memory
+    vram_limit = parse_size(vram, "vram") if isinstance(vram, str) else vram
     require_room_to_start()
     progress = Quiet() if progress is None else progress
     checkpoint = Checkpoint.open(native_folder(Path(path), progress))
-    launch.warm_up(progress)
     kind = KV_TYPES[kv] if kv is not None else DEFAULT_KV[compute]
     tokenizer = None
     with contextlib.suppress(MossError):  # whoever needs it is told then what is wrong with it
         tokenizer = load_tokenizer(checkpoint.path)
+    accelerator = open_accelerator(device, vram_limit, progress) if isinstance(device, str) else device
+    if accelerator is not None:
+        placed = _place(checkpoint, accelerator, kind, limit=limit, max_tokens=max_tokens, progress=progress)
+        return Model(
+            checkpoint,
+            placed.store,
+            compute=compute,
+            device=accelerator.name,
+            max_tokens=placed.plans.device.context,
+            kv=kind,
+            budget=placed.budget,
+            tokenizer=tokenizer,
+            placed=placed,
+        )
+    if vram is not None:
+        raise ConfigError("vram was given, and no device is used. Leave it out, or see `moss-jt doctor`.")
+    launch.warm_up(progress)
     plan, sizes = _plan(checkpoint, kind, limit, max_tokens)
     with memory_for("the weights"):
         store = WeightStore(checkpoint, plan, progress)
@@ -94,6 +119,33 @@ def load_model(
         budget=Budget(plan, sizes, store),
         tokenizer=tokenizer,
     )
+
+
+def _place(
+    checkpoint: Checkpoint,
+    device: Device,
+    kind: KVType,
+    *,
+    limit: int | None,
+    max_tokens: int | None,
+    progress: Progress,
+) -> Placed:
+    """Load onto a device; on the host goes what has no room there."""
+    base = resident_memory()
+    context = None if max_tokens is None else min(max_tokens, checkpoint.config.n_positions)
+    if limit is None:
+        limit = base + automatic_memory()
+    with memory_for("the weights"):
+        return place(
+            checkpoint,
+            device,
+            kind,
+            vram=device.own_bytes + device.capacity,
+            memory=limit,
+            host_base=base,
+            context=context,
+            progress=progress,
+        )
 
 
 def _plan(
@@ -205,16 +257,14 @@ def _fingerprint(path: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def check_arguments(device: str, compute: str, kv: str | None, max_tokens: int | None) -> None:
+def check_arguments(device: DeviceName | Device, compute: str, kv: str | None, max_tokens: int | None) -> None:
     """Refuse what `load_model` could not do.
 
     Raises:
         ConfigError: names the argument.
     """
-    if device == "cuda" or str(device).startswith("cuda:"):
-        raise ConfigError(f'device is "{device}"; the CUDA kernels are not in this version. Use "auto" or "cpu".')
-    if device not in ("auto", "cpu"):
-        raise ConfigError(f'device is "{device}"; known are "auto", "cpu" and "cuda".')
+    if isinstance(device, str):
+        check_device_name(device)
     if compute not in get_args(Compute):
         raise ConfigError(f'compute is "{compute}"; known are {", ".join(get_args(Compute))}.')
     if kv is not None and kv not in KV_TYPES:

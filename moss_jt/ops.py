@@ -270,6 +270,10 @@ class InferenceOps:
             result[start : start + len(rows)] = out.array[: len(rows)]
         return result
 
+    def more_logits(self, norm: str, head: Linear, wanted: npt.NDArray[np.int32]) -> Floats:
+        """The same for other tokens of the pass that has just run."""
+        return self.logits(self.buffers["x"], norm, head, wanted)
+
     def values(self, x: Buffer) -> Floats:
         """The T rows of a buffer, copied."""
         self._steps.run()

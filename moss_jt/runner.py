@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,13 +17,16 @@ from moss_jt.budget import Budget
 from moss_jt.cache import KVCache, KVType
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import MossConfig
+from moss_jt.device_ops import DeviceOps
 from moss_jt.errors import ShapeError
-from moss_jt.launch import Buffer, computing
+from moss_jt.launch import computing
 from moss_jt.memory import memory_for
 from moss_jt.model import Moss
 from moss_jt.ops import InferenceOps
+from moss_jt.placement import Placed
 from moss_jt.plan import LOGIT_ROWS, PASS_TOKENS, buffer_bytes
 from moss_jt.weights import WeightStore
+from moss_jt.workspace import Workspace
 
 if TYPE_CHECKING:
     from moss_jt.tokenizer import Tokenizer
@@ -37,7 +40,7 @@ DEFAULT_KV: dict[Compute, KVType] = {"exact": "float32", "fast": "float16"}
 
 
 class Runner:
-    """A KV cache, the buffers of a pass, and the network over them.
+    """A KV cache, the buffers of a pass, and the network over them; on a device where there is a `space` on it.
 
     Attributes:
         buffer_bytes: memory that the buffers take, at most.
@@ -53,13 +56,20 @@ class Runner:
         kind: KVType,
         capacity: int = PASS_TOKENS,
         rounding: bool = False,
+        space: Workspace | None = None,
     ) -> None:
-        capacity = min(capacity, config.n_positions * slots)
-        self.cache = KVCache(config, slots=slots, tokens=tokens, kind=kind)
-        with memory_for("activations"):
-            self.ops = InferenceOps(config, store, self.cache, capacity=capacity, rounding=rounding)
-        self.network: Moss[Buffer] = Moss(config)
-        self.buffer_bytes = buffer_bytes(config, capacity, slots)
+        self._ops: InferenceOps | DeviceOps
+        if space is None:
+            capacity = min(capacity, config.n_positions * slots)
+            self.cache = KVCache(config, slots=slots, tokens=tokens, kind=kind)
+            with memory_for("activations"):
+                self._ops = InferenceOps(config, store, self.cache, capacity=capacity, rounding=rounding)
+            self.buffer_bytes = buffer_bytes(config, capacity, slots)
+        else:
+            self.cache = space.cache(slots=slots, tokens=tokens)
+            self._ops = DeviceOps(space, self.cache, rounding=rounding)
+            self.buffer_bytes = 0  # all caches of a model share them
+        self.network: Moss[Any] = Moss(config)
         self._budget: Budget | None = None
 
     def keep_to(self, budget: Budget) -> None:
@@ -77,28 +87,50 @@ class Runner:
             self.cache.trim(SPARE_BLOCKS * self.cache.block_bytes)
 
     @property
+    def ops(self) -> InferenceOps:
+        """The steps, where the CPU computes them."""
+        assert isinstance(self._ops, InferenceOps), "a device computes"
+        return self._ops
+
+    @property
+    def device_ops(self) -> DeviceOps:
+        """The steps, where a device computes them."""
+        assert isinstance(self._ops, DeviceOps), "the CPU computes"
+        return self._ops
+
+    @property
+    def on_layer(self) -> Callable[[int], None] | None:
+        """Called after each block; may raise to break a pass off."""
+        return self._ops.on_layer
+
+    @on_layer.setter
+    def on_layer(self, call: Callable[[int], None] | None) -> None:
+        self._ops.on_layer = call
+
+    @property
     def capacity(self) -> int:
         """New tokens of one pass, at most."""
-        return self.ops.capacity
+        return self._ops.capacity
 
     def forward(self, batch: Batch) -> Floats:
         """Logits (R, V) of the wanted tokens. Room must be reserved; nothing is committed."""
         with self._passing():
-            logits: Floats = self.network.execute(self.ops, batch)
+            logits: Floats = self.network.execute(self._ops, batch)
         return logits
 
     def logits(self, which: Sequence[int]) -> Floats:
         """Logits (R, V) of some tokens of the last pass, by their places in it."""
         network, wanted = self.network, np.array(which, np.int32)
         with self._passing():
-            logits: Floats = self.ops.logits(self.ops.buffers["x"], network.ln_f, network.lm_head, wanted)
+            logits: Floats = self._ops.more_logits(network.ln_f, network.lm_head, wanted)
         return logits
 
     @contextmanager
     def _passing(self) -> Iterator[None]:
         """Have the weights to oneself; what was read of changed files is of no worth."""
-        store = self.ops.store
-        with store.lock, computing(), memory_for("a pass"):
+        store = self._ops.store
+        gate = computing() if isinstance(self._ops, InferenceOps) else nullcontext()
+        with store.lock, gate, memory_for("a pass"):
             yield
         store.check_files()
 
@@ -114,7 +146,8 @@ class Model:
         kv: type of the cached keys and values.
         device: where it computes.
         max_tokens: positions of a cache, prompt and answer together.
-        budget: what keeps it within a limit of memory; None where nothing does.
+        budget: what keeps it within a limit of memory, on a device of that; None where nothing does.
+        placed: where it lies on a device and on its host; None where the CPU computes.
     """
 
     def __init__(
@@ -128,7 +161,9 @@ class Model:
         kv: KVType | None = None,
         budget: Budget | None = None,
         tokenizer: Tokenizer | None = None,
+        placed: Placed | None = None,
     ) -> None:
+        self.placed = placed
         self.path: Path = checkpoint.path
         self.config = checkpoint.config
         self.store = store
@@ -171,7 +206,14 @@ class Model:
             capacity = self.budget.plan.capacity
         rounding = self.compute == "fast"
         runner = Runner(
-            self.config, self.store, slots=slots, tokens=tokens, kind=self.kv, capacity=capacity, rounding=rounding
+            self.config,
+            self.store,
+            slots=slots,
+            tokens=tokens,
+            kind=self.kv,
+            capacity=capacity,
+            rounding=rounding,
+            space=None if self.placed is None else self.placed.space,
         )
         if self.budget is not None:
             runner.keep_to(self.budget)

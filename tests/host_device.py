@@ -39,7 +39,7 @@ class HostDevice:
     """Implements `moss_jt.device.Device`."""
 
     def __init__(self, folder: Path, capacity: int = 1 << 30, seed: int = 0) -> None:
-        self.name, self.capacity = "the host", capacity
+        self.name, self.own_bytes, self.capacity = "the host", 1000, capacity
         self._folder = folder
         self._account = Account(capacity)
         self._kernels: dict[str, HostKernels] = {}
@@ -48,7 +48,9 @@ class HostDevice:
         self._random = random.Random(seed)
         self.written: dict[Stream, int] = {"compute": 0, "copy": 0}
         self.read_bytes = 0
-        self.launched = 0
+        self.launched = self.replayed = 0
+        self.pinned: dict[int, int] = {}
+        self._capturing: list[Callable[[], None]] | None = None
 
     @property
     def taken(self) -> int:
@@ -61,7 +63,17 @@ class HostDevice:
         self._memory[memory.ctypes.data] = memory
         return Place(memory.ctypes.data)
 
+    def pin(self, memory: Array) -> bool:
+        start, end = memory.ctypes.data, memory.ctypes.data + memory.nbytes
+        assert not any(start < other + size and other < end for other, size in self.pinned.items()), "pinned twice"
+        self.pinned[start] = memory.nbytes
+        return True
+
+    def unpin(self, memory: Array) -> None:
+        del self.pinned[memory.ctypes.data]
+
     def write(self, place: Place, values: Array, *, stream: Stream = "compute", stays: bool = False) -> None:
+        assert self._capturing is None, "a copy from the host would be captured"
         kept = values if stays else values.copy()
         self.written[stream] += kept.nbytes
         self._queue(stream, lambda: self._copy(self._at(place, kept.nbytes), kept.reshape(-1).view(np.uint8)))
@@ -83,6 +95,20 @@ class HostDevice:
         self.launched += 1
         self._queue("compute", lambda: self._kernels[source].launch(kernel, grid, threads, values))
 
+    def capture(self, queue: Callable[[], None]) -> list[Callable[[], None]]:
+        steps: list[Callable[[], None]] = []
+        self._capturing = steps
+        try:
+            queue()
+        finally:
+            self._capturing = None
+        return steps
+
+    def replay(self, graph: list[Callable[[], None]]) -> None:
+        self.replayed += 1
+        for step in graph:
+            self._queue("compute", step)
+
     def record(self, stream: Stream) -> HostEvent:
         event = HostEvent()
         self._queue(stream, lambda: setattr(event, "happened", True))
@@ -102,6 +128,10 @@ class HostDevice:
         self._account.taken = 0
 
     def _queue(self, stream: Stream, run: Callable[[], None]) -> None:
+        if self._capturing is not None:
+            assert stream == "compute"
+            self._capturing.append(run)
+            return
         self._queues[stream].append(_Step(run))
 
     def _copy(self, target: Array, source: Array) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import has_device
+from host_device import HostDevice
 
 from moss_jt.bench import parse_synthetic
 from moss_jt.record import spread
@@ -257,3 +258,29 @@ def test_the_gpu_suite_without_a_device(tmp_path: Path) -> None:
     done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=variables, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("not measured: ")
+
+
+def test_the_gpu_suite_compares_caps(benchmark_module: Import, tmp_path: Path) -> None:
+    """On a device that is the host: the same tokens within every cap, and what a cap costs is told."""
+    gpu_model = benchmark_module("gpu_model")
+
+    class Small(gpu_model.Stage):  # type: ignore[misc, name-defined]
+        def config(self, kind: str) -> Any:
+            return replace(parse_synthetic(f"tiny-{kind}", layers=1), vocab_size=512, n_positions=64)
+
+    def open_device(limit: int | None) -> HostDevice:
+        return HostDevice(tmp_path, capacity=(limit or 1 << 30) - 1000)
+
+    with gpu_model.loaded(Small(open_device), "int4", context=64) as model:
+        whole = model.placed.space.weights.resident_bytes
+        fixed = model.placed.plans.device.needs.fixed + model.placed.plans.device.kv_bytes(64)
+    stage = Small(open_device, kinds=("int4",), caps=(fixed + whole // 2, 2 * (fixed + whole)))
+    found = gpu_model.caps(stage, context=64)
+    assert found.pop("wrong") is False
+    tight, plenty = sorted(found.values(), key=lambda row: -row["streamed_bytes"])
+    assert tight["same_tokens"] and tight["of_link"]["runs"] > 0 < tight["streamed_bytes"]
+    assert plenty["streamed_bytes"] == 0 and "of_link" not in plenty
+    assert tight["taken_bytes"] <= fixed + whole // 2
+    found = gpu_model.context(stage, limits=(fixed + whole // 2,))
+    (row,) = (row for row in found.values() if isinstance(row, dict))
+    assert row["context"] == 64 and row["streamed_bytes"] > 0

@@ -217,16 +217,16 @@ def test_ctrl_c_in_the_middle_of_a_pass_leaves_no_trace(model: Model) -> None:
     number = engine.submit(Request((1, 2, 3), GREEDY, "talk"))
     events = engine.step()
     for layer in range(model.config.n_layer):
-        inner = engine.runner.ops.on_layer
+        inner = engine.runner.on_layer
 
         def strike(at: int, layer: int = layer) -> None:
             if at == layer:
                 raise KeyboardInterrupt
 
-        engine.runner.ops.on_layer = strike
+        engine.runner.on_layer = strike
         with pytest.raises(KeyboardInterrupt):
             engine.step()
-        engine.runner.ops.on_layer = inner
+        engine.runner.on_layer = inner
         events += engine.step()
     events += drain(engine)
     assert tokens_of(events, number) == wanted
@@ -309,7 +309,7 @@ def test_cancel_from_another_thread_stops_within_a_layer(model: Model) -> None:
     number = engine.submit(Request((1, 2, 3), replace(GREEDY, max_new_tokens=200), "talk"))
     engine.step()
     layers: list[int] = []
-    inner = engine.runner.ops.on_layer
+    inner = engine.runner.on_layer
 
     def watch(layer: int) -> None:
         layers.append(layer)
@@ -319,12 +319,12 @@ def test_cancel_from_another_thread_stops_within_a_layer(model: Model) -> None:
         assert inner is not None
         inner(layer)
 
-    engine.runner.ops.on_layer = watch
+    engine.runner.on_layer = watch
     events = engine.step()
     assert layers == [0]
     done = finished(events, number)
     assert (done.reason, done.new_tokens) == ("cancelled", 1)
-    engine.runner.ops.on_layer = inner
+    engine.runner.on_layer = inner
     again = engine.submit(Request((1, 2, 3), GREEDY, "talk"))
     assert tokens_of(drain(engine), again) == alone(model, (1, 2, 3), GREEDY)
 

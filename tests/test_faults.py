@@ -488,7 +488,7 @@ def test_ctrl_c_is_answered_within_a_layer(streaming: Model, prompt_tokens: int,
     want, kept = undisturbed(streaming, prompt, 3)
     engine = Engine(streaming)
     engine.submit(request(3, "one", prompt))
-    after_layer, at_work, sent, late = engine.runner.ops.on_layer, threading.Event(), threading.Event(), []
+    after_layer, at_work, sent, late = engine.runner.on_layer, threading.Event(), threading.Event(), []
     assert after_layer is not None
 
     def count(done: int) -> None:
@@ -503,14 +503,14 @@ def test_ctrl_c_is_answered_within_a_layer(streaming: Model, prompt_tokens: int,
         sent.set()
         os.kill(os.getpid(), signal.SIGINT)
 
-    engine.runner.ops.on_layer = count
+    engine.runner.on_layer = count
     thread = threading.Thread(target=strike)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         rest_of(engine)
     thread.join()
     assert len(late) <= 1
-    engine.runner.ops.on_layer = after_layer
+    engine.runner.on_layer = after_layer
     assert_goes_on(engine, [], want, kept) if not engine._tasks[0].new_tokens else rest_of(engine)
 
 

@@ -74,11 +74,11 @@ def test_a_tokenizer_that_comes_later_is_found(golden: Path, tmp_path: Path, jit
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"device": "cuda"}, "CUDA kernels are not in this version"),
-        ({"device": "cuda:1"}, "CUDA kernels are not in this version"),
-        ({"device": "tpu"}, 'known are "auto", "cpu" and "cuda"'),
+        ({"device": "cuda:x"}, 'device is "cuda:x"; known are "auto", "cpu", "cuda" and "cuda:1"'),
+        ({"device": "cpu", "vram": "4GiB"}, "vram was given, and no device is used"),
+        ({"device": "cpu", "vram": "much"}, "vram is 'much'; give a size"),
+        ({"device": "tpu"}, 'known are "auto", "cpu", "cuda"'),
         ({"compute": "quick"}, "known are exact, fast"),
-        ({"device": None}, 'device is "None"; known are'),
         ({"max_tokens": 0}, "max_tokens is 0; it must be a whole number from 1"),
         ({"max_tokens": 2.5}, "max_tokens is 2.5; it must be a whole number"),
     ],

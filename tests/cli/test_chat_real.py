@@ -167,7 +167,7 @@ def test_ctrl_c_inside_the_engine_leaves_a_conversation_that_goes_on(
         if layers == 4 * model.config.n_layer + 2:  # in the middle of a later pass
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine.runner.ops, "on_layer", interrupt)
+    monkeypatch.setattr(engine.runner, "on_layer", interrupt)
     events = list(session.reply("one"))
     finished = events[-1]
     assert isinstance(finished, Finished)

@@ -12,11 +12,19 @@ import pytest
 
 from moss_jt.device import Place
 from moss_jt.errors import DeviceMemoryError, KernelError
+from moss_jt.kernels import cupy_device
+from moss_jt.kernels.cuda import SOURCES
 from moss_jt.kernels.cupy_device import CupyDevice
 
 
 class CudaError(RuntimeError):
     """Of the stand-in."""
+
+
+class FakeCard(contextlib.nullcontext[None]):
+    """cupy.cuda.Device."""
+
+    pci_bus_id = "0000:01:00.0"
 
 
 class FakeCupy:
@@ -34,10 +42,12 @@ class FakeCupy:
             malloc=self._malloc,
             free=lambda address: self.asked.append(("free", address)),
             memcpyAsync=lambda *given: self.asked.append(("copy", *given)),
+            hostRegister=self._register,
+            hostUnregister=lambda address: self.asked.append(("unpin", address)),
         )
         self.cuda = SimpleNamespace(
             runtime=runtime,
-            Device=lambda _index: contextlib.nullcontext(),
+            Device=FakeCard,
             Stream=self._stream,
             Event=self._event,
             compiler=SimpleNamespace(CompileException=ValueError),
@@ -48,6 +58,11 @@ class FakeCupy:
         if self.broken:
             raise CudaError("no device")
         return self.properties
+
+    def _register(self, address: int, nbytes: int, flags: int) -> None:
+        if self.refuses:
+            raise CudaError("no more may be locked")
+        self.asked.append(("pin", address, nbytes, flags))
 
     def _malloc(self, nbytes: int) -> int:
         if self.refuses:
@@ -70,6 +85,13 @@ class FakeCupy:
 
             def synchronize(self) -> None:
                 asked.append(("synchronize", number))
+
+            def begin_capture(self) -> None:
+                asked.append(("capture", number))
+
+            def end_capture(self) -> Any:
+                asked.append(("captured", number))
+                return SimpleNamespace(launch=lambda stream: asked.append(("graph", stream.ptr)))
 
             def __enter__(self) -> None:
                 asked.append(("current", number))
@@ -99,6 +121,14 @@ class FakeCupy:
         self.asked.append((name, *given))
 
 
+@pytest.fixture(autouse=True)
+def used(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """What NVML says is in use, call by call; at the end the last for ever."""
+    told: list[int | None] = [5000, 5000 + (100 << 20)]
+    monkeypatch.setattr(cupy_device, "used_memory", lambda _bus: told.pop(0) if len(told) > 1 else told[0])
+    return told
+
+
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
     fake = FakeCupy()
@@ -107,7 +137,9 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
 
 
 def test_memory_is_counted_and_given_back(cupy: FakeCupy) -> None:
-    device = CupyDevice(capacity=1024)
+    device = CupyDevice(limit=1024 + (100 << 20))
+    assert device.own_bytes == 100 << 20, "what came into use while it was opened"
+    assert device.capacity == 1024
     first = device.allocate(1, "something small")
     assert device.allocate(500, "more") == first.after(256)
     assert device.taken == 768
@@ -127,9 +159,45 @@ def test_memory_is_counted_and_given_back(cupy: FakeCupy) -> None:
     assert device.taken == 0
 
 
-def test_no_more_is_allowed_than_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", FakeCupy(free=4096))
-    assert CupyDevice(capacity=1 << 40).capacity == CupyDevice().capacity == 4096
+@pytest.mark.parametrize(
+    ("said", "own"),
+    [([None, None], 512 << 20), ([1 << 30, 1 << 29], 64 << 20), ([0, 5 << 30], 1 << 30), ([0, 90 << 20], 90 << 20)],
+)
+def test_what_the_driver_takes_is_believed_within_reason(
+    said: list[int | None], own: int, used: list[int | None], cupy: FakeCupy
+) -> None:
+    used[:] = said
+    assert CupyDevice().own_bytes == own
+
+
+def test_no_more_is_allowed_than_is_free(cupy: FakeCupy) -> None:
+    assert CupyDevice(limit=1 << 40).capacity == 1 << 30
+    assert CupyDevice().capacity == (1 << 30) - (256 << 20), "without a limit some is left to others"
+
+
+def test_memory_is_pinned_until_the_end(cupy: FakeCupy, caplog: pytest.LogCaptureFixture) -> None:
+    device = CupyDevice()
+    first, second, third = (np.zeros(4096, np.uint8) for _ in range(3))
+    assert device.pin(first) and device.pin(second)
+    assert ("pin", first.ctypes.data, 4096, 1) in cupy.asked
+    device.unpin(first)
+    cupy.refuses = True
+    assert not device.pin(third)
+    assert "4KiB of main memory cannot be pinned (no more may be locked)" in caplog.text
+    cupy.asked.clear()
+    device.close()
+    assert ("unpin", second.ctypes.data) in cupy.asked and ("unpin", first.ctypes.data) not in cupy.asked
+    assert cupy.asked.index(("synchronize", 1)) < cupy.asked.index(("unpin", second.ctypes.data))
+
+
+def test_launches_are_captured_on_the_computing_stream(cupy: FakeCupy) -> None:
+    device = CupyDevice()
+    cupy.asked.clear()
+    graph = device.capture(lambda: device.launch("pointwise", "gelu", (1,), 256, ()))
+    device.replay(graph)
+    kinds = [each[0] for each in cupy.asked if each[0] != "current"]
+    assert kinds == ["capture", "gelu", "captured", "graph"]
+    assert cupy.asked[-1] == ("graph", 100)
 
 
 def test_copies_name_their_stream_and_wait_where_values_may_change(cupy: FakeCupy) -> None:
@@ -159,11 +227,12 @@ def test_streams_follow_events(cupy: FakeCupy) -> None:
     assert cupy.asked == [("record", 101), ("follow", 0, 0)]
 
 
-def test_a_source_is_compiled_once_and_arguments_have_their_widths(cupy: FakeCupy) -> None:
+def test_sources_are_compiled_once_and_arguments_have_their_widths(cupy: FakeCupy) -> None:
     device = CupyDevice()
+    assert cupy.asked.count("compile") == len(SOURCES), "when it is opened"
     for _ in range(2):
         device.launch("pointwise", "gelu", (7,), 256, (Place(1 << 40), None, 3, 0.5, np.int64(9)))
-    assert cupy.asked.count("compile") == 1
+    assert cupy.asked.count("compile") == len(SOURCES)
     name, grid, block, values = cupy.asked[-1]
     assert (name, grid, block) == ("gelu", (7, 1, 1), (256, 1, 1))
     assert [value.dtype.itemsize for value in values] == [8, 8, 4, 4, 8]

@@ -1,0 +1,166 @@
+"""Workspace: what all passes of a model on a device share: buffers, small tensors, weights, the pool of KV blocks.
+
+One stretch of device memory holds everything. `workspace_bytes` says beforehand how much of it the buffers take, for
+the plan; what is left then is the arena, whose start belongs to the caches and whose end to the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+
+from moss_jt.cache import KVCache
+from moss_jt.checkpoint import expected_shapes
+from moss_jt.config import MossConfig
+from moss_jt.device import Device, Place, Slab
+from moss_jt.device_blocks import BlockPool
+from moss_jt.device_weights import DeviceWeights
+from moss_jt.kv_layout import BLOCK, KVLayout, KVType
+from moss_jt.layout import RowsLayout, TileLayout
+from moss_jt.ops import LOGIT_ROWS, ROUND_BLOCK, STRETCH, rotary_table
+from moss_jt.plan import MARGIN, PASS_TOKENS, MatrixSize, Needs, Plan, buffer_widths, small_bytes
+from moss_jt.weights import WeightStore
+
+_ALIGNMENT = 256  # of what is taken from the slab
+
+Layouts = Mapping[str, RowsLayout | TileLayout]
+
+
+def workspace_bytes(config: MossConfig, layouts: Layouts, capacity: int) -> dict[str, int]:
+    """What the buffers take by name, for passes of up to `capacity` tokens."""
+    stretches, per_sequence = -(-config.n_positions // STRETCH), -(-config.n_positions // BLOCK)
+    blocks = max(blocks_of(layout) for layout in layouts.values())
+    by_token = {
+        **{name: 4 * width for name, width in buffer_widths(config).items()},
+        "parts": 4 * config.n_head * stretches * (2 + config.head_dim),
+        "slots": 4,
+        "positions": 4,
+        "table": 4 * per_sequence,
+        "codes": max(_padded_in(layout) for layout in layouts.values()),
+        "steps": 4 * blocks,
+        "sums": 4 * blocks,
+    }
+    return {
+        **{name: capacity * nbytes for name, nbytes in by_token.items()},
+        "picked": 4 * LOGIT_ROWS * config.n_embd,
+        "logits": 4 * LOGIT_ROWS * config.vocab_size,
+        "sincos": 4 * config.n_positions * config.rotary_dim,
+    }
+
+
+def device_needs(
+    config: MossConfig, sizes: Sequence[MatrixSize], layouts: Layouts, *, base: int, kv: KVType, margin: int = MARGIN
+) -> Needs:
+    """What a model needs on a device beside its matrices, for `moss_jt.plan.make_plan`.
+
+    Args:
+        layouts: of the matrices in `sizes`.
+        base: bytes that the process takes there in any case.
+    """
+    tokens = min(PASS_TOKENS, config.n_positions)
+    one, two = (sum(workspace_bytes(config, layouts, count).values()) for count in (1, 2))
+    tensors = [shape for shape in expected_shapes(config).values() if len(shape) == 1]
+    rounding = _ALIGNMENT * (len(tensors) + len(sizes) + len(workspace_bytes(config, layouts, 1)))
+    return Needs(
+        base=base,
+        buffers=one + (tokens - 1) * (two - one),
+        small=small_bytes(config, sizes) + rounding,
+        kv_token_bytes=KVLayout.of(config, kv).token_bytes,
+        margin=margin,
+        pass_token_bytes=two - one,
+        pass_tokens=tokens,
+        positions=config.n_positions,
+    )
+
+
+def blocks_of(layout: RowsLayout | TileLayout) -> int:
+    """Runs in which the inputs of a matrix are rounded."""
+    if isinstance(layout, RowsLayout):
+        return 1
+    per_group = -(-layout.padded_group // ROUND_BLOCK)
+    whole, rest = divmod(layout.padded_in, layout.padded_group)
+    return whole * per_group + -(-rest // ROUND_BLOCK)
+
+
+def _padded_in(layout: RowsLayout | TileLayout) -> int:
+    return layout.padded_in if isinstance(layout, TileLayout) else layout.shape[1]
+
+
+class DeviceBuffer:
+    """Rows of float32 in device memory, `width` to a row."""
+
+    def __init__(self, place: Place, width: int) -> None:
+        self.place, self.width = place, width
+
+
+class Workspace:
+    """Device memory of a model.
+
+    Args:
+        device: that computes.
+        store: of the host: small tensors, rows of the embedding, the matrices.
+        sizes: of the matrices, in the order of a pass.
+        plan: how the device's memory is divided.
+        kind: how keys and values are kept.
+
+    Attributes:
+        buffers: the results of steps by name.
+        parts: of attention; `slots`, `positions`, `table`, `sincos`: where they lie.
+        rounded: codes, steps and sums of rounded inputs.
+        pool: blocks of keys and values.
+        weights: the matrices.
+
+    Raises:
+        DeviceMemoryError: the device does not give what was planned.
+    """
+
+    def __init__(
+        self,
+        config: MossConfig,
+        device: Device,
+        store: WeightStore,
+        *,
+        sizes: Sequence[MatrixSize],
+        plan: Plan,
+        kind: KVType,
+    ) -> None:
+        self.config, self.device, self.store, self.capacity = config, device, store, plan.capacity
+        slab = Slab(device, plan.memory - plan.needs.base - plan.needs.margin, "the model")
+        wanted = workspace_bytes(config, {size.name: store.layout(size.name) for size in sizes}, self.capacity)
+        places = {name: slab.take(nbytes, name) for name, nbytes in wanted.items()}
+        widths = buffer_widths(config) | {"picked": config.n_embd, "logits": config.vocab_size}
+        self.buffers = {name: DeviceBuffer(places[name], width) for name, width in widths.items()}
+        self.parts, self.slots, self.positions, self.table, self.sincos = (
+            places[name] for name in ("parts", "slots", "positions", "table", "sincos")
+        )
+        self.rounded = (places["codes"], places["steps"], places["sums"])
+        device.write(self.sincos, rotary_table(config))
+        self._small: dict[str, Place] = {}
+        self._upload_small(slab, sizes)
+        self.weights = DeviceWeights(device, store, sizes, slab, slots=plan.ring_slots, slot_bytes=plan.slot_bytes)
+        self.pool = BlockPool(device, self.weights.arena, KVLayout.of(config, kind), store.lock)
+
+    def _upload_small(self, slab: Slab, sizes: Sequence[MatrixSize]) -> None:
+        """Norms, biases, and the orders in which matrices hold their inputs, by the matrix."""
+        for name, shape in expected_shapes(self.config).items():
+            if len(shape) == 1:
+                self._small[name] = self._upload(slab, self.store.small(name))
+        for size in sizes:
+            order = self.store.perm(size.name)
+            if order is not None:
+                self._small[size.name] = self._upload(slab, order)
+
+    def _upload(self, slab: Slab, values: npt.NDArray[Any]) -> Place:
+        place = slab.take(values.nbytes, "norms and biases")
+        self.device.write(place, values)
+        return place
+
+    def small(self, name: str) -> Place:
+        """Where a norm or bias lies, or the order of the inputs of a matrix."""
+        return self._small[name]
+
+    def cache(self, *, slots: int, tokens: int) -> KVCache:
+        """A new cache, its blocks from the pool."""
+        return KVCache(self.config, slots=slots, tokens=tokens, kind=self.pool.layout.kind, blocks=self.pool.blocks)

@@ -1,0 +1,83 @@
+"""A model whose device is the host, from loading to answers: the same as on the CPU, within both memories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from host_device import HostDevice
+
+from moss_jt.config import GenerationConfig
+from moss_jt.engine import Engine
+from moss_jt.errors import ConfigError
+from moss_jt.load import load_model
+from moss_jt.messages import Request, TokenEvent
+from moss_jt.runner import Model
+
+Load = Callable[[str], Model]
+GREEDY = GenerationConfig(do_sample=False, max_new_tokens=6, repetition_penalty=1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("device")
+
+
+def answers(model: Model, prompts: list[tuple[int, ...]], slots: int) -> list[list[int]]:
+    engine = Engine(model, slots=slots)
+    numbers = [engine.submit(Request(prompt, GREEDY)) for prompt in prompts]
+    found: dict[int, list[int]] = {number: [] for number in numbers}
+    while engine.busy:
+        for event in engine.step():
+            if isinstance(event, TokenEvent):
+                found[event.request].append(event.id)
+    return [found[number] for number in numbers]
+
+
+@pytest.mark.parametrize("name", ["tiny-int4/g32-actorder", "tiny-fp/safetensors-fp16"])
+def test_answers_are_those_of_the_cpu(name: str, golden_model: Load, folder: Path) -> None:
+    """Three conversations in two slots; greedy tokens in exact compute."""
+    model = golden_model(name)
+    prompts: list[tuple[int, ...]] = [(1, 2, 3), (7, 8, 9, 10, 11), (5,)]
+    device = HostDevice(folder)
+    loaded = load_model(model.path, device, max_tokens=64)
+    assert loaded.device == "the host"
+    assert answers(loaded, prompts, 2) == answers(model, prompts, 2)
+    stats = Engine(loaded).stats()
+    assert stats["device_bytes"] == sum(size for size in _bytes_of(model))
+    assert stats["link_bytes"] == stats["streamed_bytes"] == 0
+    assert stats["vram_limit"] == device.own_bytes + device.capacity
+
+
+def _bytes_of(model: Model) -> list[int]:
+    from moss_jt.plan import matrix_sizes
+
+    layouts = {size.name: model.store.layout(size.name) for size in matrix_sizes(model.config)}
+    return [size.nbytes for size in matrix_sizes(model.config, layouts)]
+
+
+def test_a_small_device_gives_the_same_answers(golden_model: Load, folder: Path) -> None:
+    model = golden_model("tiny-int8/g128")
+    prompts: list[tuple[int, ...]] = [tuple(range(1, 40)), (4, 5)]
+    want = answers(load_model(model.path, HostDevice(folder), "fast", max_tokens=64), prompts, 2)
+    with pytest.raises(ConfigError, match=r"on the device, .*: give at least (\d|\.)+MiB") as told:
+        load_model(model.path, HostDevice(folder, capacity=4096), "fast", max_tokens=64)
+    least = str(told.value).partition("give at least ")[2].partition(",")[0].partition(";")[0]
+    from moss_jt.memory import parse_size
+
+    device = HostDevice(folder, capacity=parse_size(least))
+    small = load_model(model.path, device, "fast", max_tokens=64)
+    assert answers(small, prompts, 2) == want
+    assert small.placed is not None
+    assert small.placed.space.weights.copied_bytes > 0
+    assert device.taken <= device.capacity
+    assert device.pinned, "weights on the host are pinned"
+
+
+def test_what_loading_refuses(golden_model: Load, folder: Path) -> None:
+    model = golden_model("tiny-int8/g128")
+    device: Any = HostDevice(folder, capacity=1 << 22)
+    with pytest.raises(ConfigError, match="is too little for a context of"):
+        load_model(model.path, device, "fast", memory=1 << 20)
