@@ -5,8 +5,8 @@
 #   sh run.sh test [options]    run the tests (options go to pytest)
 #   sh run.sh WORD [options]    any other command of moss-jt: doctor, pull, convert, generate, …
 #
-# The set-up makes .venv beside this file and installs moss-jt there, editable. It is skipped when nothing
-# changed, and may be killed and started again at any point.
+# The set-up makes .venv beside this file and installs moss-jt there, editable; where a CUDA device answers, with
+# what our kernels need to use it. It is skipped when nothing changed, and may be killed and started again at any point.
 #
 # From the environment: PYTHON (a Python 3.10 to 3.13 to use), pip's own settings such as PIP_INDEX_URL, and
 # LANG for the language of the messages.
@@ -169,7 +169,22 @@ lacks_old_numpy() { # numpy 1.26, which Jittor asks for, has no wheels from Pyth
     "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 13))'
 }
 
-list_requirements() { # EXTRA or nothing; ours and Jittor's, but for Jittor itself and its wish for an old numpy
+cuda_extra() { # cuda11, cuda12 or cuda13 where a CUDA device answers, else nothing
+    "$VENV/bin/python" - driver <<'PROBE'
+import ctypes
+
+try:
+    driver = ctypes.CDLL("libcuda.so.1")
+    version, count = ctypes.c_int(), ctypes.c_int()
+    if not (driver.cuInit(0) or driver.cuDriverGetVersion(ctypes.byref(version)) or driver.cuDeviceGetCount(ctypes.byref(count))):
+        if count.value and version.value >= 11000:
+            print("cuda%d" % min(version.value // 1000, 13))
+except (OSError, AttributeError):
+    pass
+PROBE
+}
+
+list_requirements() { # EXTRAS or nothing; ours and Jittor's, but for Jittor itself and its wish for an old numpy
     "$VENV/bin/python" - "$1" <<'LIST'
 import sys
 from importlib.metadata import requires
@@ -177,7 +192,8 @@ from pip._vendor.packaging.requirements import Requirement
 
 for name, left_out in (("moss-jt", "jittor"), ("jittor", "numpy")):
     for need in map(Requirement, requires(name) or ()):
-        if need.name != left_out and (need.marker is None or need.marker.evaluate({"extra": sys.argv[1]})):
+        extras = sys.argv[1].split(",")
+        if need.name != left_out and (need.marker is None or any(need.marker.evaluate({"extra": e}) for e in extras)):
             need.marker = None
             print(need)
 LIST
@@ -187,12 +203,14 @@ install() { # EXTRA or nothing
     say "installing moss-jt and what it needs into $VENV (once; some minutes)" \
         "正在把 moss-jt 及其依赖装入 $VENV（仅一次，需几分钟）"
     unset PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
+    cuda=$(cuda_extra)
+    extras=$1${1:+${cuda:+,}}$cuda
     if lacks_old_numpy; then # pip would compile numpy 1.26 for many minutes; moss-jt makes Jittor right with numpy 2
         pip_install --no-deps -e "$ROOT" "$(grep -o 'jittor==[0-9.]*' "$ROOT/setup.py")"
-        list_requirements "$1" >"$VENV/requirements.txt"
+        list_requirements "$extras" >"$VENV/requirements.txt"
         pip_install -r "$VENV/requirements.txt"
     else
-        pip_install -e "$ROOT${1:+[$1]}"
+        pip_install -e "$ROOT${extras:+[$extras]}"
     fi
     stamp >"$VENV/.moss-jt"
     [ -z "$1" ] || stamp >"$VENV/.moss-jt$1"

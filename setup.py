@@ -56,6 +56,22 @@ def data_files(folder: str) -> list[str]:
     return found
 
 
+def cuda_extra(release: int) -> list[str]:
+    """What a CUDA device needs: cupy for our kernels, and the libraries and headers that Jittor is compiled with.
+
+    nvcc itself is a wheel for CUDA 13 only; for the others Jittor's CUDA mode needs the system's. Our kernels need none.
+    """
+    if release == 13:
+        names = ("nvcc", "runtime", "cccl", "nvrtc")
+        wheels = [*(f"nvidia-cuda-{name}" for name in names), "nvidia-cublas", "nvidia-curand"]
+        wheels = [f"{wheel}>=13,<14" if wheel != "nvidia-curand" else f"{wheel}>=10,<11" for wheel in wheels]
+    else:
+        names = ("cuda-runtime", "cuda-nvrtc", "cublas", "curand")
+        wheels = [f"nvidia-{name}-cu{release}" for name in names]
+    linux = 'platform_system == "Linux"'
+    return [f"cupy-cuda{release}x>=13.6", *(f"{wheel}; {linux}" for wheel in wheels)]
+
+
 folders = package_folders()
 
 setup(
@@ -94,6 +110,9 @@ setup(
             # compiles our CUDA kernels without a device; the version of no library of ours depends on it
             'nvidia-cuda-nvrtc>=13,<14; platform_system == "Linux" and platform_machine in "x86_64 aarch64"',
         ],
+        "cuda11": cuda_extra(11),
+        "cuda12": cuda_extra(12),
+        "cuda13": cuda_extra(13),
         "dev": ["build", "mypy>=1.11", "pre-commit", "pyright", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["moss-jt = moss_jt.cli.main:main", "moss-convert = moss_jt.cli.convert:main"]},

@@ -110,7 +110,7 @@ def answer(model: Model, prompts: npt.NDArray[np.int32], new: int) -> Answered:
     for slot in range(count):
         cache.reserve(slot, length)
     began = time.perf_counter()
-    picked = []
+    picked, logits = [], np.empty((0, 0), np.float32)
     for slot in range(count):
         for start in range(0, length, runner.capacity):
             places = np.arange(start, min(start + runner.capacity, length), dtype=np.int32)
@@ -212,6 +212,7 @@ def link_rate(model: Model) -> float:
     device, (source, *_) = space.device, model.store.memory
     nbytes = min(4 * LOGIT_ROWS * space.config.vocab_size, len(source))
     starts = [(turn * nbytes) % max(1, len(source) - nbytes) for turn in range(_LINK_TIMES)]
+    began = 0.0
     for _ in range(2):  # the first time warms up
         device.wait(device.record("compute"))
         began = time.perf_counter()

@@ -71,14 +71,13 @@ class CupyDevice:
             raise KernelError(f"CUDA device {index} does not answer: {error}. `moss-jt doctor` checks it.") from error
         after = used_memory(self._device.pci_bus_id)
         self.own_bytes = _CONTEXT if before is None or after is None else min(max(after - before, _LEAST), _MOST)
-        if limit is None:
-            limit = self.own_bytes + free - max(_RESERVE, free // _RESERVE_SHARE)
-        self.limit = min(limit, self.own_bytes + free)
-        self._account = Account(max(0, self.limit - self.own_bytes))
+        usual = free - max(_RESERVE, free // _RESERVE_SHARE)
+        self._account = Account(max(0, usual if limit is None else min(limit - self.own_bytes, free)))
         self.capacity = self._account.capacity
 
     def _compile(self, progress: Progress) -> None:
         """Have all kernels ready, so that their memory counts as the process's own."""
+        name = SOURCES[0]
         progress.begin(pick("Preparing the CUDA kernels", "准备 CUDA 内核"), len(SOURCES), "")
         try:
             for name in SOURCES:

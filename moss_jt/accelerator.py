@@ -14,6 +14,7 @@ from moss_jt.device import Device
 from moss_jt.errors import ConfigError, KernelError
 from moss_jt.progress import Progress
 from moss_jt.startup.gpu import OLDEST_CAPABILITY, Driver, Gpu, ask_driver
+from moss_jt.startup.machine import pip_install
 
 _CUDA = re.compile(r"cuda(?::(\d+))?")
 
@@ -93,7 +94,7 @@ def _choose(driver: Driver, index: int | None) -> int | None:
 def _require_cupy(driver: Driver) -> None:
     if importlib.util.find_spec("cupy") is None:
         release = min(max(driver.version[0] if driver.version else 12, 11), 13)
-        raise KernelError(f"our CUDA kernels need cupy, which is not installed: pip install 'moss-jt[cuda{release}]'.")
+        raise KernelError(f"our CUDA kernels need cupy, which is not installed: {pip_install(f'cupy-cuda{release}x')}")
 
 
 def _refuse(driver: Driver) -> NoReturn:

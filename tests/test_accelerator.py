@@ -81,7 +81,7 @@ def test_auto_without_cupy(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with caplog.at_level(logging.WARNING):
         assert open_accelerator("auto") is None
-    assert "pip install 'moss-jt[cuda13]'" in caplog.text
+    assert "-m pip install 'cupy-cuda13x'" in caplog.text
     with pytest.raises(KernelError, match="need cupy, which is not installed"):
         open_accelerator("cuda")
 

@@ -19,6 +19,7 @@ case "$*" in
 *"<= sys.version_info"*) exit "${UNSUPPORTED:-0}" ;;
 *"print("*) echo 3.9 ;;
 *"version_info < (3, 13)"*) exit "${BEFORE_3_13:-1}" ;;
+"- driver") cat >/dev/null; printf '%s' "${CUDA:-}" ;;
 "- "*) echo "tqdm>=4" ;;
 -) cat >/dev/null; [ -e "$CALLS.apt" ] || printf '%s' "${MISSING:-}" ;;
 "-m venv --clear "*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
@@ -114,6 +115,13 @@ def test_where_old_numpy_has_no_wheel_it_is_not_compiled(machine: Machine) -> No
     requirements = machine.checkout / ".venv" / "requirements.txt"
     assert pip == [f"--no-deps -e {machine.checkout} jittor==1.3.11.0", f"-r {requirements}"]
     assert requirements.read_text() == "tqdm>=4\n"
+
+
+def test_a_machine_with_a_device_gets_what_it_needs(machine: Machine) -> None:
+    assert machine.run("chat", CUDA="cuda12").returncode == 0
+    assert f"-e {machine.checkout}[cuda12]\n" in machine.called()
+    machine.run("test", CUDA="cuda12")
+    assert f"-e {machine.checkout}[test,cuda12]\n" in machine.called()
 
 
 @pytest.mark.parametrize("changed", ["setup.py", "pyproject.toml"])

@@ -80,5 +80,6 @@ def multiply(x: Any, qweight: Any, scales: Any, qzeros: Any, group: int) -> Any:
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return n // meta["OUTPUTS"], -(-tokens // 16)
 
-    _product[grid](x, qweight, scales, qzeros, y, tokens, n, k, group, TOKENS=16)
+    launch: Any = _product
+    launch[grid](x, qweight, scales, qzeros, y, tokens, n, k, group, TOKENS=16)
     return y
