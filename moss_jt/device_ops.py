@@ -7,8 +7,9 @@ launches of a block are captured once and replayed: a graph, which costs the hos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from moss_jt.errors import ShapeError
 from moss_jt.kv_layout import STEP_CHANNELS
 from moss_jt.layout import TileLayout
 from moss_jt.ops import LOGIT_ROWS, ROUND_BLOCK, STRETCH, Linear
+from moss_jt.shortlist import FOUND, Shortlist, Wish, read_found
 from moss_jt.workspace import DeviceBuffer, Workspace, blocks_of
 
 Floats = npt.NDArray[np.float32]
@@ -28,7 +30,7 @@ Floats = npt.NDArray[np.float32]
 # Of the kernels: warps of a block and what they share out; each is said in the head of its source.
 _WARP, _ROUND_WARPS, _PRODUCT_WARPS, _MANY = 32, 8, 8, 64
 _TOGETHER, _EXACT_THREADS, _ROW_WARPS = 4, 256, 8
-_ATTEND_THREADS, _SMALL_THREADS = 128, 256
+_ATTEND_THREADS, _SMALL_THREADS, _SHORTLIST_THREADS = 128, 256, 1024
 _FEW = (8, 16)  # tokens for which there are products of their own
 _KV_KIND = {"float32": 0, "float16": 1, "int8": 2}
 _LAYERS_AHEAD = 2  # queued before the device has done them, where weights are streamed: Ctrl-C waits for these
@@ -84,6 +86,7 @@ class DeviceOps:
         self._weights = space.weights
         self._captured: dict[str, _Captured] = {}
         self._queued: list[Event] = []
+        self._masks = False
         self._tokens = self._picked_rows = self._stretches = 0
 
     def begin(self, batch: Batch) -> None:
@@ -191,8 +194,32 @@ class DeviceOps:
 
     def logits(self, x: DeviceBuffer, norm: str, head: Linear, wanted: npt.NDArray[np.int32]) -> Floats:
         """Final norm and head for the chosen tokens: (R, V) float32; waits for the device."""
-        picked, row = self.buffers["picked"], 4 * x.width
         result = np.empty((len(wanted), self.config.vocab_size), np.float32)
+        for start, count, out in self._heads(x, norm, head, wanted):
+            self.device.read(out.place, result[start : start + count])
+        return result
+
+    def shortlists(
+        self, norm: str, head: Linear, wanted: npt.NDArray[np.int32], wishes: Sequence[Wish]
+    ) -> list[Shortlist]:
+        """The candidates for each of the chosen tokens of the pass that is queued; waits for the device."""
+        results: list[Shortlist] = []
+        for start, count, out in self._heads(self.buffers["x"], norm, head, wanted):
+            found = self._find(wishes[start : start + count], out)
+            results += [read_found(each, partial(self._row, out, place)) for place, each in enumerate(found)]
+        return results
+
+    def _row(self, out: DeviceBuffer, place: int) -> Floats:
+        """One row of a buffer."""
+        row = np.empty(out.width, np.float32)
+        self.device.read(out.place.after(4 * out.width * place), row)
+        return row
+
+    def _heads(
+        self, x: DeviceBuffer, norm: str, head: Linear, wanted: npt.NDArray[np.int32]
+    ) -> Iterator[tuple[int, int, DeviceBuffer]]:
+        """Queue final norm and head for some tokens at a time: (first, how many, where their logits will be)."""
+        picked, row = self.buffers["picked"], 4 * x.width
         for start in range(0, len(wanted), LOGIT_ROWS):
             rows = wanted[start : start + LOGIT_ROWS]
             for place, token in enumerate(rows):
@@ -201,8 +228,31 @@ class DeviceOps:
             out = self.linear(self.layer_norm(picked, norm), head, "logits")
             if start + LOGIT_ROWS >= len(wanted):
                 self._weights.prefetch()
-            self.device.read(out.place, result[start : start + len(rows)])
-        return result
+            yield start, len(rows), out
+
+    def allow(self, allowed: npt.NDArray[np.bool_] | None) -> None:
+        """Say which ids may come out, (V,); None for all."""
+        self._masks = allowed is not None
+        if allowed is not None:
+            self.device.write(self.space.allowed, allowed.astype(np.uint8))
+
+    def _find(self, wishes: Sequence[Wish], out: DeviceBuffer) -> npt.NDArray[np.void]:
+        """Run the kernel on as many rows as there are wishes; their logits become scores."""
+        space, count = self.space, len(wishes)
+        told = [wish.history if wish.config.repetition_penalty != 1 else () for wish in wishes]
+        past = [np.unique(np.asarray(ids, np.int32)) for ids in told]
+        history = np.full((count, max(1, *map(len, past))), -1, np.int32)
+        for row, ids in zip(history, past, strict=True):
+            row[: len(ids)] = ids
+        self.device.write(space.history, history)
+        self.device.write(space.penalties, np.array([w.config.repetition_penalty for w in wishes], np.float32))
+        self.device.write(space.wanted, np.array([w.wanted for w in wishes], np.int32))
+        places = (out.place, space.allowed if self._masks else None, space.history, space.penalties, space.wanted)
+        sizes = (self.config.vocab_size, history.shape[1])
+        self.device.launch("shortlist", "shortlist", (count,), _SHORTLIST_THREADS, (*places, space.found, *sizes))
+        found = np.empty(count, FOUND)
+        self.device.read(space.found, found)
+        return found
 
     def more_logits(self, norm: str, head: Linear, wanted: npt.NDArray[np.int32]) -> Floats:
         """The same for other tokens of the pass that has just run."""

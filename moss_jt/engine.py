@@ -17,7 +17,7 @@ import secrets
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ from moss_jt.batch import Batch
 from moss_jt.errors import CheckpointError, ConfigError, DeviceMemoryError, KernelError
 from moss_jt.messages import Event, FinishedEvent, PrefillEvent, Reason, Request, TokenEvent
 from moss_jt.runner import Model
+from moss_jt.shortlist import Shortlist, Wish, choose_from
 
 
 @dataclass
@@ -106,6 +107,7 @@ class Engine:
         self._next = 0
         self._in_pass: list[_Task] = []
         self._allowed = _known_ids(model)
+        self.runner.allow(self._allowed)
         self._counts = {"prompt_tokens": 0, "reused_tokens": 0, "new_tokens": 0, "passes": 0}
         self._pass_tokens = {"prefill": 0, "decode": 0}
         self._pass_seconds = {"prefill": 0.0, "decode": 0.0}
@@ -320,14 +322,17 @@ class Engine:
         """Run the network over the rows, and take up what it gives."""
         began = time.perf_counter()
         self._in_pass = [row.task for row in rows]
+        batch = _flatten(rows, self.runner.cache.length)
+        wishes = [Wish(row.task.tokens, row.task.request.config) for row in rows if row.complete]
+        answers: Iterator[Shortlist | npt.NDArray[np.float32]]
         try:
-            logits = self.runner.forward(_flatten(rows, self.runner.cache.length))
+            found = self.runner.shortlists(batch, wishes)
+            answers = iter(self.runner.forward(batch) if found is None else found)
         except _BrokenOff:
             return
         finally:
             self._in_pass = []
         # Nothing has changed until every token is picked: an error leaves all requests as they were.
-        answers = iter(logits)
         picked = [self._pick(row.task, next(answers)) if row.complete else None for row in rows]
         kind = "prefill" if any(row.count > 1 or not row.task.new_tokens for row in rows) else "decode"
         for row, choice in zip(rows, picked, strict=True):
@@ -337,15 +342,16 @@ class Engine:
         self._pass_tokens[kind] += sum(row.count for row in rows)
         self._pass_seconds[kind] += time.perf_counter() - began
 
-    def _pick(self, task: _Task, logits: npt.NDArray[np.float32]) -> tuple[int, float]:
-        if not np.isfinite(logits).all():
+    def _pick(self, task: _Task, answer: Shortlist | npt.NDArray[np.float32]) -> tuple[int, float]:
+        if answer.is_broken if isinstance(answer, Shortlist) else not np.isfinite(answer).all():
             advice = f"`moss-convert verify {self.model.path}` checks the weights"
             if self.model.compute == "fast":
                 advice += ', and compute="exact" holds larger keys and values than float16 can'
             raise KernelError(f"the model gave logits that are not numbers for request {task.id}; {advice}.")
-        config = task.request.config
-        scores = sampling.process(logits, task.tokens, config, allowed=self._allowed)
-        return sampling.choose(scores, config, sampling.step_rng(task.seed, task.new_tokens))
+        config, rng = task.request.config, sampling.step_rng(task.seed, task.new_tokens)
+        if isinstance(answer, Shortlist):
+            return choose_from(answer, config, rng)
+        return sampling.choose(sampling.process(answer, task.tokens, config, allowed=self._allowed), config, rng)
 
     def _advance(self, row: _Row, picked: tuple[int, float] | None) -> None:
         """Take up the result of a pass for one request."""

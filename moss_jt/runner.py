@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,7 @@ from moss_jt.model import Moss
 from moss_jt.ops import InferenceOps
 from moss_jt.placement import Placed
 from moss_jt.plan import LOGIT_ROWS, PASS_TOKENS, buffer_bytes
+from moss_jt.shortlist import Shortlist, Wish
 from moss_jt.weights import WeightStore
 from moss_jt.workspace import Workspace
 
@@ -117,6 +119,23 @@ class Runner:
         with self._passing():
             logits: Floats = self.network.execute(self._ops, batch)
         return logits
+
+    def allow(self, allowed: npt.NDArray[np.bool_] | None) -> None:
+        """Say which ids `shortlists` may give, (V,); None for all."""
+        if isinstance(self._ops, DeviceOps):
+            self._ops.allow(allowed)
+
+    def shortlists(self, batch: Batch, wishes: Sequence[Wish]) -> list[Shortlist] | None:
+        """Candidates for the wanted tokens, found where the logits are; None where only `forward` will do.
+
+        Room must be reserved; nothing is committed.
+        """
+        ops, network = self._ops, self.network
+        if not isinstance(ops, DeviceOps) or not all(wish.wanted for wish in wishes):
+            return None
+        with self._passing():
+            network.execute(ops, replace(batch, wanted=batch.wanted[:0]))
+            return ops.shortlists(network.ln_f, network.lm_head, batch.wanted, wishes)
 
     def logits(self, which: Sequence[int]) -> Floats:
         """Logits (R, V) of some tokens of the last pass, by their places in it."""

@@ -77,8 +77,11 @@ def _process_row(scores: Scores, history: History, config: GenerationConfig, all
             " `moss-convert verify` checks them."
         )
     scores = penalize_repetition(scores, history, config.repetition_penalty)
-    if config.greedy:
-        return scores
+    return scores if config.greedy else narrow(scores, config)
+
+
+def narrow(scores: Scores, config: GenerationConfig) -> Scores:
+    """What comes after the penalty where a token is drawn: temperature, top-k and top-p of one row; may change it."""
     scores = apply_temperature(scores, config.temperature)
     scores = keep_top_k(scores, config.top_k)
     return keep_top_p(scores, config.top_p)

@@ -21,6 +21,7 @@ from moss_jt.kv_layout import BLOCK, KVLayout, KVType
 from moss_jt.layout import RowsLayout, TileLayout
 from moss_jt.ops import LOGIT_ROWS, ROUND_BLOCK, STRETCH, rotary_table
 from moss_jt.plan import MARGIN, PASS_TOKENS, MatrixSize, Needs, Plan, buffer_widths, small_bytes
+from moss_jt.shortlist import FOUND
 from moss_jt.weights import WeightStore
 
 _ALIGNMENT = 256  # of what is taken from the slab
@@ -47,6 +48,11 @@ def workspace_bytes(config: MossConfig, layouts: Layouts, capacity: int) -> dict
         "picked": 4 * LOGIT_ROWS * config.n_embd,
         "logits": 4 * LOGIT_ROWS * config.vocab_size,
         "sincos": 4 * config.n_positions * config.rotary_dim,
+        "allowed": config.vocab_size,
+        "history": 4 * LOGIT_ROWS * config.n_positions,
+        "penalties": 4 * LOGIT_ROWS,
+        "wanted": 4 * LOGIT_ROWS,
+        "found": LOGIT_ROWS * FOUND.itemsize,
     }
 
 
@@ -109,6 +115,7 @@ class Workspace:
         buffers: the results of steps by name.
         parts: of attention; `slots`, `positions`, `table`, `sincos`: where they lie.
         rounded: codes, steps and sums of rounded inputs.
+        allowed, history, penalties, wanted, found: what choosing tokens needs, see kernels/shortlist.cu.
         pool: blocks of keys and values.
         weights: the matrices.
 
@@ -136,6 +143,9 @@ class Workspace:
             places[name] for name in ("parts", "slots", "positions", "table", "sincos")
         )
         self.rounded = (places["codes"], places["steps"], places["sums"])
+        self.allowed, self.history, self.penalties, self.wanted, self.found = (
+            places[name] for name in ("allowed", "history", "penalties", "wanted", "found")
+        )
         device.write(self.sincos, rotary_table(config))
         self._small: dict[str, Place] = {}
         self._upload_small(slab, sizes)

@@ -15,6 +15,7 @@ from moss_jt.errors import ConfigError
 from moss_jt.load import load_model
 from moss_jt.messages import Request, TokenEvent
 from moss_jt.runner import Model
+from moss_jt.shortlist import FOUND, Wish
 
 Load = Callable[[str], Model]
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=6, repetition_penalty=1.0)
@@ -25,9 +26,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("device")
 
 
-def answers(model: Model, prompts: list[tuple[int, ...]], slots: int) -> list[list[int]]:
+def answers(
+    model: Model, prompts: list[tuple[int, ...]], slots: int, config: GenerationConfig = GREEDY
+) -> list[list[int]]:
     engine = Engine(model, slots=slots)
-    numbers = [engine.submit(Request(prompt, GREEDY)) for prompt in prompts]
+    numbers = [engine.submit(Request(prompt, config)) for prompt in prompts]
     found: dict[int, list[int]] = {number: [] for number in numbers}
     while engine.busy:
         for event in engine.step():
@@ -56,6 +59,21 @@ def _bytes_of(model: Model) -> list[int]:
 
     layouts = {size.name: model.store.layout(size.name) for size in matrix_sizes(model.config)}
     return [size.nbytes for size in matrix_sizes(model.config, layouts)]
+
+
+def test_candidates_give_the_answers_that_all_logits_give(
+    golden_model: Load, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more than them comes back from the device."""
+    model = golden_model("tiny-int8/g128")
+    drawn = GenerationConfig(temperature=1.3, top_k=20, top_p=0.9, max_new_tokens=8, seed=5)
+    prompts: list[tuple[int, ...]] = [(1, 2, 3), (9, 8)]
+    device = HostDevice(folder)
+    found = answers(load_model(model.path, device, max_tokens=64), prompts, 2, drawn)
+    passes = 8
+    assert device.read_bytes <= 2 * FOUND.itemsize * (passes + 1)
+    monkeypatch.setattr(Wish, "wanted", 0)
+    assert answers(load_model(model.path, HostDevice(folder), max_tokens=64), prompts, 2, drawn) == found
 
 
 def test_a_small_device_gives_the_same_answers(golden_model: Load, folder: Path) -> None:

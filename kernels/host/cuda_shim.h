@@ -218,6 +218,11 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
     return value;
 }
 
+inline int atomicAdd(int* sum, int value) {  // fibers take turns
+    const int before = *sum;
+    *sum += value;
+    return before;
+}
 inline int __float_as_int(float value) {
     int bits;
     std::memcpy(&bits, &value, 4);
