@@ -109,5 +109,3 @@ def is_constant(tree: Tree) -> bool:
         elif isinstance(one, Apply):
             waiting += one.arguments
     return True
-
-

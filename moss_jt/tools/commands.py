@@ -18,7 +18,7 @@ MAX_CALLS = 100  # of a field; a turn of the training data has ten at most
 
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "”": "”", "「": "」", "`": "`", "＂": "＂"}
 _CLOSING = frozenset(_QUOTES.values())
-_OPEN, _CLOSE = "(（", ")）"  # noqa: RUF001
+_OPEN, _CLOSE = "(（", ")）"
 _BETWEEN = re.compile(r"(?:[\s,;，；、。|&]|(?:\(?\d{1,3}[.)、:：](?!\d)|[-*•])(?=\s*\S))+")
 _NAME = re.compile(r"([A-Za-z_][A-Za-z0-9_]{0,63})[ \t]*[(（]")
 _NONE = re.compile(r"(?:none|non|null|n/a|无|没有|不需要)(?![A-Za-z0-9_])", re.IGNORECASE)
@@ -124,7 +124,7 @@ def _close(text: str, start: int) -> tuple[int, str]:
 
 def _closing_brackets(text: str, start: int) -> Iterator[int]:
     """The places of closing brackets, the first few hundred: nobody means more."""
-    found = re.finditer("[)）]", text[start : start + 2000])  # noqa: RUF001
+    found = re.finditer("[)）]", text[start : start + 2000])
     yield from (start + one.start() for one, _ in zip(found, range(300), strict=False))
 
 
@@ -184,7 +184,7 @@ def _split_at_commas(inner: str) -> list[str]:
             inside = "" if character == _QUOTES[inside] else inside
         elif character in _QUOTES and not pieces[-1].strip():
             inside = character
-        if character in ",，" and not inside:  # noqa: RUF001
+        if character in ",，" and not inside:
             pieces.append("")
         else:
             pieces[-1] += character

@@ -93,8 +93,8 @@ def _split_at_commas(text: str) -> list[str]:
     """Split at commas, those within brackets excepted."""
     pieces, depth = [""], 0
     for character in text:
-        depth += (character in "([{（") - (character in ")]}）")  # noqa: RUF001
-        if character in ",，" and depth <= 0:  # noqa: RUF001
+        depth += (character in "([{（") - (character in ")]}）")
+        if character in ",，" and depth <= 0:
             pieces.append("")
         else:
             pieces[-1] += character

@@ -31,7 +31,7 @@ _WIDE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _RUNS = re.compile(rf"([{_WIDE}]+)|([^\W_]+)")
 _WIDE_RUN = re.compile(rf"[{_WIDE}]+")
 MAX_TERMS = 64  # of a query
-_COMMON = frozenset("the a an of to in is are was were and or for on at by with what which who how do does did".split())
+_COMMON = frozenset(["the", "a", "an", "of", "to", "in", "is", "are", "was", "were", "and", "or", "for", "on", "at", "by", "with", "what", "which", "who", "how", "do", "does", "did"])
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (id INTEGER PRIMARY KEY, path TEXT UNIQUE, folder TEXT, changed INTEGER, size INTEGER);
 CREATE TABLE IF NOT EXISTS passages (id INTEGER PRIMARY KEY, file INTEGER, heading TEXT, text TEXT);
@@ -174,7 +174,9 @@ class LocalIndex:
         except ToolError as error:
             return Status("fail", str(error))
         if not folders:
-            return Status("off", pick("nothing indexed yet: moss-jt index FOLDER", "尚未建立索引：moss-jt index 文件夹"))
+            return Status(
+                "off", pick("nothing indexed yet: moss-jt index FOLDER", "尚未建立索引：moss-jt index 文件夹")
+            )
         files, passages = sum(one.files for one in folders), sum(one.passages for one in folders)
         return Status("ok", pick(f"{files} files, {passages} passages", f"{files} 个文件，{passages} 个段落"))
 
@@ -186,7 +188,9 @@ class LocalIndex:
                 self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             database = sqlite3.connect(self.path, timeout=20)
         except (OSError, sqlite3.Error) as error:
-            raise ToolError(f"the index {self.path} cannot be opened: {error}. Is its folder yours to write?") from error
+            raise ToolError(
+                f"the index {self.path} cannot be opened: {error}. Is its folder yours to write?"
+            ) from error
         try:
             with contextlib.closing(database), database:
                 if write:
@@ -195,7 +199,9 @@ class LocalIndex:
                     self.path.chmod(0o600)
                 yield database
         except (sqlite3.Error, OSError) as error:
-            raise ToolError(f"the index {self.path} is broken: {error}. Remove it, and index your folders again.") from error
+            raise ToolError(
+                f"the index {self.path} is broken: {error}. Remove it, and index your folders again."
+            ) from error
 
 
 def _take(database: sqlite3.Connection, folder: Path, path: Path, known: tuple[int, int] | None) -> str:
@@ -272,6 +278,6 @@ def window(text: str, query: str, longest: int = 400) -> str:
     if len(text) <= longest:
         return text
     wanted = set(terms(query)) - _COMMON
-    starts = [0, *(found.end() for found in re.finditer("[\n。！？.!?]\\s*", text))]  # noqa: RUF001
+    starts = [0, *(found.end() for found in re.finditer("[\n。！？.!?]\\s*", text))]
     best = max(starts, key=lambda at: len(wanted & set(terms(text[at : at + longest]))))
     return text[best:]

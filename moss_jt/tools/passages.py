@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-PLAIN = frozenset({".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log", ".csv", ".tsv", ".srt"})
+PLAIN = frozenset(
+    {".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log", ".csv", ".tsv", ".srt"}
+)
 HTML = frozenset({".html", ".htm", ".xhtml"})
 LONGEST = 600  # characters of a passage; a search shows 400 of them
 LARGEST = 20 << 20  # bytes of a file
 _SILENT = frozenset({"script", "style", "noscript", "template", "head", "nav", "footer", "svg"})
 _BLOCKS = frozenset(
-    "p div br li ul ol tr table h1 h2 h3 h4 h5 h6 section article pre blockquote dt dd figcaption main header".split()
+    ["p", "div", "br", "li", "ul", "ol", "tr", "table", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "pre", "blockquote", "dt", "dd", "figcaption", "main", "header"]
 )
 _MARKDOWN_HEADING = re.compile(r"#{1,6}\s+(.+?)\s*#*$")
 _UNDERLINE = re.compile(r"([=\-~^\"'*+#`])\1{2,}\s*$")
-_SENTENCE = re.compile("(?<=[。！？；])|(?<=[.!?;])\\s+")  # noqa: RUF001
+_SENTENCE = re.compile("(?<=[。！？；])|(?<=[.!?;])\\s+")
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,7 @@ def with_query(url: str, values: Mapping[str, str | int]) -> str:
     return f"{url}{'&' if '?' in url else '?'}{urllib.parse.urlencode(values)}"
 
 
-def fetch(
-    url: str, *, timeout: float, headers: Mapping[str, str] | None = None, send: object | None = None
-) -> bytes:
+def fetch(url: str, *, timeout: float, headers: Mapping[str, str] | None = None, send: object | None = None) -> bytes:
     """The bytes at an address.
 
     Args:
