@@ -17,7 +17,31 @@ LONGEST = 600  # characters of a passage; a search shows 400 of them
 LARGEST = 20 << 20  # bytes of a file
 _SILENT = frozenset({"script", "style", "noscript", "template", "head", "nav", "footer", "svg"})
 _BLOCKS = frozenset(
-    ["p", "div", "br", "li", "ul", "ol", "tr", "table", "h1", "h2", "h3", "h4", "h5", "h6", "section", "article", "pre", "blockquote", "dt", "dd", "figcaption", "main", "header"]
+    [
+        "p",
+        "div",
+        "br",
+        "li",
+        "ul",
+        "ol",
+        "tr",
+        "table",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "h6",
+        "section",
+        "article",
+        "pre",
+        "blockquote",
+        "dt",
+        "dd",
+        "figcaption",
+        "main",
+        "header",
+    ]
 )
 _MARKDOWN_HEADING = re.compile(r"#{1,6}\s+(.+?)\s*#*$")
 _UNDERLINE = re.compile(r"([=\-~^\"'*+#`])\1{2,}\s*$")
