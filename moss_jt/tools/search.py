@@ -12,7 +12,7 @@ from moss_jt.errors import ToolError
 from moss_jt.tools.tool import Hit, Status, Tool
 
 HITS = 3  # of one search; several searches of a turn get fewer each
-LONGEST = 400  # characters of a text, as in the training data
+LONGEST = 390  # characters of a text; with its quotes and escapes it may have 400
 MAX_QUERY = 400
 
 _TAGS = re.compile(r"</?[A-Za-z][^<>]{0,300}>|<!--.*?-->", re.DOTALL)
