@@ -57,12 +57,14 @@ def _records(path: Path) -> Iterator[dict[str, dict[str, dict[str, str]]]]:
         yield from map(json.loads, filter(str.strip, text.splitlines()))
         return
     whole = json.loads(text)
-    yield from (one for one in (whole if isinstance(whole, list) else [whole]) if isinstance(one, dict) and "chat" in one)
+    yield from (
+        one for one in (whole if isinstance(whole, list) else [whole]) if isinstance(one, dict) and "chat" in one
+    )
 
 
-def literal(text: str) -> str | None:
-    """The text that a Python literal means; of one that was cut, what is left of it."""
-    for attempt in (text, text + text[:1]):
+def literal(text: str, *, cut: bool = True) -> str | None:
+    """The text that a Python literal means; with `cut`, also of one whose end was cut off, what is left of it."""
+    for attempt in (text, text + text[:1]) if cut else (text,):
         try:
             value = ast.literal_eval(attempt)
         except (SyntaxError, ValueError):

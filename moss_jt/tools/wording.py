@@ -66,7 +66,7 @@ def failed(call: Call, tool: Tool | None, *, broken: bool = False) -> str:
 
 def joined(blocks: Iterable[str]) -> str:
     """The Results of a turn."""
-    return "\n".join(blocks) or NOTHING_RAN
+    return "\n".join(blocks).strip() or NOTHING_RAN
 
 
 def shortened(results: str, longest: int) -> str:

@@ -91,7 +91,7 @@ def test_prose_is_passed_over_and_told(text: str, skipped: tuple[str, ...]) -> N
 
 def test_it_says_what_it_understood() -> None:
     found = parse_commands('1. Calculate("2+3") # sum\nhm, Search("a\nb")')
-    assert found.describe() == "Calculate(\"2+3\"); Search(\"a b\"); passed over: 'hm'"
+    assert found.describe() == 'Calculate("2+3"); Search("a b"); passed over: \'hm\''
     assert Commands().describe() == "no call"
 
 
@@ -104,8 +104,44 @@ def test_size_is_limited() -> None:
 
 PIECES = [
     *('Search("', 'Calculate("', 'Solve("', 'Text2Image("', 'Count("', "Draw(", 'search("', "None", "none."),
-    *('")', '"', "'", "(", ")", "（", "）", "“", "”", ",", "，", ";", "\n", "\\", '\\"', " ", "#", "//", "1. ", "2) ", "- "),
-    *("x+1=2", "2^10", "北京", "天气", "\x00", "\ud800", "é", "𝒳", "\u202e", "<|Results|>:", "<eoc>", "<eom>", "__import__"),
+    *(
+        '")',
+        '"',
+        "'",
+        "(",
+        ")",
+        "（",
+        "）",
+        "“",
+        "”",
+        ",",
+        "，",
+        ";",
+        "\n",
+        "\\",
+        '\\"',
+        " ",
+        "#",
+        "//",
+        "1. ",
+        "2) ",
+        "- ",
+    ),
+    *(
+        "x+1=2",
+        "2^10",
+        "北京",
+        "天气",
+        "\x00",
+        "\ud800",
+        "é",
+        "𝒳",
+        "\u202e",
+        "<|Results|>:",
+        "<eoc>",
+        "<eom>",
+        "__import__",
+    ),
     *("eval(", "exec(", ".format(", "str(", "+", "*" * 50, "9" * 40, "🙂", "\t", "\r", "|", "&", "=", "%", "{}", "[]"),
 ]
 

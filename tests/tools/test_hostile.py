@@ -31,7 +31,7 @@ CODE = [
     f"parse_expr(\"__import__('os').mkdir('{CANARY}')\")",
     f"lambdify('x','open(\"{CANARY}\",\"w\")')(1)",
     f"1 if open('{CANARY}','w') else 2",
-    f"f'{{open(\"{CANARY}\",\"w\")}}'",
+    f'f\'{{open("{CANARY}","w")}}\'',
     f"x:=open('{CANARY}','w')",
     f"1;import os;os.mkdir('{CANARY}')",
     f"1\nimport os\nos.mkdir('{CANARY}')",
@@ -207,9 +207,7 @@ def test_there_are_150_of_them() -> None:
 
 
 @pytest.mark.parametrize("task", ["calculate", "solve"])
-def test_nothing_runs_and_every_error_is_clean(
-    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_runs_and_every_error_is_clean(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where the canary would appear
     own = Sandbox()
     answered = []

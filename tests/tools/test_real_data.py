@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from real_turns import ORDER, RealTurn, literal, needs_data, real_turns
@@ -137,12 +138,23 @@ def test_solve_gives_the_recorded_values(box: Sandbox) -> None:
     compare("Solve", solver(box).run, quoted=False)
 
 
+def is_cut(line: str) -> bool:
+    """Whether a text was cut: it has lost its closing quote."""
+    return line[:1] in "'\"" and literal(line, cut=False) is None and literal(line) is not None
+
+
+def limit_of(line: str) -> int:
+    """After how many characters a text was cut: 400 in most of the data, 300 in a part of it."""
+    return 300 if len(line) <= 300 else 400
+
+
 def hit_of(line: str) -> Hit:
-    """What a line of results was made of."""
+    """What a line of results was made of; what was cut off held the quotes that made Python choose those around."""
     whole = literal(line)
     if whole is not None:
-        padding = "x" * 400 + ('"' if line[:1] == "'" and "'" in whole else "")
-        return Hit(whole if len(line) < 400 else whole + padding)
+        quotes = "'" if line[0] == '"' else "'\"" if "'" in whole else ""
+        lost = " " * (limit_of(line) - len(line))  # white space at the very end of the Results
+        return Hit(whole + lost + "x" * 400 + quotes if is_cut(line) else whole)
     title, _, text = line.partition(": ")
     found = literal(text)
     assert found is not None, line
@@ -158,7 +170,7 @@ def replaying(name: str, turn: RealTurn) -> Tool:
 
     def run(*_: str) -> Answer:
         if name == "draw":
-            return Picture(path=__import__("pathlib").Path("picture.png"))
+            return Picture(Path("picture.png"))
         body = waiting.pop(0)
         if NOTHING.fullmatch(body):
             raise ToolLimitError("") if body == "No calculation results." else ToolError("")
@@ -166,11 +178,20 @@ def replaying(name: str, turn: RealTurn) -> Tool:
             return [hit_of(line) for line in re.findall(r"(?m)^<\|\d+\|>: (.*)$", body)]
         return body.strip("'")
 
-    return Tool(name, line.title, line.api, run, name == "calc", None, "No calculation results." if name == "calc" else None)
+    return Tool(
+        name, line.title, line.api, run, name == "calc", None, "No calculation results." if name == "calc" else None
+    )
+
+
+def longest_hit(turn: RealTurn) -> int:
+    """Where a turn's texts were cut."""
+    limits = {limit_of(line) for line in re.findall(r"(?m)^<\|\d+\|>: (.*)$", turn.results) if is_cut(line)}
+    assert len(limits) < 2, turn.place
+    return limits.pop() if limits else 400
 
 
 @needs_data
-def test_texts_of_whole_conversations_are_the_training_format_byte_for_byte() -> None:
+def test_texts_of_whole_conversations_are_the_training_format_byte_for_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the recorded answers, what the ToolBox writes is what the data has, and so is the whole text."""
     names = {"Search": "search", "Calculate": "calc", "Solve": "solve", "Text2Image": "draw"}
     turns, others = 0, []
@@ -179,6 +200,7 @@ def test_texts_of_whole_conversations_are_the_training_format_byte_for_byte() ->
         assert system_prompt(FIELDS, tools) == turn.meta
         results: str | None = None
         if tools:
+            monkeypatch.setattr("moss_jt.tools.wording.LONGEST_HIT", longest_hit(turn))
             box = ToolBox([replaying(name, turn) for name in tools])
             results = joined(ran.block for ran in box.run(turn.commands))
         human, thoughts, commands, moss = (

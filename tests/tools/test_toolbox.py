@@ -44,7 +44,7 @@ def results(box: ToolBox, commands: str) -> str:
     return joined(ran.block for ran in box.run(commands))
 
 
-HITS = (Hit("first"), Hit("it's second", "Page", "https://a.example/2"), Hit('both \' and "'), Hit("fourth"))
+HITS = (Hit("first"), Hit("it's second", "Page", "https://a.example/2"), Hit("both ' and \""), Hit("fourth"))
 
 
 def test_results_in_the_wording_of_the_data() -> None:
