@@ -180,7 +180,6 @@ def test_a_turn_from_end_to_end(tokenizer: Tokenizer, tools: ToolBox, name: str)
     before = system_prompt(FIELDS, ["search", "calc", "solve", "draw"])
     assert tokenizer.decode(opened.ids) == f"{before}<|Human|>: {question}<eoh>\n<|Inner Thoughts|>:"
     turn = Turn(question, thoughts, commands, results)
-    assert tokenizer.decode(full.ids) == FIELDS.conversation_text(before, [turn]).removesuffix("") or True
     assert tokenizer.decode(full.ids) == before + FIELDS.turn_text(turn)
     assert full.ids[: len(opened.ids) + len(first)] == (*opened.ids, *first), "the same ids, so the cache goes on"
     (kept,) = session.turns
@@ -291,10 +290,7 @@ def test_interrupted_while_thinking_the_message_is_taken_back(tokenizer: Tokeniz
 
 
 def test_interrupted_while_a_tool_runs_the_message_is_taken_back(tokenizer: Tokenizer) -> None:
-    def interrupt(*_: str) -> str:
-        return "unreached"
-
-    box = ToolBox([Tool("own", "Own", "Own(x)", interrupt)])
+    box = ToolBox([Tool("own", "Own", "Own(x)", lambda *_: "unreached")])
 
     def run(_: object) -> Iterator[Any]:
         raise KeyboardInterrupt
@@ -361,11 +357,8 @@ def test_results_that_leave_no_room_are_cut_and_the_model_still_answers(tokenize
     assert text_of(session.reply("q")) == "ok"
     assert len(engine.requests[1].ids) + 100 <= size
     (turn,) = session.turns
-    assert (
-        turn.tools is not None
-        and turn.tools.results in ("None",)
-        or " ..." in (turn.tools.results if turn.tools else "")
-    )
+    assert turn.tools is not None
+    assert turn.tools.results == "None" or " ..." in turn.tools.results
 
 
 def test_a_long_talk_with_tools_drops_its_oldest_turns(tokenizer: Tokenizer, tools: ToolBox) -> None:

@@ -21,6 +21,7 @@ def calculator(box: Sandbox) -> Tool:
         quoted=True,
         broken="No calculation results.",
         check=lambda: _try(box, "calculate", *_CALCULATOR),
+        close=box.close,
     )
 
 
@@ -32,6 +33,7 @@ def solver(box: Sandbox) -> Tool:
         api="Solve(equation)",
         run=lambda *texts: box.ask("solve", ";".join(texts)),
         check=lambda: _try(box, "solve", *_SOLVER),
+        close=box.close,
     )
 
 
