@@ -105,11 +105,10 @@ def _talk(
     tools: ToolBox | None,
 ) -> bool:
     """Hold the conversation; false if somebody's message could not be answered and nobody saw it."""
+    from moss_jt.chat import ChatSession
     from moss_jt.cli.chat_commands import COMMANDS, Talk
     from moss_jt.cli.chat_input import PipeInput, TerminalInput
     from moss_jt.cli.chat_loop import converse
-
-    from moss_jt.chat import ChatSession
     from moss_jt.engine import Engine
     from moss_jt.fit import predictor_for
     from moss_jt.template import choose_template

@@ -55,7 +55,7 @@ def factorial(value: Value) -> Value:
     if n < 0:
         raise ToolError("the factorial of a negative number is not defined.")
     if n > MAX_FACTORIAL:
-        raise ToolError(f"the factorial of {str(n)[:20]} is too large.")
+        raise ToolError(f"a factorial above {MAX_FACTORIAL}! is too large.")
     return make(math.factorial(n), whole=True)
 
 

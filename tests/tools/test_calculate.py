@@ -148,6 +148,7 @@ REFUSED = {
     "(-3)!": "negative",
     "9**9**9**9": "too large",
     "factorial(10**9)": "too large",
+    "(10^4000 * 10^4000)!": "too large",
     "10^100000": "too large",
     "1e999999": "exponent",
     "exp(1e18)": "too large",

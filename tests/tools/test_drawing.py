@@ -136,10 +136,10 @@ def test_comfyui_with_a_workflow_of_the_users_own(server: LocalServer, tmp_path:
     assert ComfyUi(server.url, path).draw('a "quoted"\ncat') == PNG
     assert server.asked[0].body["prompt"]["4"]["inputs"]["text"] == 'best, a "quoted"\ncat'
     path.write_text("{}")
-    with pytest.raises(ToolError, match="has no {description} where"):
+    with pytest.raises(ToolError, match=r"has no {description} where"):
         ComfyUi(server.url, path).draw("x")
     path.write_text("{description")
-    with pytest.raises(ToolError, match="has no|cannot be read as a workflow"):
+    with pytest.raises(ToolError, match=r"has no|cannot be read as a workflow"):
         ComfyUi(server.url, path).draw("x")
     with pytest.raises(ToolError, match="cannot be read as a workflow"):
         ComfyUi(server.url, tmp_path / "missing.json").draw("x")
@@ -196,7 +196,7 @@ def test_diffusers_runs_in_a_process_of_its_own(diffusers: Path) -> None:
     assert Diffusers().check().state == "ok"
     with pytest.raises(ToolError, match="made no picture with missing: OSError: no such model"):
         Diffusers("missing").draw("x")
-    with pytest.raises(ToolLimitError, match="made no picture within 0.5 s"):
+    with pytest.raises(ToolLimitError, match=r"made no picture within 0.5 s"):
         Diffusers("slow", seconds=0.5).draw("x")
 
 

@@ -107,7 +107,7 @@ def test_folders_are_listed_and_removed(index: LocalIndex, folder: Path, tmp_pat
     assert index.remove(folder) == len(DOCUMENTS) + 1
     assert index.folders() == [] and index.search("Lena", 3) == []
     assert index.check().state == "off"
-    with pytest.raises(ToolError, match="is not in the index. `moss-jt index --list` shows"):
+    with pytest.raises(ToolError, match=r"is not in the index. `moss-jt index --list` shows"):
         index.remove(tmp_path)
 
 
@@ -117,9 +117,9 @@ def test_the_index_is_for_its_owner_only(index: LocalIndex) -> None:
 
 def test_without_an_index(tmp_path: Path) -> None:
     index = LocalIndex(tmp_path / "none.sqlite")
-    with pytest.raises(ToolError, match="no documents have been indexed. Run: moss-jt index FOLDER"):
+    with pytest.raises(ToolError, match=r"no documents have been indexed. Run: moss-jt index FOLDER"):
         index.search("x", 3)
-    with pytest.raises(ToolError, match="does not exist. Name a folder"):
+    with pytest.raises(ToolError, match=r"does not exist. Name a folder"):
         index.add(tmp_path / "missing")
     assert index.check().state == "off"
 

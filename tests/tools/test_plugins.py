@@ -64,6 +64,12 @@ def test_the_example_is_about_twenty_lines() -> None:
     assert len(code) <= 22
 
 
+def test_the_documentation_shows_the_example_as_it_is() -> None:
+    page = (EXAMPLE.parent.parent / "docs" / "tools.md").read_text("utf-8")
+    assert (EXAMPLE / "unit_tool.py").read_text().partition('"""\n\n')[2].strip() in page
+    assert 'units = "unit_tool:tool"' in page and 'units = "unit_tool:tool"' in (EXAMPLE / "pyproject.toml").read_text()
+
+
 def test_it_is_told_what_units_there_are(example: Path) -> None:
     with pytest.raises(ToolError, match="units are m, km, cm"):
         load_plugins().tools["units"].run("1", "ell", "m")

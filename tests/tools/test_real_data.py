@@ -100,11 +100,11 @@ def compare(api: str, run: Callable[..., Answer], quoted: bool) -> None:
     """Run every recorded call of an API; tell what differs; assert the share that agrees."""
     counts: Counter[str] = Counter()
     for turn in real_turns():
-        for text, recorded in turn.blocks:
+        for text, body in turn.blocks:
             (call,) = parse_commands(text).calls
             if call.name != api:
                 continue
-            recorded = recorded.strip()
+            recorded = body.strip()
             try:
                 found = str(run(*call.arguments))
             except ToolError as error:
