@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,12 +46,14 @@ def real_turns() -> Iterator[RealTurn]:
     for path in sorted(Path(os.environ["MOSS_SFT_DATA"]).rglob("*.json*")):
         for number, record in enumerate(_records(path), 1):
             for name, fields in record["chat"].items():
-                bodies = [fields[key].split("|>:", 1)[1][:-6] for key in KEYS]
+                human, thoughts, commands, results, moss = (fields[key].split("|>:", 1)[1][:-6] for key in KEYS)
                 text = "".join(fields[key] for key in KEYS)
-                yield RealTurn(f"{path.name}:{number}:{name}", record["meta_instruction"], *bodies, text)
+                place = f"{path.name}:{number}:{name}"
+                meta = record["meta_instruction"]
+                yield RealTurn(place, meta, human, thoughts, commands, results, moss, text)
 
 
-def _records(path: Path) -> Iterator[dict[str, dict[str, dict[str, str]]]]:
+def _records(path: Path) -> Iterator[dict[str, Any]]:
     """The conversations of a file: one a line, or one in all, or a list."""
     text = path.read_text("utf-8")
     if path.suffix == ".jsonl":

@@ -407,7 +407,9 @@ def test_a_file_cannot_smuggle_markers_through_its_tools(tokenizer: Tokenizer, t
     markers = [token for token in session.turns[0].ids if token in tokenizer.control_ids]
     assert markers == [tokenizer.marker(name) for name in ("<eoh>", "<eot>", "<eoc>", "<eor>", "<eom>")]
     (tmp_path / "chat.json").write_text(text.replace('"commands": "None"', '"commands": 5'))
-    with pytest.raises(ConversationError, match='turn 1: "tools" must be an object with the texts'):
+    with pytest.raises(
+        ConversationError, match='turn 1: "tools" must be an object with the texts thoughts, commands, results'
+    ):
         session.load(tmp_path / "chat.json")
 
 

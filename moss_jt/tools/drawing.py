@@ -24,10 +24,12 @@ class DrawingBackend(Protocol):
     @property
     def name(self) -> str:
         """The word by which it is chosen."""
+        ...
 
     @property
     def note(self) -> str:
         """What the user should know about its pictures; "" for nothing."""
+        ...
 
     def draw(self, description: str) -> bytes:
         """A picture as the bytes of a PNG or JPEG file.
@@ -35,9 +37,11 @@ class DrawingBackend(Protocol):
         Raises:
             ToolError: there is none.
         """
+        ...
 
     def check(self) -> Status:
         """Whether it can draw."""
+        ...
 
 
 class Placeholder:

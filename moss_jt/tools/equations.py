@@ -149,13 +149,11 @@ class _Translator:
 
     def _of(self, tree: Tree) -> Any:
         """The expression of a tree."""
-        if is_constant(tree):
-            return self._constant(tree)
         behind: list[tuple[str, Tree]] = []
-        while isinstance(tree, Both) and not is_constant(tree):
+        while not is_constant(tree) and isinstance(tree, Both):  # a long sum leans to the left: no recursion there
             behind.append((tree.sign, tree.right))
             tree = tree.left
-        found = self._constant(tree) if is_constant(tree) else self._one(tree)
+        found = self._constant(tree) if isinstance(tree, Both) or is_constant(tree) else self._one(tree)
         while behind:
             sign, right = behind.pop()
             found = self._joined(sign, found, self._of(right))
@@ -268,7 +266,7 @@ def _solutions(expressions: list[Any], asked: list[Any], known: Sequence[Any]) -
         loose = {symbol for value in solution.values() for symbol in value.free_symbols}
         if missing or (loose and not asked) or loose & set(unknowns):
             raise ToolError("there are more unknowns than equations.")
-    return found
+    return list(found)
 
 
 def _numeric_roots(expressions: list[Any], unknowns: Sequence[Any]) -> list[Solution]:

@@ -26,6 +26,7 @@ class SearchBackend(Protocol):
     @property
     def name(self) -> str:
         """The word by which it is chosen."""
+        ...
 
     def search(self, query: str, count: int) -> Sequence[Hit]:
         """The `count` best hits, the best first.
@@ -33,9 +34,11 @@ class SearchBackend(Protocol):
         Raises:
             ToolError: it cannot be searched now.
         """
+        ...
 
     def check(self) -> Status:
         """Whether it can be searched."""
+        ...
 
 
 def search_tool(backend: SearchBackend) -> Tool:

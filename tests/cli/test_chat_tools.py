@@ -43,7 +43,7 @@ def chat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Chat:
     """Run `moss-jt chat` with some turns and some input."""
 
     def run(typed: str, turns: list[tuple[str, str, str]], *options: str) -> Result:
-        engine = make_engine(scripts(*turns), context_size=4096)  # type: ignore[arg-type]
+        engine = make_engine(scripts(*turns), context_size=4096)
         install(engine, monkeypatch.setattr)
         monkeypatch.chdir(tmp_path)
         arguments = ["chat", "--model", str(TOKENIZER), *options]

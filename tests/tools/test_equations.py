@@ -81,8 +81,8 @@ def test_unsolved_with_a_reason(equations: str) -> None:
 def test_every_root_holds(equation: str) -> None:
     """Put back into the equation, by SymPy's own reader of text."""
     left, _, right = equation.replace("^", "**").replace("3x", "3*x").replace("10x", "10*x").partition("=")
-    difference = sympy.sympify(left) - sympy.sympify(right)
+    difference = sympy.sympify(f"({left}) - ({right})")
     roots = [line.split(" = ")[1] for line in solve(equation).split("\n")]
     assert roots
     for root in roots:
-        assert abs(sympy.N(difference.subs("x", sympy.sympify(root)), 20)) < 1e-12
+        assert abs(sympy.N(difference.subs(sympy.Symbol("x"), sympy.sympify(root)), 20)) < 1e-12

@@ -12,7 +12,7 @@ from moss_jt.errors import ToolError
 from moss_jt.tools.index import Indexed, LocalIndex, terms, window
 from moss_jt.tools.passages import LONGEST, documents, read_passages, split
 
-DOCUMENTS = {
+DOCUMENTS: dict[str, str | bytes] = {
     "rivers.md": "# Rivers\n\nThe Lena flows north into the Laptev Sea.\n\n## Ports\n\nYakutsk lies on its bank.\n",
     "tea/茶.txt": "碧螺春产于苏州太湖的洞庭山。龙井茶产于杭州西湖。",
     "tea/old.txt": "信阳毛尖产于河南。".encode("gb18030"),
