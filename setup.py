@@ -88,7 +88,7 @@ setup(
     ],
     extras_require={
         "search": ["ddgs>=9"],
-        "draw": ["diffusers>=0.27", "transformers", "torch", "accelerate"],
+        "draw": ["diffusers[torch]>=0.27"],  # in a process of its own; its pipelines want transformers, too
         "test": [
             "pytest>=8",
             "pexpect>=4.9",

@@ -97,9 +97,10 @@ class Sandbox:
             try:
                 self._await_ready()
                 return self._exchange(line)
-            except BaseException as error:
-                if not isinstance(error, ToolError) or not self._ready:
-                    self._kill()  # Ctrl-C too: a late answer must not be taken for that of the next question
+            except ToolError:
+                raise
+            except BaseException:
+                self._kill()  # Ctrl-C: a late answer must not be taken for that of the next question
                 raise
 
     def close(self) -> None:

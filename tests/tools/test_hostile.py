@@ -235,6 +235,7 @@ def check_stopped(box: Sandbox, text: str, words: str) -> None:
     before = box.pid
     with pytest.raises(ToolLimitError, match=words):
         box.ask("solve", text)
+    assert box.pid is not None, "the next one is started at once"
     assert box.ask("calculate", "2^10") == "1024"
     assert before is not None and box.pid != before
     with pytest.raises(ProcessLookupError):
