@@ -1,5 +1,6 @@
-"""The functions and constants of the calculator, by name; angles are radians, as in Python, unless they are written with °.
+"""The functions and constants of the calculator, by name.
 
+Angles are radians, as in Python, unless they are written with °.
 A function takes values and gives one. Exact arguments give exact results where that is possible.
 """
 
