@@ -24,7 +24,7 @@ ROWS = {
     2: "ops ops_grad frozen launch batch budget cache sampling shortlist tiers weights synthetic device_weights device_ops device_blocks workspace placement",
     3: "model",
     4: "runner engine generation",
-    5: "chat load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit",
+    5: "chat tools load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}
@@ -38,11 +38,26 @@ ONLY_IN = {  # a third-party module -> the parts that may import it
     "rich": {"cli"},
     "prompt_toolkit": {"cli"},
     "tqdm": {"cli"},
+    "sympy": {"tools"},
+    "mpmath": {"tools"},
+    "ddgs": {"tools"},
+    "diffusers": set(),
     "torch": set(),
     "transformers": set(),
 }
 OWN_PROCESS = {"moss_jt/startup/build.py"}  # runs as a child; what it prints is read by its parent
-HEAVY = ("jittor", "cupy", "numpy", "tokenizers", "sentencepiece", "safetensors", "huggingface_hub", "torch")
+HEAVY = (
+    "jittor",
+    "cupy",
+    "numpy",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "huggingface_hub",
+    "torch",
+    "sympy",
+    "mpmath",
+)
 
 
 def code_files() -> list[Path]:
@@ -267,7 +282,7 @@ def test_both_readmes_say_the_same() -> None:
     assert sorted(numbers.findall(english)) == sorted(numbers.findall(chinese))
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/architecture.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/architecture.md", "docs/tools.md", "CHANGELOG.md"])
 def test_links_of_pages_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
