@@ -37,12 +37,21 @@ from moss_jt.language import pick
     metavar="TEXT",
     help=pick('System prompt in place of MOSS\'s own; "" is none.', "系统提示，替换 MOSS 默认提示；空字符串表示不用。"),
 )
+@click.option(
+    "--quality",
+    type=click.IntRange(0, 100),
+    help=pick(
+        "How good answers shall be, for a model that learned it (moss-jt finetune --quality).",
+        "期望的回答质量，适用于学过质量标签的模型（moss-jt finetune --quality）。",
+    ),
+)
 @sampling_options
 def command(
     *,
     model: str | None,
     template: Literal["auto", "readme", "fields"],
     system: str | None,
+    quality: int | None,
     **others: Any,
 ) -> None:
     """Talk to a model."""
@@ -61,7 +70,7 @@ def command(
     from moss_jt.fit import predictor_for
     from moss_jt.template import choose_template
 
-    form = choose_template(template, loaded.config, tools=False)
+    form = choose_template(template, loaded.config, tools=False, quality=quality)
     session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config)
     talk = Talk(session, screen, predictor=partial(predictor_for, loaded))
     if screen.interactive:
