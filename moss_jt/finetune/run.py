@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,12 +100,10 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
     student = _student(request, model_dir, training, progress)
     _check_vocabulary(student.config, tokenizer, training)
     job = Job(student.network(), student.make_ops, student.parameters, training, validation, folder=request.output_dir)
-    log: Log = NoLog() if team.rank else RunLog(request.output_dir / "log", tensorboard=request.tensorboard)
-    trainer = Trainer(job, request.train, team=team, log=log, progress=progress)
-    _begin(trainer, request)
-    figures = trainer.run()
-    if isinstance(log, RunLog):
-        log.close()
+    with _log(request, team) as log:
+        trainer = Trainer(job, request.train, team=team, log=log, progress=progress)
+        _begin(trainer, request)
+        figures = trainer.run()
     if not team.rank:
         name = request.output_dir.name
         student.write(target, tokenizer=tokenizer_dir, dtype=request.dtype, name=name, progress=progress)
@@ -144,6 +144,19 @@ def _student(request: Request, model_dir: Path | None, training: Samples, progre
         return from_folder(checkpoint, recompute=settings.recompute)
     longest = int(training.lengths.max(initial=0))
     return over_folder(checkpoint, request.adapter, settings, longest=longest, memory=request.memory, progress=progress)
+
+
+@contextmanager
+def _log(request: Request, team: Team) -> Iterator[Log]:
+    """Where figures go: the first process writes them."""
+    if team.rank:
+        yield NoLog()
+        return
+    log = RunLog(request.output_dir / "log", tensorboard=request.tensorboard)
+    try:
+        yield log
+    finally:
+        log.close()
 
 
 def _check_vocabulary(config: MossConfig, tokenizer: Tokenizer, samples: Samples) -> None:

@@ -44,7 +44,7 @@ def start_mpi() -> Any:
     variables = {**plan.variables, "use_mpi": "1", "mpicc_path": str(mpicc)}
     try:
         with contained(
-            variables, without=set(FOREIGN_VARIABLES) - {"mpicc_path"}, executable=plan.tools.python, path_front=plan.source
+            variables, without=set(FOREIGN_VARIABLES) - {"mpicc_path", SIZE_VARIABLE}, executable=plan.tools.python, path_front=plan.source
         ):
             extern.setup_mpi()
     except Exception as error:  # Jittor raises RuntimeError and Exception alike
