@@ -15,6 +15,7 @@ import pytest
 
 from moss_jt.adapter import AdapterShape, load_adapter
 from moss_jt.checkpoint import Checkpoint
+from moss_jt.config import MossConfig
 from moss_jt.converters.byte_tokenizer import tokenizer_files
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.converters.jittor2hf import jittor2hf
@@ -24,7 +25,10 @@ from moss_jt.finetune import checkpoint
 from moss_jt.finetune.merge import merge_adapter
 from moss_jt.finetune.run import Request, Trained, finetune
 from moss_jt.finetune.settings import DataSettings, TrainSettings
+from moss_jt.finetune.start import from_nothing
+from moss_jt.finetune.vocabulary import extend_tokenizer, with_rows
 from moss_jt.load import load_model
+from moss_jt.tokenizer import load_tokenizer
 
 Array = npt.NDArray[Any]
 
@@ -215,6 +219,45 @@ def test_requests_that_cannot_work(request_of: Make, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "vocab_size": 500}), "utf-8")
     with pytest.raises(ConfigError, match="the model's vocab_size is 500"):
         finetune(request_of())
+
+
+def test_new_tokens_have_ids_rows_and_a_meaning(request_of: Make, tmp_path: Path) -> None:
+    plain = finetune(request_of())
+    records = []
+    for number in range(24):
+        question = "中文词" if number % 2 else "abab"
+        turn = {"Human": f"<|Human|>: {question}<eoh>\n", "MOSS": f"<|MOSS|>: {question}<eom>\n"}
+        records.append(json.dumps({"meta_instruction": "", "chat": {"turn_1": turn}}))
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(records), "utf-8")
+    (tmp_path / "tokens.txt").write_text("中文词\nabab\n", "utf-8")
+    (tmp_path / "data" / "val.jsonl").unlink()
+    old = load_model(plain.path)
+    train = replace(SETTINGS, epochs=10)
+    done = finetune(request_of("more", model=plain.path, new_tokens=tmp_path / "tokens.txt", train=train))
+    model = load_model(done.path)
+    ids = [model.tokenizer.encode(text) for text in ("中文词", "abab")]
+    assert ids == [[old.tokenizer.vocab_size], [old.tokenizer.vocab_size + 1]]
+    assert model.tokenizer.decode([*ids[0], *ids[1]]) == "中文词abab"
+    assert model.tokenizer.encode("Hello there") == old.tokenizer.encode("Hello there")
+    assert model.config.vocab_size >= model.tokenizer.vocab_size
+    prompt = model.tokenizer.encode("<|Human|>: 中文词") + [model.tokenizer.marker("<eoh>")]
+    prompt += model.tokenizer.encode("\n<|MOSS|>:", inside=True)
+    told = model.logits(prompt)[0, -1]
+    new = [number for (number,) in ids]
+    assert told[new[0]] > told[new[1]] and new[0] in np.argsort(told)[-5:], "what was added is answered with"
+
+
+def test_new_rows_are_means_of_what_spelled_them(golden: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(golden / TOKENIZER)
+    config = MossConfig(vocab_size=1043, n_positions=8, n_embd=16, n_layer=1, n_head=4, rotary_dim=4)
+    whole = from_nothing(config, seed=0)
+    new = extend_tokenizer(golden / TOKENIZER, ["hello there", "<eom>"], tmp_path / "new")
+    assert new == {"hello there": 1043}
+    larger = with_rows(whole, tokenizer, new)
+    assert larger.config.vocab_size == 1044
+    table, old = larger.parameters.array("transformer.wte.weight"), whole.parameters.array("transformer.wte.weight")
+    assert np.array_equal(table[:1043], old)
+    assert np.allclose(table[1043], old[tokenizer.encode("hello there", inside=True)].mean(0))
 
 
 @pytest.mark.filterwarnings("default")  # those of torch and transformers are not ours to mend
