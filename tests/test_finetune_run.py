@@ -15,7 +15,7 @@ import pytest
 
 from moss_jt.adapter import AdapterShape, load_adapter
 from moss_jt.checkpoint import Checkpoint
-from moss_jt.config import MossConfig
+from moss_jt.config import GenerationConfig, MossConfig
 from moss_jt.converters.byte_tokenizer import tokenizer_files
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.converters.jittor2hf import jittor2hf
@@ -27,13 +27,23 @@ from moss_jt.finetune.run import Request, Trained, finetune
 from moss_jt.finetune.settings import DataSettings, TrainSettings
 from moss_jt.finetune.start import from_nothing
 from moss_jt.finetune.vocabulary import extend_tokenizer, with_rows
+from moss_jt.generation import generate
 from moss_jt.load import load_model
+from moss_jt.template import Template, answer_text
 from moss_jt.tokenizer import load_tokenizer
 
 Array = npt.NDArray[Any]
 
 TOKENIZER = "tokenizer/c-addedtoken-specials"
-SHAPE = {"model_type": "moss", "vocab_size": 1048, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+SHAPE = {
+    "model_type": "moss",
+    "vocab_size": 1048,
+    "n_positions": 128,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "rotary_dim": 8,
+}
 SETTINGS = TrainSettings(epochs=2, batch_size=4, learning_rate=1e-2, eval_step=2, save_step=2, warmup=0.0)
 
 
@@ -115,7 +125,7 @@ def test_going_on_after_a_stop_gives_the_same_model(request_of: Make, monkeypatc
         patched.setattr(checkpoint, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             finetune(request_of("cut"))
-    with pytest.raises(ConfigError, match="is the checkpoint of an earlier run. Add --resume"):
+    with pytest.raises(ConfigError, match="is the checkpoint of an earlier run"):
         finetune(request_of("cut"))
     again = finetune(request_of("cut", resume=True))
     assert again.figures["loss"] == whole.figures["loss"] and again.figures["val_loss"] == whole.figures["val_loss"]
@@ -182,24 +192,31 @@ def test_an_adapter_learns_and_equals_the_merged_model(
     assert np.abs(load_model(quantized).logits(ids) - whole).max() < 1
 
 
-def test_less_memory_and_recomputing_change_nothing(adapted: Callable[..., tuple[Path, Trained]], tmp_path: Path) -> None:
+def test_less_memory_and_recomputing_change_nothing(
+    adapted: Callable[..., tuple[Path, Trained]], tmp_path: Path
+) -> None:
     base, done = adapted("tiny-int4/g32")
-    for name, changes in (("recomputed", {"train": replace(SETTINGS, recompute=True)}), ("budget", {"memory": 8 << 30})):
-        request = Request(
-            data_dir=tmp_path / "data",
-            output_dir=tmp_path / name,
-            model=base,
-            adapter=AdapterShape(rank=3, alpha=6.0),
-            data=DataSettings(max_length=64),
-            **{"train": SETTINGS, **changes},
-        )
-        assert finetune(request).figures["loss"] == pytest.approx(done.figures["loss"], abs=1e-5)
+    request = Request(
+        data_dir=tmp_path / "data",
+        output_dir=tmp_path / "recomputed",
+        model=base,
+        adapter=AdapterShape(rank=3, alpha=6.0),
+        data=DataSettings(max_length=64),
+        train=replace(SETTINGS, recompute=True),
+    )
+    assert finetune(request).figures["loss"] == pytest.approx(done.figures["loss"], abs=1e-5)
+    limited = replace(request, output_dir=tmp_path / "limited", train=SETTINGS, memory=8 << 30)
+    assert finetune(limited).figures["loss"] == pytest.approx(done.figures["loss"], abs=1e-5)
 
 
-def test_adapters_of_other_models_are_refused(adapted: Callable[..., tuple[Path, Trained]], golden: Path, tmp_path: Path) -> None:
+def test_adapters_of_other_models_are_refused(
+    adapted: Callable[..., tuple[Path, Trained]], golden: Path, tmp_path: Path
+) -> None:
     _, done = adapted("tiny-int4/g32")
     other = base_model(golden, tmp_path / "other", "tiny-fp/safetensors-fp16")
-    with pytest.raises(CheckpointError, match=r"does not fit the model: transformer\.h\..*Was it trained on another one"):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the model: transformer\.h\..*Was it trained on another one"
+    ):
         load_model(other, adapter=done.path)
     with pytest.raises(CheckpointError, match="cannot be read as an adapter"):
         load_model(other, adapter=other)
@@ -207,7 +224,7 @@ def test_adapters_of_other_models_are_refused(adapted: Callable[..., tuple[Path,
 
 def test_quantised_models_are_not_trained_whole(golden: Path, tmp_path: Path, request_of: Make) -> None:
     base = base_model(golden, tmp_path / "base", "tiny-int8/g32")
-    with pytest.raises(ConfigError, match="codes cannot be trained. Train an adapter with --lora_rank"):
+    with pytest.raises(ConfigError, match="codes cannot be trained"):
         finetune(request_of(model=base))
 
 
@@ -240,11 +257,39 @@ def test_new_tokens_have_ids_rows_and_a_meaning(request_of: Make, tmp_path: Path
     assert model.tokenizer.decode([*ids[0], *ids[1]]) == "中文词abab"
     assert model.tokenizer.encode("Hello there") == old.tokenizer.encode("Hello there")
     assert model.config.vocab_size >= model.tokenizer.vocab_size
-    prompt = model.tokenizer.encode("<|Human|>: 中文词") + [model.tokenizer.marker("<eoh>")]
+    prompt = [*model.tokenizer.encode("<|Human|>: 中文词"), model.tokenizer.marker("<eoh>")]
     prompt += model.tokenizer.encode("\n<|MOSS|>:", inside=True)
     told = model.logits(prompt)[0, -1]
     new = [number for (number,) in ids]
     assert told[new[0]] > told[new[1]] and new[0] in np.argsort(told)[-5:], "what was added is answered with"
+
+
+def test_answers_follow_the_quality_that_is_asked_for(request_of: Make, tmp_path: Path) -> None:
+    records = []
+    for number in range(400):
+        good = number % 2 == 0
+        turn = {
+            "Human": f"<|Human|>: {number // 2}<eoh>\n",
+            "MOSS": f"<|MOSS|>: {'fine' if good else 'bah'}<eom>\n",
+            "quality": 100 if good else 0,
+        }
+        records.append({"meta_instruction": "", "chat": {"turn_1": turn}})
+    text = "\n".join(map(json.dumps, records))
+    (tmp_path / "data" / "train.jsonl").write_text(text, "utf-8")
+    (tmp_path / "data" / "val.jsonl").unlink()
+    train = TrainSettings(epochs=3, batch_size=16, learning_rate=5e-3)
+    model = load_model(finetune(request_of(train=train, data=DataSettings(max_length=128, quality=True))).path)
+    stop = (model.tokenizer.marker("<eom>"),)
+    greedy = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=12, stop_ids=stop)
+
+    def answer(number: int, quality: int) -> str:
+        form = Template("readme", quality)
+        ids = [token.id for token in generate(model, form.open_turn(model.tokenizer, str(number)), greedy)]
+        return answer_text(model.tokenizer.decode(ids, skip_special=True))
+
+    asked = range(1000, 1100)
+    fine, bah = ([answer(number, quality) for number in asked] for quality in (100, 0))
+    assert sum(text == "fine" for text in fine) >= 95 and sum(text == "bah" for text in bah) >= 95
 
 
 def test_new_rows_are_means_of_what_spelled_them(golden: Path, tmp_path: Path) -> None:
@@ -281,7 +326,9 @@ def test_transformers_reads_what_was_exported(request_of: Make, tmp_path: Path) 
         jittor2hf(native, folder)
         values = json.loads((folder / "config.json").read_text("utf-8"))
         keys = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "rotary_dim", "n_inner")
-        theirs = CodeGenForCausalLM(CodeGenConfig(**{key: values[key] for key in keys}, tie_word_embeddings=False)).eval()
+        theirs = CodeGenForCausalLM(
+            CodeGenConfig(**{key: values[key] for key in keys}, tie_word_embeddings=False)
+        ).eval()
         theirs.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
         with torch.no_grad():
             want = theirs(torch.from_numpy(ids)).logits.numpy()

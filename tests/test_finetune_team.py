@@ -10,11 +10,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parent.parent
-SHAPE = {"model_type": "moss", "vocab_size": 1048, "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+SHAPE = {
+    "model_type": "moss",
+    "vocab_size": 1048,
+    "n_positions": 128,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "rotary_dim": 8,
+}
 
 
 def mpirun() -> str | None:
@@ -23,7 +32,9 @@ def mpirun() -> str | None:
     return shutil.which("mpirun") or (str(beside) if beside.is_file() else None)
 
 
-def train(golden: Path, folder: Path, name: str, batch_size: int, processes: int) -> tuple[list[float], dict[str, np.ndarray]]:
+def train(
+    golden: Path, folder: Path, name: str, batch_size: int, processes: int
+) -> tuple[list[float], dict[str, npt.NDArray[np.float32]]]:
     """Twenty steps by the command; losses and final weights."""
     command = [sys.executable, "-m", "moss_jt.cli", "finetune", "--init", str(folder / "config.json")]
     command += ["--tokenizer", str(golden / "tokenizer" / "c-addedtoken-specials"), "--data_dir", str(folder)]

@@ -127,7 +127,9 @@ def _places(request: Request, progress: Progress) -> tuple[Path | None, Path]:
             "give --model_name_or_path to start from a model, or --init with a config.json for a new one."
         )
     if request.new_tokens is not None and request.adapter is not None:
-        raise ConfigError("--new_tokens needs new rows in the model, and --lora_rank leaves it as it is. Give one of them.")
+        raise ConfigError(
+            "--new_tokens needs new rows in the model, and --lora_rank leaves it as it is. Give one of them."
+        )
     if request.model is None:
         if request.tokenizer is None:
             raise ConfigError("a new model (--init) needs --tokenizer, the folder of its tokenizer.")

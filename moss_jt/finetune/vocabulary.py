@@ -36,7 +36,9 @@ def read_tokens(file: Path) -> list[str]:
     tokens = [line for line in lines if line]
     twice = {token for token in tokens if tokens.count(token) > 1}
     if twice or not tokens:
-        raise ConfigError(f"--new_tokens {file} has {min(twice)!r} twice." if twice else f"--new_tokens {file} is empty.")
+        raise ConfigError(
+            f"--new_tokens {file} has {min(twice)!r} twice." if twice else f"--new_tokens {file} is empty."
+        )
     return tokens
 
 
