@@ -76,11 +76,17 @@ def node(forward: Forward, backward: Backward, *inputs: Var) -> Var:
 def multiply(a: Var, b: Var, turn_a: bool = False, turn_b: bool = False) -> Var:
     """The product of two matrices, each taken as it lies or turned around; no gradients."""
     jt = startup.import_jittor(device="cpu")
+    if turn_a and not turn_b and b.shape[1] < a.shape[1]:  # the narrower one is turned, and the result back
+        return _turned(multiply(b, a, turn_a=True))
     if turn_a:  # by ourselves: oneDNN takes more than twice as long for a product with a matrix turned around
-        a = training_node(_TURN_AROUND, [[a.shape[1], a.shape[0]]], [a])[0]
+        a = _turned(a)
     if jt.mkl_ops is not None:
         return jt.mkl_ops.mkl_matmul(a, b, False, turn_b)
     return jt.nn.matmul_transpose(a, b) if turn_b else jt.matmul(a, b)
+
+
+def _turned(x: Var) -> Var:
+    return training_node(_TURN_AROUND, [[x.shape[1], x.shape[0]]], [x])[0]
 
 
 def linear(x: Var, weight: Var) -> Var:

@@ -24,7 +24,7 @@ typedef float vector_t __attribute__((vector_size(32)));
 constexpr int64_t kLanes = 8, kTileRows = 6;
 #endif
 constexpr int64_t kTileColumns = 2 * kLanes;
-constexpr int64_t kQueries = 32;
+constexpr int64_t kQueries = 48;  // a multiple of kTileRows
 
 static inline int64_t padded(int64_t n) { return (n + kTileColumns - 1) / kTileColumns * kTileColumns; }
 
