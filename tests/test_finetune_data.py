@@ -177,6 +177,7 @@ def test_encoded_data_is_kept_and_known_again(golden: Path, tmp_path: Path) -> N
         ('{"chat": ', "train.jsonl:1 is not JSON"),
         ('{"plain_text": ""}', r'holds plain_text; wanted is a conversation with "chat", or a "text"'),
         ('{"chat": []}', r'"chat" must be an object of turns'),
+        ('{"chat": {}, "num_turns": 1}', "there is no turn_1, and num_turns says that there is"),
         ('{"chat": {"turn_1": {"Robot": ""}}}', "has the field 'Robot'; a turn has Human"),
         ('{"chat": {"turn_1": {"Human": 3}}}', "'Human' is 3; it must be text"),
     ],
