@@ -37,9 +37,19 @@ _TURN_AROUND = _SIZES + "moss_training::turn_around(in0_p, out0_p, tokens, width
 _TAKE_ROWS = "moss_training::take_rows(in0_p, in1_p, out0_p, in1_shape0, in0_shape1);"
 _TAKE_ROWS_BACK = _SIZES + "moss_training::take_rows_back(in0_p, in1_p, out0_p, tokens, width, out0_shape0);"
 _HEADS = 'const moss_training::Heads s{(int64_t)data["heads"], (int64_t)data["width"], (int64_t)data["rotary"]};'
-_ATTEND = _HEADS + "moss_training::attend(s, in0_p, in1_p, in2_p, out0_p, out1_p, in1_shape0 - 1);"
+_ATTEND = (
+    _HEADS
+    + """
+    const moss_training::Sequences all{in1_p, in1_shape0 - 1, (int64_t)data["shared"]};
+    moss_training::attend(s, all, in0_p, in2_p, out0_p, out1_p);
+"""
+)
 _ATTEND_BACK = (
-    _HEADS + "moss_training::attend_back(s, in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, out0_p, in4_shape0 - 1);"
+    _HEADS
+    + """
+    const moss_training::Sequences all{in4_p, in4_shape0 - 1, (int64_t)data["shared"]};
+    moss_training::attend_back(s, all, {in0_p, in1_p, in2_p, in3_p, in5_p, out0_p});
+"""
 )
 _CROSS_ENTROPY = """
     moss_training::cross_entropy(out0_p, in0_p, in1_p, in2_p, out1_p, out2_p, out0_shape0, out0_shape1);
@@ -170,7 +180,7 @@ def take_rows(table: Var, ids: npt.NDArray[np.int32]) -> Var:
     return node(forward, backward, table)
 
 
-def attention(qkv: Var, starts: Var, sincos: Var, config: MossConfig) -> Var:
+def attention(qkv: Var, starts: Var, sincos: Var, config: MossConfig, *, shared: int = 0) -> Var:
     """Causal attention within each sequence: (T, 3C) to (T, C).
 
     Args:
@@ -178,8 +188,9 @@ def attention(qkv: Var, starts: Var, sincos: Var, config: MossConfig) -> Var:
         starts: where each sequence begins, and T, int32.
         sincos: of all positions, as `moss_jt.ops.rotary_table`.
         config: the model's shape.
+        shared: length of the first sequence, where all others go on after it; else 0.
     """
-    data = {"heads": config.n_head, "width": config.head_dim, "rotary": config.rotary_dim}
+    data = {"heads": config.n_head, "width": config.head_dim, "rotary": config.rotary_dim, "shared": shared}
 
     def forward(qkv: Var) -> tuple[Var, Any]:
         tokens = qkv.shape[0]
