@@ -67,6 +67,14 @@ if TYPE_CHECKING:
         "placeholder、a1111=URL、comfyui=URL 或 diffusers。[默认：MOSS_JT_DRAW，否则 placeholder]",
     ),
 )
+@click.option(
+    "--quality",
+    type=click.IntRange(0, 100),
+    help=pick(
+        "How good answers shall be, for a model that learned it (moss-jt finetune --quality).",
+        "期望的回答质量，适用于学过质量标签的模型（moss-jt finetune --quality）。",
+    ),
+)
 @sampling_options
 def command(
     *,
@@ -76,6 +84,7 @@ def command(
     tools: str | None,
     search_with: str | None,
     draw_with: str | None,
+    quality: int | None,
     **others: Any,
 ) -> None:
     """Talk to a model."""
@@ -87,7 +96,8 @@ def command(
     screen = Screen(interactive=sys.stdin.isatty() and sys.stdout.isatty())
     box = open_tools(tools, search=search_with, draw=draw_with, screen=screen)
     try:
-        good = _talk(open_model(model, options, screen), screen, template, system=system, config=config, tools=box)
+        loaded = open_model(model, options, screen)
+        good = _talk(loaded, screen, template, quality=quality, system=system, config=config, tools=box)
     finally:
         if box is not None:
             box.close()
@@ -100,6 +110,7 @@ def _talk(
     screen: Screen,
     template: Literal["auto", "readme", "fields"],
     *,
+    quality: int | None,
     system: str | None,
     config: GenerationConfig,
     tools: ToolBox | None,
@@ -113,7 +124,7 @@ def _talk(
     from moss_jt.fit import predictor_for
     from moss_jt.template import choose_template
 
-    form = choose_template(template, loaded.config, tools=tools is not None)
+    form = choose_template(template, loaded.config, tools=tools is not None, quality=quality)
     session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config, tools=tools)
     talk = Talk(session, screen, predictor=partial(predictor_for, loaded))
     if screen.interactive:

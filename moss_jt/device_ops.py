@@ -120,18 +120,18 @@ class DeviceOps:
         if self.on_layer is not None:
             self.on_layer(layer)
 
-    def block(self, name: str, compute: Callable[[], DeviceBuffer]) -> DeviceBuffer:
+    def block(self, name: str, compute: Callable[[DeviceBuffer], DeviceBuffer], x: DeviceBuffer) -> DeviceBuffer:
         """A block of the network: queued step by step, then captured, then replayed as long as nothing has changed."""
         if self.observe is not None or not self._weights.is_whole:
-            return compute()
+            return compute(x)
         state = (self._tokens, self._stretches, self._weights.version, self.rounding)
         known = self._captured.get(name)
         if known is None or known.state != state:
-            result = compute()
+            result = compute(x)
             self._captured[name] = _Captured(state, None, result)
             return result
         if known.graph is None:
-            known = self._captured[name] = _Captured(state, self.device.capture(lambda: _run(compute)), known.result)
+            known = self._captured[name] = _Captured(state, self.device.capture(lambda: _run(compute, x)), known.result)
         self.device.replay(known.graph)
         return known.result
 
@@ -316,8 +316,8 @@ class DeviceOps:
         return buffer
 
 
-def _run(compute: Callable[[], DeviceBuffer]) -> None:
-    compute()
+def _run(compute: Callable[[DeviceBuffer], DeviceBuffer], x: DeviceBuffer) -> None:
+    compute(x)
 
 
 def _tile_sizes(layout: TileLayout) -> tuple[int, ...]:

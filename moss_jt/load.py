@@ -14,10 +14,12 @@ from typing import Literal, get_args
 
 from moss_jt import launch, paths
 from moss_jt.accelerator import check_device_name, open_accelerator
+from moss_jt.adapter import load_adapter
 from moss_jt.budget import Budget
 from moss_jt.checkpoint import Checkpoint, is_native
 from moss_jt.device import Device
-from moss_jt.errors import CheckpointError, ConfigError, DeviceMemoryError, DiskError, MossError
+from moss_jt.device_check import check_device
+from moss_jt.errors import CheckpointError, ConfigError, DeviceMemoryError, DiskError, KernelError, MossError
 from moss_jt.kv_layout import KVType
 from moss_jt.memory import (
     automatic_memory,
@@ -51,6 +53,7 @@ def load_model(
     vram: int | str | None = None,
     kv: str | None = None,
     max_tokens: int | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model from its folder.
@@ -60,8 +63,8 @@ def load_model(
 
     Args:
         path: a native folder, or a Hugging Face folder of a MOSS model.
-        device: "cpu", "cuda", "cuda:1", or "auto": a CUDA device where one can be used, else the CPU. Or an open device,
-            which stays the caller's.
+        device: "cpu", "cuda", "cuda:1", or "auto": a CUDA device where one can be used, else the CPU. It must compute a
+            small network correctly first. Or an open device, which stays the caller's.
         compute: "exact" computes in float32; "fast" rounds the inputs of int4 and int8 matrices to int8.
         memory: what the whole process may take, in bytes or like "6GiB"; None for what is free, less a reserve.
             What does not fit is read from disk in every pass. Results do not depend on it.
@@ -70,6 +73,7 @@ def load_model(
         kv: type of the cached keys and values, "fp32", "fp16" or "int8"; None for fp32 with exact compute, else fp16.
         max_tokens: positions that a cache holds, prompt and answer together; None for n_positions, or for what
             fits where memory is short.
+        adapter: folder of an adapter that `moss-jt finetune` made for this model; it is computed beside the weights.
         progress: told about compiling, converting and loading.
 
     Raises:
@@ -89,7 +93,8 @@ def load_model(
     tokenizer = None
     with contextlib.suppress(MossError):  # whoever needs it is told then what is wrong with it
         tokenizer = load_tokenizer(checkpoint.path)
-    accelerator = open_accelerator(device, vram_limit, progress) if isinstance(device, str) else device
+    terms = None if adapter is None else load_adapter(adapter, checkpoint.config)
+    accelerator = _accelerator(device, vram_limit, progress, has_adapter=terms is not None)
     if accelerator is not None:
         placed = _place(checkpoint, accelerator, kind, limit=limit, max_tokens=max_tokens, progress=progress)
         return Model(
@@ -118,7 +123,39 @@ def load_model(
         kv=kind,
         budget=Budget(plan, sizes, store),
         tokenizer=tokenizer,
+        adapter=terms,
     )
+
+
+def _accelerator(
+    device: DeviceName | Device, vram: int | None, progress: Progress, *, has_adapter: bool
+) -> Device | None:
+    """The device to compute on, seen to compute correctly; None for the CPU.
+
+    Raises:
+        ConfigError: there is an adapter, and a device was asked for by name.
+        KernelError: what was asked for by name is not there, or computes wrong.
+    """
+    if has_adapter and device not in ("auto", "cpu"):
+        raise ConfigError(
+            "adapters are computed by the CPU only, in this version. Merge it (moss-jt merge), or take cpu."
+        )
+    if has_adapter:
+        return None
+    if not isinstance(device, str):
+        return device
+    found = open_accelerator(device, vram, progress)
+    if found is not None:
+        try:
+            check_device(found)
+        except KernelError as error:
+            with contextlib.suppress(KernelError):  # it may no longer answer at all
+                found.close()
+            if device != "auto":
+                raise
+            _log.warning("%s The CPU computes.", error)
+            return None
+    return found
 
 
 def _place(

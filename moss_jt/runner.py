@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from moss_jt.adapter import Adapter, AdapterShape
 from moss_jt.batch import Batch, single_batch
 from moss_jt.budget import Budget
 from moss_jt.cache import KVCache, KVType
@@ -59,6 +60,7 @@ class Runner:
         capacity: int = PASS_TOKENS,
         rounding: bool = False,
         space: Workspace | None = None,
+        adapter: AdapterShape | None = None,
     ) -> None:
         self._ops: InferenceOps | DeviceOps
         if space is None:
@@ -72,6 +74,8 @@ class Runner:
             self._ops = DeviceOps(space, self.cache, rounding=rounding)
             self.buffer_bytes = 0  # all caches of a model share them
         self.network: Moss[Any] = Moss(config)
+        if adapter is not None:
+            adapter.attach(self.network)
         self._budget: Budget | None = None
 
     def keep_to(self, budget: Budget) -> None:
@@ -167,6 +171,7 @@ class Model:
         max_tokens: positions of a cache, prompt and answer together.
         budget: what keeps it within a limit of memory, on a device of that; None where nothing does.
         placed: where it lies on a device and on its host; None where the CPU computes.
+        adapter: the shape of the adapter that it was loaded with, None without.
     """
 
     def __init__(
@@ -181,10 +186,16 @@ class Model:
         budget: Budget | None = None,
         tokenizer: Tokenizer | None = None,
         placed: Placed | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.placed = placed
         self.path: Path = checkpoint.path
         self.config = checkpoint.config
+        self.adapter: AdapterShape | None = None
+        if adapter is not None:
+            self.adapter = adapter.shape
+            self.config = replace(self.config, template=adapter.template or self.config.template)
+            adapter.put_into(store)
         self.store = store
         self.compute: Compute = compute
         self.kv: KVType = kv or DEFAULT_KV[compute]
@@ -233,6 +244,7 @@ class Model:
             capacity=capacity,
             rounding=rounding,
             space=None if self.placed is None else self.placed.space,
+            adapter=self.adapter,
         )
         if self.budget is not None:
             runner.keep_to(self.budget)

@@ -125,6 +125,7 @@ class HostDevice:
 
     def close(self) -> None:
         self._memory.clear()
+        self.pinned.clear()
         self._account.taken = 0
 
     def _queue(self, stream: Stream, run: Callable[[], None]) -> None:

@@ -1,0 +1,123 @@
+"""Seeing that a device computes what it should, before it is trusted with a model.
+
+A driver that is broken or does not fit, a compiler with an error, a card that is overclocked: any of them may give
+wrong numbers without a word. So a network of one layer is computed on the device, for a prompt and for a token after
+it, and compared with the formulas in numpy. It takes a few megabytes and far less than a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moss_jt.batch import Batch, single_batch
+from moss_jt.config import MossConfig, Quantization
+from moss_jt.device import Device
+from moss_jt.device_ops import DeviceOps
+from moss_jt.errors import KernelError
+from moss_jt.kernels import reference
+from moss_jt.kv_layout import KVType
+from moss_jt.layout import RowsLayout, TileLayout
+from moss_jt.model import Moss
+from moss_jt.packing import dequantize, input_order, plain_groups, unpack
+from moss_jt.placement import TwoPlans, fill
+from moss_jt.plan import make_plan, matrix_sizes
+from moss_jt.synthetic import EMBEDDING, layouts_of, synthetic_store
+from moss_jt.weights import WeightStore, widen
+from moss_jt.workspace import device_needs
+
+Floats = npt.NDArray[np.float32]
+Product = Callable[[npt.NDArray[Any], str], npt.NDArray[Any]]
+
+ALLOWED = {False: 2e-3, True: 3e-2}  # of the largest logit; rounded inputs may fall to the other side of a step
+_CONFIG = MossConfig(
+    vocab_size=320, n_positions=64, n_embd=256, n_layer=1, n_head=4, rotary_dim=32, dtype="float16", name="check"
+)
+_PROMPT = 20  # tokens: more than the kernels for few of them take
+
+
+def check_device(device: Device) -> None:
+    """Compute a small network on a device, and compare.
+
+    Raises:
+        KernelError: it gives other numbers, or none; says which way of computing.
+    """
+    for bits in (4, 8, 16):
+        config = _CONFIG
+        if bits < 16:
+            quantization = Quantization(4 if bits == 4 else 8, 128)
+            config = replace(config, quantization=quantization, head_quantization=quantization)
+        store = synthetic_store(config, threads=1)
+        for rounding in (False, True) if bits < 16 else (False,):
+            off = _difference(device, config, store, rounding=rounding)
+            if not off <= ALLOWED[rounding]:
+                raise KernelError(
+                    f"{device.name} computes wrong: with {bits}-bit weights and {'rounded' if rounding else 'exact'} inputs "
+                    f"a small network is off by {off:.2g} of its largest logit. `moss-jt doctor` looks at driver and CUDA."
+                )
+
+
+def _difference(device: Device, config: MossConfig, store: WeightStore, *, rounding: bool) -> float:
+    """The largest error, in parts of the largest logit."""
+    ids = np.arange(_PROMPT + 1, dtype=np.int32) * 7 % config.vocab_size
+    want = _expected(config, store, ids, rounding=rounding)
+    found = _computed(device, config, store, ids, rounding=rounding)
+    return float(np.abs(found - want).max() / np.abs(want).max())
+
+
+def _computed(device: Device, config: MossConfig, store: WeightStore, ids: Floats | Any, *, rounding: bool) -> Floats:
+    """Logits of a prompt and of the token after it, on the device."""
+    kv: KVType = "float16" if rounding else "float32"
+    layouts = {size.name: store.layout(size.name) for size in matrix_sizes(config, layouts_of(config))}
+    sizes = matrix_sizes(config, layouts)
+    needs = device_needs(config, sizes, layouts, base=device.own_bytes, kv=kv, margin=0)
+    try:
+        plan = make_plan(sizes, needs, memory=needs.fixed + 4 * sum(size.nbytes for size in sizes), context=64)
+        space = fill(config, store, device, sizes, plans=TwoPlans(plan, None, {}), kv=kv).space
+        cache = space.cache(slots=1, tokens=64)
+        ops, network = DeviceOps(space, cache, rounding=rounding), Moss[Any](config)
+        parts = []
+        for start, count in ((0, _PROMPT), (_PROMPT, 1)):
+            cache.reserve(0, count)
+            batch: Batch = single_batch(ids[start : start + count], start=start, wanted=np.arange(count))
+            parts.append(network.execute(ops, batch))
+            cache.commit(0, count)
+        return np.concatenate(parts)
+    finally:
+        device.close()
+
+
+def _expected(config: MossConfig, store: WeightStore, ids: Any, *, rounding: bool) -> npt.NDArray[Any]:
+    """The same by the formulas."""
+
+    def product(x: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+        layout, blob = store.layout(name), store.read(name)
+        if isinstance(layout, RowsLayout):
+            n, k = layout.shape
+            return reference.linear(x, widen(blob[: n * layout.row_bytes], layout.dtype).reshape(n, k))
+        assert isinstance(layout, TileLayout)
+        matrix = unpack(blob, layout)
+        if not rounding:
+            return reference.linear(x, dequantize(matrix))
+        order = input_order(layout, plain_groups(layout.shape[1], layout.group_size))
+        return reference.linear_rounded(x.astype(np.float32), matrix, layout, order, 128)
+
+    def norm(x: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+        weight, bias = (store.small(f"{name}.{kind}") for kind in ("weight", "bias"))
+        return reference.layer_norm(x, weight, bias, config.layer_norm_epsilon)
+
+    x = store.rows(EMBEDDING, ids).astype(np.float64)
+    block = "transformer.h.0"
+    h = norm(x, f"{block}.ln_1")
+    positions, slots = np.arange(len(ids)), np.zeros(len(ids), int)
+    qkv = product(h, f"{block}.attn.qkv_proj.weight")
+    merged = reference.attention(qkv, config.n_head, config.rotary_dim, slots, positions)
+    inner = product(h, f"{block}.mlp.fc_in.weight") + store.small(f"{block}.mlp.fc_in.bias")
+    mlp = product(reference.gelu(inner), f"{block}.mlp.fc_out.weight") + store.small(f"{block}.mlp.fc_out.bias")
+    x = x + product(merged, f"{block}.attn.out_proj.weight") + mlp
+    head: npt.NDArray[Any] = product(norm(x, "transformer.ln_f"), "lm_head.weight") + store.small("lm_head.bias")
+    return head
