@@ -185,12 +185,12 @@ class CupyDevice:
 
     def replay(self, graph: Graph) -> None:
         """Queue what was captured, with the same arguments."""
-        with self._device:
+        with self._told("a captured block"), self._device:
             graph.launch(self._streams["compute"])
 
     def record(self, stream: Stream) -> Event:
         """An event that happens when all that was queued so far is done."""
-        with self._device:
+        with self._told("an event"), self._device:
             event = self._cupy.cuda.Event(disable_timing=True)
             event.record(self._streams[stream])
         return event
@@ -201,11 +201,16 @@ class CupyDevice:
 
     def wait(self, event: Event) -> None:
         """Wait for an event."""
-        event.synchronize()
+        with self._told("what was queued"):
+            event.synchronize()
 
     def close(self) -> None:
-        """Give all memory back, when what is queued is done."""
-        with self._device:
+        """Give all memory back, when what is queued is done.
+
+        Raises:
+            KernelError: the device no longer answers.
+        """
+        with self._told("giving memory back"), self._device:
             for stream in self._streams.values():
                 stream.synchronize()
             for address in self._pinned:
@@ -214,6 +219,10 @@ class CupyDevice:
             while self._addresses:
                 self._cupy.cuda.runtime.free(self._addresses.pop())
         self._account.taken = 0
+
+    def _told(self, what: str) -> _Told:
+        """Raise errors of CUDA as ours."""
+        return _Told(self._cupy.cuda.runtime.CUDARuntimeError, self.name, what)
 
     def _kernel(self, name: str, kernel: str) -> Any:
         """A kernel; its source is compiled when the first one of it is asked for."""
@@ -224,8 +233,25 @@ class CupyDevice:
         return self._kernels[name, kernel]
 
     def _copy(self, target: int, source: int, nbytes: int, kind: int, stream: Stream) -> None:
-        with self._device:
+        with self._told(f"a copy of {nbytes} bytes"), self._device:
             self._cupy.cuda.runtime.memcpyAsync(target, source, nbytes, kind, self._streams[stream].ptr)
+
+
+class _Told:
+    """A context in which CUDA's errors become a KernelError; a class, since a generator would cost a microsecond more."""
+
+    def __init__(self, kind: type[Exception], device: str, what: str) -> None:
+        self._kind, self._device, self._what = kind, device, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, self._kind):
+            raise KernelError(
+                f"{self._device} failed at {self._what}: {error}. Errors of kernels show up late, at whatever is waited for; "
+                "`moss-jt doctor` looks at driver and CUDA."
+            ) from error
 
 
 def _check_generation(name: str, generation: int) -> None:

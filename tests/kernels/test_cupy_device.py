@@ -252,3 +252,16 @@ def test_old_devices_and_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "cupy", FakeCupy(broken=True))
     with pytest.raises(KernelError, match="CUDA device 0 does not answer: no device"):
         CupyDevice()
+
+
+def test_errors_of_the_device_are_ours(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = CupyDevice()
+
+    def failing(*_: Any) -> None:
+        raise CudaError("an illegal memory access")
+
+    monkeypatch.setattr(cupy.cuda.runtime, "memcpyAsync", failing)
+    with pytest.raises(KernelError, match="A card failed at a copy of 3 bytes: an illegal memory access"):
+        device.move(Place(1), Place(2), 3)
+    with pytest.raises(KernelError, match="A card failed at what was queued: an illegal memory access"):
+        device.wait(type("Event", (), {"synchronize": failing})())
