@@ -11,6 +11,8 @@ import click
 from moss_jt.language import pick
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from moss_jt.config import MossConfig
     from moss_jt.fit import Change, Fit, Part
 
@@ -59,6 +61,14 @@ GIB, MIB = 1 << 30, 1 << 20
     ),
 )
 @click.option(
+    "--vram",
+    metavar="SIZE",
+    help=pick(
+        "Plan for a CUDA device of which so much may be taken, like 8GiB; --memory is then that of its host.",
+        "为可用显存如 8GiB 的 CUDA 设备做规划；此时 --memory 指主机内存。",
+    ),
+)
+@click.option(
     "--kv",
     type=click.Choice(["fp32", "fp16", "int8"]),
     help=pick(
@@ -90,6 +100,7 @@ def command(
     bits: str | None,
     head: str | None,
     memory: str | None,
+    vram: str | None,
     kv: str | None,
     context: int | None,
     compute: Literal["fast", "exact"],
@@ -109,9 +120,16 @@ def command(
     from moss_jt.hub import resolve_model
     from moss_jt.memory import parse_size
 
+    shape = resolve_model(model) if model is not None else _preset(preset or "", bits, head)
+    limit = None if memory is None else parse_size(memory, "--memory")
+    if vram is not None:
+        _fit_device(
+            shape, parse_size(vram, "--vram"), as_json=as_json, memory=limit, kv=kv, compute=compute, context=context
+        )
+        return
     found = fit(
-        resolve_model(model) if model is not None else _preset(preset or "", bits, head),
-        memory=None if memory is None else parse_size(memory, "--memory"),
+        shape,
+        memory=limit,
         kv=kv,
         compute=compute,
         context=context,
@@ -122,6 +140,22 @@ def command(
         click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
     else:
         click.echo("\n".join(screen(found)))
+
+
+def _fit_device(shape: Path | MossConfig, vram: int, *, as_json: bool, **options: Any) -> None:
+    """Plan for a device; measure the one that is here."""
+    from moss_jt.accelerator import open_accelerator
+    from moss_jt.cli import fit_device as report
+    from moss_jt.cli.progress import TerminalProgress
+    from moss_jt.fit_device import fit_device
+
+    device = open_accelerator("auto", vram, TerminalProgress())
+    found = fit_device(shape, vram=vram, device=device, **options)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+        return
+    for part in report.screen(found, None if device is None else device.name):
+        click.echo(part if isinstance(part, str) else "\n".join(table(part)))
 
 
 def _preset(name: str, bits: str | None, head: str | None) -> MossConfig:

@@ -23,7 +23,7 @@ from moss_jt.memory import GIB, MIB, automatic_memory, format_size
 from moss_jt.plan import MatrixSize, Plan, make_plan, matrix_sizes, needs_of, resident_rows, smallest_memory
 from moss_jt.predict import Decoding, Predictor, Prefill, Rates
 from moss_jt.progress import Progress
-from moss_jt.runner import DEFAULT_KV, KV_TYPES, Compute, Model
+from moss_jt.runner import DEFAULT_KV, Compute, Model, kv_type
 
 BASE_BYTES = 200 * MIB  # of a process with Jittor, kernels and tokenizer, before any weight
 SHARES = (0, 25, 50, 100)  # per cent of the context at which decoding is predicted
@@ -181,10 +181,8 @@ def fit(
         CheckpointError: the folder's files are broken.
         StartupError, KernelError, DiskError: the machine could not be measured.
     """
-    config, layouts, folder, name = _look_at(model)
-    if kv is not None and kv not in KV_TYPES:
-        raise ConfigError(f'kv is "{kv}"; known are {", ".join(KV_TYPES)}.')
-    kind = DEFAULT_KV[compute] if kv is None else KV_TYPES[kv]
+    config, layouts, folder, name = look_at(model)
+    kind = DEFAULT_KV[compute] if kv is None else kv_type(kv)
     if context is not None:
         context = min(context, config.n_positions)
     free = base + automatic_memory()
@@ -232,7 +230,7 @@ def predictor_for(model: Model) -> Predictor | None:
     return Predictor(model.config, sizes, model.budget.plan, found.rates(wanted))
 
 
-def _look_at(model: Path | MossConfig) -> tuple[MossConfig, Mapping[str, Layout] | None, Path, str]:
+def look_at(model: Path | MossConfig) -> tuple[MossConfig, Mapping[str, Layout] | None, Path, str]:
     """The shape, the layouts where the weights are there, the folder whose disk counts, and a name."""
     if isinstance(model, MossConfig):
         return model, None, paths.models_dir(), model.name or "MOSS"

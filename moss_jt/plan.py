@@ -205,11 +205,10 @@ class Plan:
         return max(0, min(self.total_bytes, self.room - kv_bytes))
 
 
-def _layouts_of(config: MossConfig) -> Iterator[tuple[str, RowsLayout | TileLayout]]:
+def layouts_of(config: MossConfig) -> dict[str, RowsLayout | TileLayout]:
     """How the matrices are stored, as far as the config tells; converters may have to permute them."""
-    for name, shape in expected_shapes(config).items():
-        if len(shape) == 2:
-            yield name, _layout_of(config, name, (shape[0], shape[1]))
+    shapes = {name: shape for name, shape in expected_shapes(config).items() if len(shape) == 2}
+    return {name: _layout_of(config, name, (shape[0], shape[1])) for name, shape in shapes.items()}
 
 
 def _layout_of(config: MossConfig, name: str, shape: tuple[int, int]) -> RowsLayout | TileLayout:
@@ -226,7 +225,7 @@ def matrix_sizes(config: MossConfig, layouts: Mapping[str, Layout] | None = None
         layouts: by name, of a checkpoint; None takes what the config alone tells.
     """
     sizes = []
-    for name, usual in _layouts_of(config):
+    for name, usual in layouts_of(config).items():
         if name == _EMBEDDING:
             continue
         layout = layouts[name] if layouts is not None else usual
@@ -252,7 +251,9 @@ def buffer_widths(config: MossConfig) -> dict[str, int]:
 
 def pass_token_bytes(config: MossConfig) -> int:
     """What one token of capacity takes: activations, inputs put in order or rounded, its embedding row, its place."""
-    layouts = [layout for name, layout in _layouts_of(config) if name == _HEAD or name.startswith("transformer.h.0.")]
+    layouts = [
+        layout for name, layout in layouts_of(config).items() if name == _HEAD or name.startswith("transformer.h.0.")
+    ]
     inputs = max(layout.padded_in if isinstance(layout, TileLayout) else layout.shape[1] for layout in layouts)
     return 4 * (sum(buffer_widths(config).values()) + inputs + config.n_embd) + 8
 

@@ -20,7 +20,7 @@ from moss_jt.cache import KVCache, KVType
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import MossConfig
 from moss_jt.device_ops import DeviceOps
-from moss_jt.errors import ShapeError
+from moss_jt.errors import ConfigError, ShapeError
 from moss_jt.launch import computing
 from moss_jt.memory import memory_for
 from moss_jt.model import Moss
@@ -40,6 +40,17 @@ Floats = npt.NDArray[np.float32]
 KV_TYPES: dict[str, KVType] = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 SPARE_BLOCKS = 2  # of the cache, kept for what comes next
 DEFAULT_KV: dict[Compute, KVType] = {"exact": "float32", "fast": "float16"}
+
+
+def kv_type(name: str) -> KVType:
+    """The type of a cache by its short name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in KV_TYPES:
+        raise ConfigError(f'kv is "{name}"; known are {", ".join(KV_TYPES)}.')
+    return KV_TYPES[name]
 
 
 class Runner:

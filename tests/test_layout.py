@@ -24,7 +24,7 @@ ROWS = {
     2: "ops ops_grad nodes frozen launch batch budget cache sampling shortlist tiers weights synthetic device_weights device_ops device_blocks workspace placement",
     3: "model adapter device_check",
     4: "runner engine generation",
-    5: "chat tools load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit finetune",
+    5: "chat tools load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit fit_device finetune",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}

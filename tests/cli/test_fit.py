@@ -114,3 +114,16 @@ def test_refusals_are_one_line(options: tuple[str, ...], words: str, capsys: pyt
 
 def test_a_table_counts_wide_characters_twice() -> None:
     assert table([["部分", "大小"], ["a", "1"]]) == ["部分  大小", "a        1"]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_device_is_planned_for_before_it_is_bought(language: str) -> None:
+    set_language("zh" if language == "zh" else "en")
+    done = run(*INT4, "--vram", "6GiB", "--memory", "8GiB")
+    set_language("en")
+    assert done.exit_code == 0, done.output
+    assert ("copied a token" if language == "en" else "每词元复制") in done.output
+    assert all(columns(line) <= 80 for line in done.stdout.splitlines())
+    found = json.loads(run(*INT4, "--vram", "6GiB", "--memory", "8GiB", "--json").stdout)
+    assert found["vram"] == 6 * GIB and found["device"]["weights"] > GIB
+    assert found["steps"][0]["link_bytes"] > 0 == found["steps"][0]["disk_bytes"]
