@@ -101,6 +101,13 @@ class Adapter:
         for name, values in self.terms.items():
             store.add(name, values)
 
+    def scaled(self) -> dict[str, Floats]:
+        """A and B by name, the terms' factor in B: for whoever multiplies by one and then the other."""
+        return {
+            name: values if name.endswith(".lora_a") else values * np.float32(self.shape.scale)
+            for name, values in self.terms.items()
+        }
+
     def pairs(self) -> Iterator[tuple[str, Floats, Floats]]:
         """Name of a matrix, its A and its B."""
         for name in self.terms:

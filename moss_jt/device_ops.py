@@ -157,10 +157,14 @@ class DeviceOps:
 
     def linear(self, x: DeviceBuffer, weight: Linear, into: str) -> DeviceBuffer:
         """(T, K) to (T, N), written to the buffer `into`."""
-        assert weight.low_rank is None, "adapters are not on the device yet"
         y = self.buffers[into]
         bias = self.space.small(weight.name + ".bias") if weight.bias else None
         self._multiply(x, weight.name + ".weight", bias, y)
+        if weight.low_rank is not None:
+            a, b = weight.low_rank
+            middle = self.space.middle
+            self._rows_product("float32", x, self.space.small(a), middle, rows=middle.width, inputs=x.width)
+            self._rows_product("float32", middle, self.space.small(b), y, rows=y.width, inputs=middle.width, add=True)
         return self._seen(weight.name, y)
 
     def attention(self, qkv: DeviceBuffer, layer: int) -> DeviceBuffer:
@@ -278,13 +282,30 @@ class DeviceOps:
             tiles = _Tiles(name, layout, None if perm is None else self.space.small(name), bias)
             multiply = self._multiply_rounded if self.rounding else self._multiply_exact
             return multiply(x, tiles, y)
-        tokens = self._rows(x)
         for piece in self._weights.pieces(name):
-            grid = (-(-piece.count // _ROW_WARPS), -(-tokens // _TOGETHER))
-            sizes = (tokens, piece.count, piece.first, layout.shape[1], x.width, y.width, 0)
-            arguments = (x.place, piece.place, bias, y.place, *sizes)
-            self.device.launch("linear_exact", f"rows_{layout.dtype}", grid, _ROW_WARPS * _WARP, arguments)
+            self._rows_product(
+                layout.dtype, x, piece.place, y, bias, rows=piece.count, first=piece.first, inputs=layout.shape[1]
+            )
         return None
+
+    def _rows_product(
+        self,
+        stored: str,
+        x: DeviceBuffer,
+        matrix: Place,
+        y: DeviceBuffer,
+        bias: Place | None = None,
+        *,
+        rows: int,
+        inputs: int,
+        first: int = 0,
+        add: bool = False,
+    ) -> None:
+        """Multiply by rows of floating-point numbers."""
+        tokens = self._rows(x)
+        grid = (-(-rows // _ROW_WARPS), -(-tokens // _TOGETHER))
+        arguments = (x.place, matrix, bias, y.place, tokens, rows, first, inputs, x.width, y.width, int(add))
+        self.device.launch("linear_exact", f"rows_{stored}", grid, _ROW_WARPS * _WARP, arguments)
 
     def _multiply_exact(self, x: DeviceBuffer, tiles: _Tiles, y: DeviceBuffer) -> None:
         tokens, layout = self._rows(x), tiles.layout

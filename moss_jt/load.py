@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from moss_jt import launch, paths
 from moss_jt.accelerator import check_device_name, open_accelerator
-from moss_jt.adapter import load_adapter
+from moss_jt.adapter import Adapter, load_adapter
 from moss_jt.budget import Budget
 from moss_jt.checkpoint import Checkpoint, is_native
 from moss_jt.device import Device
@@ -94,9 +94,11 @@ def load_model(
     with contextlib.suppress(MossError):  # whoever needs it is told then what is wrong with it
         tokenizer = load_tokenizer(checkpoint.path)
     terms = None if adapter is None else load_adapter(adapter, checkpoint.config)
-    accelerator = _accelerator(device, vram_limit, progress, has_adapter=terms is not None)
+    accelerator = _accelerator(device, vram_limit, progress)
     if accelerator is not None:
-        placed = _place(checkpoint, accelerator, kind, limit=limit, max_tokens=max_tokens, progress=progress)
+        placed = _place(
+            checkpoint, accelerator, kind, limit=limit, max_tokens=max_tokens, adapter=terms, progress=progress
+        )
         return Model(
             checkpoint,
             placed.store,
@@ -107,6 +109,7 @@ def load_model(
             budget=placed.budget,
             tokenizer=tokenizer,
             placed=placed,
+            adapter=terms,
         )
     if vram is not None:
         raise ConfigError("vram was given, and no device is used. Leave it out, or see `moss-jt doctor`.")
@@ -127,21 +130,12 @@ def load_model(
     )
 
 
-def _accelerator(
-    device: DeviceName | Device, vram: int | None, progress: Progress, *, has_adapter: bool
-) -> Device | None:
+def _accelerator(device: DeviceName | Device, vram: int | None, progress: Progress) -> Device | None:
     """The device to compute on, seen to compute correctly; None for the CPU.
 
     Raises:
-        ConfigError: there is an adapter, and a device was asked for by name.
         KernelError: what was asked for by name is not there, or computes wrong.
     """
-    if has_adapter and device not in ("auto", "cpu"):
-        raise ConfigError(
-            "adapters are computed by the CPU only, in this version. Merge it (moss-jt merge), or take cpu."
-        )
-    if has_adapter:
-        return None
     if not isinstance(device, str):
         return device
     found = open_accelerator(device, vram, progress)
@@ -165,6 +159,7 @@ def _place(
     *,
     limit: int | None,
     max_tokens: int | None,
+    adapter: Adapter | None,
     progress: Progress,
 ) -> Placed:
     """Load onto a device; on the host goes what has no room there."""
@@ -181,6 +176,7 @@ def _place(
             memory=limit,
             host_base=base,
             context=context,
+            terms=None if adapter is None else adapter.scaled(),
             progress=progress,
         )
 

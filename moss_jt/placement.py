@@ -35,7 +35,7 @@ from moss_jt.plan import (
 )
 from moss_jt.progress import Progress
 from moss_jt.weights import WeightStore
-from moss_jt.workspace import Workspace, device_needs
+from moss_jt.workspace import Terms, Workspace, device_needs
 
 _HOST_MARGIN = 64 * MIB  # what the driver's copies take, and what nobody foresaw
 
@@ -83,6 +83,7 @@ def plan_both(
     memory: int,
     host_base: int,
     context: int | None = None,
+    terms: Terms | None = None,
 ) -> TwoPlans:
     """Divide the memory of a device and of its host.
 
@@ -90,11 +91,12 @@ def plan_both(
         vram: bytes that the process may take on the device, `device_base` of them before anything is loaded.
         memory: bytes that it may take on the host, `host_base` of them before any weight.
         context: tokens that the caches must be able to hold; None for as many as fit.
+        terms: low-rank terms of an adapter by name, their factor in them.
 
     Raises:
         ConfigError: either is too little; says how much would do.
     """
-    needs = device_needs(config, sizes, layouts, base=device_base, kv=kv)
+    needs = device_needs(config, sizes, layouts, base=device_base, kv=kv, terms=terms)
     try:
         device = make_plan(sizes, needs, memory=vram, context=context)
     except ConfigError as error:
@@ -119,6 +121,7 @@ def place(
     memory: int,
     host_base: int,
     context: int | None = None,
+    terms: Terms | None = None,
     progress: Progress | None = None,
 ) -> Placed:
     """Load a checkpoint onto a device, and onto the host what has no room there.
@@ -147,9 +150,10 @@ def place(
         memory=memory,
         host_base=host_base,
         context=context,
+        terms=terms,
     )
     store = WeightStore(checkpoint, plans.host, progress, base=plans.base)
-    return fill(config, store, device, sizes, plans=plans, kv=kv, progress=progress)
+    return fill(config, store, device, sizes, plans=plans, kv=kv, terms=terms, progress=progress)
 
 
 def fill(
@@ -160,6 +164,7 @@ def fill(
     *,
     plans: TwoPlans,
     kv: KVType,
+    terms: Terms | None = None,
     progress: Progress | None = None,
 ) -> Placed:
     """Load what is planned onto a device, from a store that holds the rest.
@@ -170,6 +175,6 @@ def fill(
     """
     for part in store.memory:
         device.pin(part)
-    space = Workspace(config, device, store, sizes=sizes, plan=plans.device, kind=kv)
+    space = Workspace(config, device, store, sizes=sizes, plan=plans.device, kind=kv, terms=terms)
     space.weights.load(plans.device.resident, progress)
     return Placed(store, space, Budget(plans.device, sizes, space.weights), plans)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from moss_jt.cache import KVCache
@@ -27,10 +28,11 @@ from moss_jt.weights import WeightStore
 _ALIGNMENT = 256  # of what is taken from the slab
 
 Layouts = Mapping[str, RowsLayout | TileLayout]
+Terms = Mapping[str, npt.NDArray[np.float32]]
 
 
-def workspace_bytes(config: MossConfig, layouts: Layouts, capacity: int) -> dict[str, int]:
-    """What the buffers take by name, for passes of up to `capacity` tokens."""
+def workspace_bytes(config: MossConfig, layouts: Layouts, capacity: int, rank: int = 0) -> dict[str, int]:
+    """What the buffers take by name, for passes of up to `capacity` tokens; `rank` is that of an adapter."""
     stretches, per_sequence = -(-config.n_positions // STRETCH), -(-config.n_positions // BLOCK)
     blocks = max(blocks_of(layout) for layout in layouts.values())
     by_token = {
@@ -38,6 +40,7 @@ def workspace_bytes(config: MossConfig, layouts: Layouts, capacity: int) -> dict
         "parts": 4 * config.n_head * stretches * (2 + config.head_dim),
         "slots": 4,
         "positions": 4,
+        "middle": 4 * rank,
         "table": 4 * per_sequence,
         "codes": max(_padded_in(layout) for layout in layouts.values()),
         "steps": 4 * blocks,
@@ -57,28 +60,41 @@ def workspace_bytes(config: MossConfig, layouts: Layouts, capacity: int) -> dict
 
 
 def device_needs(
-    config: MossConfig, sizes: Sequence[MatrixSize], layouts: Layouts, *, base: int, kv: KVType, margin: int = MARGIN
+    config: MossConfig,
+    sizes: Sequence[MatrixSize],
+    layouts: Layouts,
+    *,
+    base: int,
+    kv: KVType,
+    margin: int = MARGIN,
+    terms: Terms | None = None,
 ) -> Needs:
     """What a model needs on a device beside its matrices, for `moss_jt.plan.make_plan`.
 
     Args:
         layouts: of the matrices in `sizes`.
         base: bytes that the process takes there in any case.
+        terms: the low-rank terms of an adapter by name.
     """
     tokens = min(PASS_TOKENS, config.n_positions)
-    one, two = (sum(workspace_bytes(config, layouts, count).values()) for count in (1, 2))
+    one, two = (sum(workspace_bytes(config, layouts, count, rank_of(terms)).values()) for count in (1, 2))
     tensors = [shape for shape in expected_shapes(config).values() if len(shape) == 1]
     rounding = _ALIGNMENT * (len(tensors) + len(sizes) + len(workspace_bytes(config, layouts, 1)))
     return Needs(
         base=base,
         buffers=one + (tokens - 1) * (two - one),
-        small=small_bytes(config, sizes) + rounding,
+        small=small_bytes(config, sizes) + rounding + sum(each.nbytes + _ALIGNMENT for each in (terms or {}).values()),
         kv_token_bytes=KVLayout.of(config, kv).token_bytes,
         margin=margin,
         pass_token_bytes=two - one,
         pass_tokens=tokens,
         positions=config.n_positions,
     )
+
+
+def rank_of(terms: Terms | None) -> int:
+    """The rank of low-rank terms, A (rank, K) and B (N, rank); 0 where there are none."""
+    return max((min(values.shape) for values in (terms or {}).values()), default=0)
 
 
 def blocks_of(layout: RowsLayout | TileLayout) -> int:
@@ -110,6 +126,7 @@ class Workspace:
         sizes: of the matrices, in the order of a pass.
         plan: how the device's memory is divided.
         kind: how keys and values are kept.
+        terms: low-rank terms of an adapter by name, their factor in them.
 
     Attributes:
         buffers: the results of steps by name.
@@ -132,10 +149,12 @@ class Workspace:
         sizes: Sequence[MatrixSize],
         plan: Plan,
         kind: KVType,
+        terms: Terms | None = None,
     ) -> None:
         self.config, self.device, self.store, self.capacity = config, device, store, plan.capacity
         slab = Slab(device, plan.memory - plan.needs.base - plan.needs.margin, "the model")
-        wanted = workspace_bytes(config, {size.name: store.layout(size.name) for size in sizes}, self.capacity)
+        layouts = {size.name: store.layout(size.name) for size in sizes}
+        wanted = workspace_bytes(config, layouts, self.capacity, rank_of(terms))
         places = {name: slab.take(nbytes, name) for name, nbytes in wanted.items()}
         widths = buffer_widths(config) | {"picked": config.n_embd, "logits": config.vocab_size}
         self.buffers = {name: DeviceBuffer(places[name], width) for name, width in widths.items()}
@@ -149,6 +168,9 @@ class Workspace:
         device.write(self.sincos, rotary_table(config))
         self._small: dict[str, Place] = {}
         self._upload_small(slab, sizes)
+        for name, values in (terms or {}).items():
+            self._small[name] = self._upload(slab, np.ascontiguousarray(values, np.float32))
+        self.middle = DeviceBuffer(places["middle"], rank_of(terms))
         self.weights = DeviceWeights(device, store, sizes, slab, slots=plan.ring_slots, slot_bytes=plan.slot_bytes)
         self.pool = BlockPool(device, self.weights.arena, KVLayout.of(config, kind), store.lock)
 
@@ -168,7 +190,7 @@ class Workspace:
         return place
 
     def small(self, name: str) -> Place:
-        """Where a norm or bias lies, or the order of the inputs of a matrix."""
+        """Where a norm, a bias or a low-rank term lies, or the order of the inputs of a matrix."""
         return self._small[name]
 
     def cache(self, *, slots: int, tokens: int) -> KVCache:

@@ -56,6 +56,7 @@ def make_model(folder: Path) -> SimpleNamespace:
         max_tokens=2048,
         budget=None,
         store=SimpleNamespace(streamed_bytes=0),
+        placed=None,
     )
 
 

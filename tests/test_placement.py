@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from host_device import HostDevice
 
+from moss_jt.adapter import Adapter, AdapterShape, save_adapter
 from moss_jt.config import GenerationConfig
 from moss_jt.engine import Engine
 from moss_jt.errors import ConfigError
@@ -92,6 +94,22 @@ def test_a_small_device_gives_the_same_answers(golden_model: Load, folder: Path)
     assert small.placed.space.weights.copied_bytes > 0
     assert device.taken <= device.capacity
     assert device.pinned, "weights on the host are pinned"
+
+
+@pytest.mark.parametrize("name", ["tiny-int4/g32-actorder", "tiny-fp/safetensors-fp16"])
+def test_an_adapter_is_computed_on_the_device(name: str, golden_model: Load, folder: Path, tmp_path: Path) -> None:
+    model = golden_model(name)
+    shape = AdapterShape(rank=4, alpha=6.0, targets=("qkv_proj", "fc_out"))
+    random = np.random.default_rng(0)
+    terms = {each: random.normal(0, 0.1, size).astype(np.float32) for each, size in shape.shapes(model.config).items()}
+    save_adapter(tmp_path / "adapter", Adapter(shape, terms), model.config)
+    ids = np.arange(1, 9)
+    on_cpu = load_model(model.path, "cpu", max_tokens=64, adapter=tmp_path / "adapter").logits(ids)
+    device: Any = HostDevice(folder)
+    on_device = load_model(model.path, device, max_tokens=64, adapter=tmp_path / "adapter").logits(ids)
+    assert np.abs(on_device - on_cpu).max() < 1e-4
+    assert np.abs(on_cpu - model.logits(ids)).max() > 1e-2, "the adapter does something"
+    assert device.own_bytes + device.taken <= device.own_bytes + device.capacity
 
 
 def test_what_loading_refuses(golden_model: Load, folder: Path) -> None:
