@@ -26,7 +26,7 @@ import numpy.typing as npt
 from moss_jt import sampling
 from moss_jt.batch import Batch
 from moss_jt.errors import CheckpointError, ConfigError, DeviceMemoryError, KernelError
-from moss_jt.messages import Event, FinishedEvent, PrefillEvent, Reason, Request, TokenEvent
+from moss_jt.messages import Event, FinishedEvent, PrefillEvent, Reason, Request, TokenEvent, TokenScores
 from moss_jt.runner import Model
 
 
@@ -144,7 +144,7 @@ class Engine:
         """One pass of the network over everything that waits or answers; an empty list when idle.
 
         Raises:
-            KernelError: the model gave a request (named in the message) logits that are not numbers.
+            KernelError: the model gave a request (`error.request`) logits that are not numbers.
                 No request has changed; cancel that one, and the others go on.
             DeviceMemoryError: others within the same budget of memory leave none for the oldest request.
             CheckpointError, DiskError: weights cannot be read. After any of these the next step tries again.
@@ -201,6 +201,8 @@ class Engine:
                 f"token id {wrong[0]} is outside the vocabulary of {self.model.config.vocab_size}. "
                 "Is the tokenizer that of another model?"
             )
+        if request.top_logprobs is not None and not 0 <= request.top_logprobs <= self.model.config.vocab_size:
+            raise ConfigError(f"top_logprobs is {request.top_logprobs}; it must be from 0 to the vocabulary's size.")
         if request.config.stop_strings and not self.model.has_tokenizer:
             raise ConfigError(f"{self.model.path} has no tokenizer, so stop strings cannot be found. Use stop_ids.")
 
@@ -323,17 +325,23 @@ class Engine:
         self._pass_tokens[kind] += sum(row.count for row in rows)
         self._pass_seconds[kind] += time.perf_counter() - began
 
-    def _pick(self, task: _Task, logits: npt.NDArray[np.float32]) -> tuple[int, float]:
+    def _pick(self, task: _Task, logits: npt.NDArray[np.float32]) -> tuple[int, float, TokenScores | None]:
         if not np.isfinite(logits).all():
             advice = f"`moss-convert verify {self.model.path}` checks the weights"
             if self.model.compute == "fast":
                 advice += ', and compute="exact" holds larger keys and values than float16 can'
-            raise KernelError(f"the model gave logits that are not numbers for request {task.id}; {advice}.")
+            raise KernelError(
+                f"the model gave logits that are not numbers for request {task.id}; {advice}.", request=task.id
+            )
         config = task.request.config
         scores = sampling.process(logits, task.tokens, config, allowed=self._allowed)
-        return sampling.choose(scores, config, sampling.step_rng(task.seed, task.new_tokens))
+        chosen, logprob = sampling.choose(scores, config, sampling.step_rng(task.seed, task.new_tokens))
+        count = task.request.top_logprobs
+        if count is None:
+            return chosen, logprob, None
+        return chosen, logprob, TokenScores(*sampling.model_scores(logits, chosen, count, allowed=self._allowed))
 
-    def _advance(self, row: _Row, picked: tuple[int, float] | None) -> None:
+    def _advance(self, row: _Row, picked: tuple[int, float, TokenScores | None] | None) -> None:
         """Take up the result of a pass for one request."""
         task = row.task
         if not task.new_tokens:
