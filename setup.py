@@ -56,6 +56,8 @@ def data_files(folder: str) -> list[str]:
     return found
 
 
+SERVE = ["fastapi>=0.115", "prometheus-client>=0.20", "pydantic>=2.7", "uvicorn>=0.30"]
+
 folders = package_folders()
 
 setup(
@@ -86,9 +88,13 @@ setup(
         'onednn-devel-cpu-gomp==2021.2.0; platform_system == "Linux" and platform_machine == "x86_64"',
     ],
     extras_require={
+        "serve": SERVE,
         "test": [
+            *SERVE,
+            "openai>=1.40",
             "pytest>=8",
             "pexpect>=4.9",
+            "schemathesis>=4",
             "setuptools>=69",
             "wheel",
             # compiles our CUDA kernels without a device; the version of no library of ours depends on it

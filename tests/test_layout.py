@@ -25,6 +25,7 @@ ROWS = {
     3: "model",
     4: "runner engine generation",
     5: "chat load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit",
+    6: "server",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}
@@ -38,11 +39,27 @@ ONLY_IN = {  # a third-party module -> the parts that may import it
     "rich": {"cli"},
     "prompt_toolkit": {"cli"},
     "tqdm": {"cli"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    "pydantic": {"server"},
+    "prometheus_client": {"server"},
     "torch": set(),
     "transformers": set(),
 }
 OWN_PROCESS = {"moss_jt/startup/build.py"}  # runs as a child; what it prints is read by its parent
-HEAVY = ("jittor", "cupy", "numpy", "tokenizers", "sentencepiece", "safetensors", "huggingface_hub", "torch")
+HEAVY = (
+    "jittor",
+    "cupy",
+    "numpy",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "huggingface_hub",
+    "torch",
+    "fastapi",
+    "uvicorn",
+)
 
 
 def code_files() -> list[Path]:
