@@ -8,7 +8,6 @@ of the request, "@search" in a turn with tools calls Search with the rest of X, 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from moss_jt.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer" / "c-addedtoken-specials"
 PACE_S = 0.002  # of a step with an answer without end: as a network would take
-_HUMAN = re.compile(r"<\|Human\|>: (.*?)<eoh>", re.DOTALL)
 
 
 @dataclass
@@ -33,6 +31,7 @@ class _Task:
     reused: int
     human: str
     made: list[int] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 
 
@@ -57,15 +56,23 @@ class ToyEngine:
     def submit(self, request: Request) -> int:
         if len(request.ids) > self.context:
             raise ConfigError("the prompt is too long for the toy.")
-        text = self.tokenizer.decode(request.ids)
-        said = _HUMAN.findall(text)
-        human = said[-1] if said else ""
+        human = self._last_said(request.ids)
         kept = self.kept.get(request.conversation or "", ())
         same = next((i for i, (a, b) in enumerate(zip(kept, request.ids, strict=False)) if a != b), len(kept))
         reused = min(same, len(request.ids) - 1)
         self.number += 1
         self.tasks[self.number] = _Task(request, self._script(request, human), reused, human)
         return self.number
+
+    def _last_said(self, ids: tuple[int, ...]) -> str:
+        """What stands between the last tag of a user and its end marker, found by ids as the model would."""
+        end = self.tokenizer.marker("<eoh>")
+        if end not in ids:
+            return ""
+        stop = len(ids) - 1 - ids[::-1].index(end)
+        markers = set(self.tokenizer.markers.values())
+        start = next((at + 1 for at in range(stop - 1, -1, -1) if ids[at] in markers), 0)
+        return self.tokenizer.decode(ids[start:stop]).partition("<|Human|>: ")[2]
 
     def _script(self, request: Request, human: str) -> list[int]:
         encode, marker = self.tokenizer.encode, self.tokenizer.marker
@@ -125,6 +132,8 @@ class ToyEngine:
         text = self.tokenizer.decode(task.made)
         if task.made[-1] in config.stop_ids or any(stop in text for stop in config.stop_strings):
             return "stop"
+        if config.max_time is not None and time.monotonic() - task.began > config.max_time:
+            return "time"
         full = len(task.made) >= config.max_new_tokens or len(task.request.ids) + len(task.made) >= self.context
         return "length" if full else None
 

@@ -66,16 +66,24 @@ def _lifespan(service: Service) -> Callable[[FastAPI], AbstractAsyncContextManag
 def _openapi(app: FastAPI, service: Service) -> Callable[[], dict[str, Any]]:
     """The description of the API: keys where they are needed, and 400 in place of FastAPI's 422."""
 
+    described: dict[bool, dict[str, Any]] = {}
+
     def describe() -> dict[str, Any]:
+        needs_keys = service.users.needs_keys
+        if needs_keys not in described:
+            described[needs_keys] = make(needs_keys)
+        return described[needs_keys]
+
+    def make(needs_keys: bool) -> dict[str, Any]:
         found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         for path, operations in found["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
-                if service.users.needs_keys and path not in ("/healthz", "/readyz"):
+                if needs_keys and path not in ("/healthz", "/readyz"):
                     operation["security"] = [{"key": []}]
         for name in ("HTTPValidationError", "ValidationError"):
             found["components"]["schemas"].pop(name, None)
-        if service.users.needs_keys:
+        if needs_keys:
             found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return found
 

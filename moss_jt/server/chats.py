@@ -18,7 +18,7 @@ from moss_jt.chat.window import fits, window_start
 from moss_jt.config import GenerationConfig
 from moss_jt.server.answers import Delta, Done, Part, Question, Restarted, Results, Thoughts, Usage, answer
 from moss_jt.server.prompts import Prompt, check_length, system_text
-from moss_jt.server.refusals import wrong
+from moss_jt.server.refusals import Refusal, wrong
 from moss_jt.server.service import Service, Speaker
 from moss_jt.server.store import StoredTurn, add_turn, new_uid, read_turns
 from moss_jt.server.users import User
@@ -102,7 +102,7 @@ class _Draft:
 async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[Part | Answered, None]:
     """Answer in a conversation; the turn is in the store before the last value comes.
 
-    Where the stream is closed before its end, what was passed on is kept as a turn of its own.
+    Where the stream ends before the answer does, what was passed on is kept as a turn.
 
     Raises:
         Refusal: the uid is unknown, the text does not fit, or the request was not taken.
@@ -124,7 +124,7 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
                     draft.take(part)
                     if not isinstance(part, Done):
                         yield part
-        except (GeneratorExit, asyncio.CancelledError):
+        except (GeneratorExit, asyncio.CancelledError, Refusal):
             if wish.streams and draft.answer:
                 await asyncio.shield(_keep(service, user, uid, draft, len(turns)))
             raise

@@ -107,7 +107,7 @@ class ModelProcess:
             return
         lived = time.monotonic() - self._started
         self._failures = 0 if lived > CALM_S else self._failures + 1
-        pause = 0.0 if self._failures <= 1 else min(LONGEST_PAUSE_S, 0.5 * 2.0**self._failures)
+        pause = 0.0 if self._failures <= 1 else min(LONGEST_PAUSE_S, 0.1 * 2.0**self._failures)
         code = None if self._process is None else self._process.exitcode
         _log.error("the process of the model ended with code %s after %.1f s; a new one in %.1f s.", code, lived, pause)
         self._on_death()

@@ -43,8 +43,8 @@ class WarmCaches:
         if not best:
             best = f"warm-{next(self._numbers)}"
             self._caches[best] = _Cache(user, ())
-            self._trim()
         self._caches[best].lent = True
+        self._trim()
         return best
 
     def give_back(self, name: str, ids: tuple[int, ...]) -> None:

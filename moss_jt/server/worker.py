@@ -63,7 +63,8 @@ class LoadedEngine:
 
 def run_worker(connection: Connection, make_engine: MakeEngine) -> None:
     """Be the process of the model until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the server decides what ends
+    for number in (signal.SIGINT, signal.SIGTERM):  # terminals and supervisors send them to all; the server decides
+        signal.signal(number, signal.SIG_IGN)
     sender = _Sender(connection)
     _forward_logs(sender)
     try:
