@@ -10,6 +10,7 @@ from typing import Any, cast
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
@@ -23,6 +24,7 @@ from moss_jt.server.streams import ClientGone
 
 GONE = 499  # nobody sees it; it stands in the log
 
+_PARTS = (routes_moss, routes_openai, routes_health)
 _log = logging.getLogger(__name__)
 
 
@@ -42,8 +44,8 @@ def create_app(service: Service, *, hosts: frozenset[str] = frozenset()) -> ASGI
         lifespan=_lifespan(service),
     )
     app.state.service = service
-    for routes in (routes_moss, routes_openai, routes_health):
-        app.include_router(routes.router)
+    for part in _PARTS:
+        app.include_router(part.router)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -104,10 +106,19 @@ async def _invalid(_: Request, error: Exception) -> Response:
     return JSONResponse(error_body(400, " ".join(message.split())[:400], "invalid_value", place or None), 400)
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     known = cast(HTTPException, error)
     code = {404: "no_route", 405: "no_method"}.get(known.status_code)
-    return JSONResponse(error_body(known.status_code, f"{known.detail}.", code), known.status_code, known.headers)
+    headers = {**(known.headers or {}), **({"Allow": _methods(request)} if known.status_code == 405 else {})}
+    return JSONResponse(error_body(known.status_code, f"{known.detail}.", code), known.status_code, headers)
+
+
+def _methods(request: Request) -> str:
+    """All methods that a path knows: those of one path may be spread over several routes."""
+    path = request.scope["path"]
+    routes = [route for part in _PARTS for route in part.router.routes if isinstance(route, APIRoute)]
+    found = {method for route in routes if route.path_regex.fullmatch(path) for method in route.methods}
+    return ", ".join(sorted(found))
 
 
 async def _gone(_: Request, __: Exception) -> Response:

@@ -82,10 +82,8 @@ def read_messages(messages: Iterable[Message]) -> tuple[str | None, list[Turn]]:
     return ("\n".join(reading.system) if reading.system else None), [*reading.turns, last]
 
 
-def _read_system(reading: _Reading, message: Message, where: str) -> None:
-    if reading.human or reading.turns:
-        raise wrong(f"{where} is a system message after the first of the user. Put it at the beginning.", where)
-    reading.system.append(message.text)
+def _read_system(reading: _Reading, message: Message, _: str) -> None:
+    reading.system.append(message.text)  # also one that comes later: MOSS has its system prompt at the beginning only
 
 
 def _read_user(reading: _Reading, message: Message, where: str) -> None:
@@ -95,8 +93,6 @@ def _read_user(reading: _Reading, message: Message, where: str) -> None:
 
 
 def _read_assistant(reading: _Reading, message: Message, where: str) -> None:
-    if not reading.human:
-        raise wrong(f"{where} is of the assistant, but no message of the user is before it.", where)
     if message.calls:
         if reading.calls:
             raise wrong(f"{where} calls a second time in one turn; MOSS has one round of calls a turn.", where)

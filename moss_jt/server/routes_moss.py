@@ -17,7 +17,7 @@ from moss_jt.server.answers import Delta, Results, Started, Thoughts
 from moss_jt.server.chats import Answered, Wish, conversation_name, converse
 from moss_jt.server.refusals import Refusal
 from moss_jt.server.routes_openai import sampling_config
-from moss_jt.server.routing import ERRORS, notes_of, service_of, user_of
+from moss_jt.server.routing import ERRORS, STREAMS, notes_of, service_of, user_of
 from moss_jt.server.schemas import MossRequest
 from moss_jt.server.store import LISTED, delete_conversation, drop_last_turn, list_conversations, read_turns
 from moss_jt.server.streams import DONE, event_stream, sse, until_gone
@@ -29,7 +29,7 @@ router = APIRouter(responses=ERRORS)
 Uid = Annotated[str, Path(min_length=1, max_length=64)]
 
 
-@router.post("/", summary="Say something in a conversation", tags=["moss"], response_model=None)
+@router.post("/", summary="Say something in a conversation", tags=["moss"], response_model=None, responses=STREAMS)
 async def say(request: Request, body: MossRequest) -> Response:
     """MOSS's own API. Without uid a conversation begins; its uid comes back, and opens it again.
 

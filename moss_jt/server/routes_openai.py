@@ -19,7 +19,7 @@ from moss_jt.server.calls import Function, read_call
 from moss_jt.server.openai_form import Choice, Form, usage_of
 from moss_jt.server.prompts import Message, Prompt, chat_prompt, check_length
 from moss_jt.server.refusals import Refusal, wrong
-from moss_jt.server.routing import ERRORS, notes_of, service_of, user_of
+from moss_jt.server.routing import ERRORS, STREAMS, notes_of, service_of, user_of
 from moss_jt.server.schemas import (
     AnyMessage,
     AssistantMessage,
@@ -83,7 +83,7 @@ def _model_object(speaker: Speaker) -> dict[str, Any]:
     }
 
 
-@router.post("/chat/completions", summary="Answer a conversation", tags=["openai"], response_model=None)
+@router.post("/chat/completions", summary="Answer a conversation", tags=["openai"], response_model=None, responses=STREAMS)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """OpenAI's chat; the conversation comes with the request, and nothing of it is kept."""
     user, service = await user_of(request, asks=True), service_of(request)
@@ -91,7 +91,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     return await _respond(request, user, body, plan)
 
 
-@router.post("/completions", summary="Continue a text", tags=["openai"], response_model=None)
+@router.post("/completions", summary="Continue a text", tags=["openai"], response_model=None, responses=STREAMS)
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """OpenAI's older route: the text goes to the model as it is, without tags."""
     user, service = await user_of(request, asks=True), service_of(request)

@@ -29,6 +29,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "The answer."}
+}
+
+
 def service_of(request: Request) -> Service:
     """The service behind the routes."""
     service = request.app.state.service

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from moss_jt.server.calls import MOST_CALLS
 
 MOST_CHOICES = 8
 MOST_PROMPTS = 8
 
+
+
+def _whole(value: object) -> object:
+    """To JSON, 3.0 is a whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Text = Annotated[str, StringConstraints(max_length=1 << 20)]
 Short = Annotated[str, StringConstraints(max_length=256)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
@@ -53,9 +61,9 @@ class Sampling(Strict):
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 20, description="0 keeps all tokens.")] | None = None
+    top_k: Annotated[Whole, Field(ge=0, le=1 << 20, description="0 keeps all tokens.")] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
 
 
 class TextPart(Lenient):
@@ -161,8 +169,8 @@ class Common(Sampling):
     """What both routes of OpenAI's API take."""
 
     model: Short = ""
-    max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -181,9 +189,9 @@ class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=16)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
@@ -198,9 +206,9 @@ class CompletionRequest(Common):
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=1 << 16)]
+        | Annotated[list[Annotated[Whole, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=1 << 16)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 
 class MossRequest(Sampling):
@@ -210,10 +218,10 @@ class MossRequest(Sampling):
     uid: Annotated[str, StringConstraints(max_length=64)] | None = Field(
         default=None, description="Of a conversation to continue; left out, a new one begins."
     )
-    max_length: Annotated[int, Field(ge=1, le=1 << 20)] | None = Field(
+    max_length: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = Field(
         default=None, description="Tokens of prompt and answer together; 2048."
     )
-    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = Field(
+    max_new_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = Field(
         default=None, description="Longest answer; 512."
     )
     stream: bool = Field(default=False, description="Answer with server-sent events.")

@@ -120,6 +120,17 @@ def test_the_system_prompt_and_history_are_the_clients(ai: openai.OpenAI) -> Non
     assert done.usage.prompt_tokens < 100, "MOSS's own system prompt is not there"
 
 
+def test_orders_that_programs_send_are_taken(client: Client) -> None:
+    messages = [
+        {"role": "assistant", "content": "Hello, I am MOSS."},
+        {"role": "user", "content": "one"},
+        {"role": "user", "content": "and two"},
+        {"role": "system", "content": "Be brief."},
+    ]
+    reply = client.post("/v1/chat/completions", {"messages": messages})
+    assert reply.json["choices"][0]["message"]["content"] == "you said one\nand two"
+
+
 def test_a_history_that_comes_again_is_found_in_the_cache(ai: openai.OpenAI) -> None:
     first = ai.chat.completions.create(model="toy", messages=user("something quite long to remember"))
     messages: Any = [
@@ -210,7 +221,6 @@ def test_errors_have_the_kinds_of_the_client(ai: openai.OpenAI) -> None:
 ORDERS: list[list[dict[str, Any]]] = [
     [{"role": "assistant", "content": "x"}],
     [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
-    [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}, {"role": "user", "content": "z"}],
     [{"role": "user", "content": "x"}, {"role": "tool", "tool_call_id": "1", "content": "y"}],
     [{"role": "system", "content": "x"}],
 ]
@@ -234,6 +244,8 @@ def test_an_order_that_cannot_be_is_refused(client: Client, messages: list[dict[
         {"stop": [""]},
         {"echo": True},
         {"temperature": "1"},
+        {"max_tokens": 1.5},
+        {"seed": True},
     ],
 )
 def test_what_cannot_be_honoured_is_refused(client: Client, extra: dict[str, Any]) -> None:
