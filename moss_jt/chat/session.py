@@ -21,7 +21,6 @@ from moss_jt.chat.events import ChatEvent, Finished, Notice, Prefill, Reason, Re
 from moss_jt.chat.reader import AnswerReader
 from moss_jt.chat.saved import SavedTurn, read_conversation, write_conversation
 from moss_jt.chat.turns import ChatTurn, Pass, flat
-from moss_jt.chat.window import MIN_ANSWER, fits, window_start
 from moss_jt.config import GenerationConfig
 from moss_jt.errors import ConversationError
 from moss_jt.language import pick
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
     from moss_jt.engine import Engine
     from moss_jt.template import Template
     from moss_jt.tokenizer import Tokenizer
+
+MIN_ANSWER = 16  # a prompt that leaves fewer tokens than this for the answer is refused
 
 
 @dataclass
@@ -245,15 +246,26 @@ class ChatSession:
         return tuple(dict.fromkeys((*self.config.stop_ids, *self._template.stop_ids(self._tokenizer))))
 
     def _fit(self, draft: _Draft) -> _Draft:
-        """Let old turns go until the prompt and an answer fit."""
+        """Let old turns go until the prompt and an answer fit.
+
+        Where turns must go, an eighth of the context is freed beyond need: the prompt then keeps its
+        beginning over the next turns, which thus need not be computed anew each time.
+        """
         older = self._turns[:-1] if draft.before is not None else self._turns
-        size, wanted = self._engine.context_size, self.config.max_new_tokens
+        size = self._engine.context_size
         own = len(self._system_ids) + len(flat(draft.passes))
-        if not fits(own, size=size, wanted=wanted):
+        room = min(self.config.max_new_tokens, size // 4)
+        if own + min(room, MIN_ANSWER) > size:
             raise ConversationError(self._too_long(draft, own, size))
         lengths = [len(turn.ids) for turn in older]
-        first = window_start(lengths, draft.first, own=own, size=size, wanted=wanted)
-        draft.dropped, draft.first = first - draft.first, first
+        used = own + sum(lengths[draft.first :])
+        limit = max(size - room, own)
+        if used > limit:
+            target = max(limit - size // 8, own)
+            while used > target and (draft.first < len(older) - 1 or used > limit):
+                used -= lengths[draft.first]
+                draft.first += 1
+                draft.dropped += 1
         return draft
 
     def _too_long(self, draft: _Draft, own: int, size: int) -> str:

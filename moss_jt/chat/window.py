@@ -1,35 +1,29 @@
-"""Which turns are still in the prompt: the oldest leave it whole, the system prompt and the new turn stay."""
+"""Which turns stay in the prompt: pure arithmetic on their lengths, and the words for what does not fit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moss_jt.language import pick
+
 MIN_ANSWER = 16  # a prompt that leaves fewer tokens than this for the answer is refused
 
 
-def fits(own: int, *, size: int, wanted: int) -> bool:
-    """Whether a prompt of `own` tokens, with no older turns, leaves room for an answer of `wanted` in `size` tokens."""
-    return own + min(_room(size, wanted), MIN_ANSWER) <= size
-
-
-def window_start(lengths: Sequence[int], first: int, *, own: int, size: int, wanted: int) -> int:
-    """Let old turns go until the prompt and an answer fit.
+def first_turn(lengths: Sequence[int], first: int, *, own: int, size: int, room: int) -> int:
+    """The index of the oldest turn that stays.
 
     Where turns must go, an eighth of the context is freed beyond need: the prompt then keeps its
     beginning over the next turns, which thus need not be computed anew each time.
 
     Args:
-        lengths: tokens of each older turn, the oldest first.
-        first: index of the oldest turn that was still in the prompt before.
-        own: tokens that stay: the system prompt and the turn being answered.
-        size: tokens of the context.
-        wanted: longest answer.
-
-    Returns:
-        Index of the oldest turn in the prompt now.
+        lengths: tokens of every older turn.
+        first: the oldest that was in the prompt before.
+        own: tokens of the system prompt and the turn being answered.
+        size: of the context.
+        room: tokens wanted for what is to be generated.
     """
     used = own + sum(lengths[first:])
-    limit = max(size - _room(size, wanted), own)
+    limit = max(size - room, own)
     if used > limit:
         target = max(limit - size // 8, own)
         while used > target and (first < len(lengths) - 1 or used > limit):
@@ -38,5 +32,33 @@ def window_start(lengths: Sequence[int], first: int, *, own: int, size: int, wan
     return first
 
 
-def _room(size: int, wanted: int) -> int:
-    return min(wanted, size // 4)
+def is_tight(lengths: Sequence[int], first: int, *, own: int, size: int, room: int) -> bool:
+    """Whether a turn would have to go."""
+    return own + sum(lengths[first:]) > max(size - room, own)
+
+
+def too_long(message: int, system: int, size: int) -> str:
+    """The words for a message of `message` tokens that does not fit even alone."""
+    most = size - system - MIN_ANSWER
+    return pick(
+        f"the message has {message} tokens; beside the system prompt at most {most} fit into this model. "
+        "Shorten it, or send it in parts.",
+        f"消息有 {message} 个词元；除系统提示外，此模型最多容纳 {most} 个。请缩短或分几次发送。",
+    )
+
+
+def filled(size: int) -> str:
+    """The words for an answer that has used up the context."""
+    return pick(
+        f"the answer fills the context of {size} tokens: it cannot be continued.",
+        f"回答已占满 {size} 个词元的上下文，无法继续。",
+    )
+
+
+def dropped(count: int) -> str:
+    """The words for turns that left the prompt."""
+    turns = "turn" if count == 1 else "turns"
+    return pick(
+        f"The context is full: the oldest {count} {turns} will no longer be remembered.",
+        f"上下文已满：最早的 {count} 轮对话将不再被记住。",
+    )

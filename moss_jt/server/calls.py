@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moss_jt.server.refusals import wrong
-from moss_jt.template import IMAGE_RESULT, TOOLS
+from moss_jt.template import IMAGE_RESULT, TOOLS, ToolLine
 
 MOST_CALLS = 16
 FUNCTIONS = {  # what a client may call a function -> the tool that it stands for
@@ -42,8 +42,8 @@ class ToolRunner(Protocol):
     """Tools that run on the server."""
 
     @property
-    def enabled(self) -> Sequence[str]:
-        """The tools that are offered: keys of moss_jt.template.TOOLS."""
+    def enabled(self) -> Sequence[str | ToolLine]:
+        """The tools that are offered, as moss_jt.template.system_prompt takes them."""
         ...
 
     def run(self, commands: str) -> str | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from moss_jt.chat.reader import AnswerReader
-from moss_jt.chat.window import fits, window_start
+from moss_jt.chat.window import MIN_ANSWER, first_turn
 from moss_jt.config import GenerationConfig
 from moss_jt.server.answers import Delta, Done, Part, Question, Restarted, Results, Thoughts, Usage, answer
 from moss_jt.server.prompts import Prompt, check_length, system_text
@@ -157,7 +157,8 @@ def _question(service: Service, speaker: Speaker, wish: Wish, turns: Sequence[St
     opening = template.open_thoughts(tokenizer, wish.text) if enabled else template.open_turn(tokenizer, wish.text)
     size = min(wish.max_length, speaker.context_size)
     own, wanted = len(system) + len(opening), wish.config.max_new_tokens
-    if not fits(own, size=size, wanted=wanted):
+    room = min(wanted, size // 4)
+    if own + min(room, MIN_ANSWER) > size:
         raise wrong(
             f"the prompt has {len(opening)} tokens and the system prompt {len(system)}; max_length and the model allow "
             f"{size} with the answer. Shorten it, or raise max_length.",
@@ -166,10 +167,10 @@ def _question(service: Service, speaker: Speaker, wish: Wish, turns: Sequence[St
         )
     before = turns[-1].first if turns else 0
     written = [turn_ids(tokenizer, template, turn) for turn in turns[before:]]
-    start = window_start([len(ids) for ids in written], 0, own=own, size=size, wanted=wanted)
+    start = first_turn([len(ids) for ids in written], 0, own=own, size=size, room=room)
     ids = [*system, *(i for one in written[start:] for i in one), *opening]
-    room = min(wanted, service.settings.max_new_tokens, size - len(ids))
-    config = replace(wish.config, max_new_tokens=room, max_time=service.settings.answer_s)
+    longest = min(wanted, service.settings.max_new_tokens, size - len(ids))
+    config = replace(wish.config, max_new_tokens=longest, max_time=service.settings.answer_s)
     return Question(Prompt(tuple(ids), bool(enabled)), config, runner=runner), before + start
 
 

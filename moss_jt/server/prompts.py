@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moss_jt.server.calls import Call, Function, write_calls, write_results
 from moss_jt.server.refusals import wrong
-from moss_jt.template import META_INSTRUCTION, Template, Turn, system_prompt
+from moss_jt.template import META_INSTRUCTION, Template, ToolLine, Turn, system_prompt
 
 if TYPE_CHECKING:
     from moss_jt.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def chat_prompt(
     messages: Sequence[Message],
     *,
     functions: Sequence[Function] = (),
-    enabled: Sequence[str] = (),
+    enabled: Sequence[str | ToolLine] = (),
     context_size: int,
 ) -> Prompt:
     """The ids of messages, up to where the model goes on.
@@ -146,7 +146,8 @@ def chat_prompt(
     """
     check_length(sum(len(message.text) for message in messages), context_size)
     system, turns = read_messages(messages)
-    tools = sorted({function.tool for function in functions}) or list(enabled)
+    offered: list[str | ToolLine] = [*dict.fromkeys(function.tool for function in functions)]
+    tools = offered or list(enabled)
     thinking = bool(tools) and turns[-1].commands is None
     ids = template.system_ids(tokenizer, system_text(template, tools, system))
     for turn in turns[:-1]:
@@ -156,7 +157,7 @@ def chat_prompt(
     return Prompt(tuple(ids), thinking)
 
 
-def system_text(template: Template, tools: Sequence[str], own: str | None) -> str:
+def system_text(template: Template, tools: Sequence[str | ToolLine], own: str | None) -> str:
     """The system prompt: MOSS's, or a client's; with tools, the lines that announce them come after either."""
     text = system_prompt(template, tools)
     if own is None:

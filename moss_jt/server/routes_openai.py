@@ -83,7 +83,9 @@ def _model_object(speaker: Speaker) -> dict[str, Any]:
     }
 
 
-@router.post("/chat/completions", summary="Answer a conversation", tags=["openai"], response_model=None, responses=STREAMS)
+@router.post(
+    "/chat/completions", summary="Answer a conversation", tags=["openai"], response_model=None, responses=STREAMS
+)
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """OpenAI's chat; the conversation comes with the request, and nothing of it is kept."""
     user, service = await user_of(request, asks=True), service_of(request)

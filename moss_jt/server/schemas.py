@@ -15,7 +15,6 @@ MOST_CHOICES = 8
 MOST_PROMPTS = 8
 
 
-
 def _whole(value: object) -> object:
     """To JSON, 3.0 is a whole number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

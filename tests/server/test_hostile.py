@@ -72,7 +72,9 @@ def test_100_mb_are_refused_before_they_are_sent(strict: LiveServer) -> None:
 
 def test_100_mb_without_a_length_are_refused_and_not_kept(strict: LiveServer) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    start = (
+        b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
     chunk = b"%x\r\n" % (1 << 16) + b" " * (1 << 16) + b"\r\n"
     answer = talk(strict.port, start, *[chunk] * 1600)
     assert not answer or b" 413 " in answer.split(b"\r\n")[0]  # it may be cut while it still sends

@@ -40,7 +40,11 @@ def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
             next(holder.events())
             waits = Asked(lambda: client.post(CHAT, chat("patient")))
             until(lambda: dispatcher.waiting == 1, "one waits")
-            for path, body in ((CHAT, chat("late")), ("/", {"prompt": "late"}), ("/v1/completions", {"prompt": "late"})):
+            for path, body in (
+                (CHAT, chat("late")),
+                ("/", {"prompt": "late"}),
+                ("/v1/completions", {"prompt": "late"}),
+            ):
                 reply = client.post(path, body)
                 assert (reply.status, reply.code) == (429, "queue_full")
                 assert 1 <= int(reply.headers["retry-after"]) <= 60
@@ -122,7 +126,9 @@ def test_conversations_have_a_number(tmp_path: Path) -> None:
 def test_the_end_of_a_server_keeps_what_runs(tmp_path: Path, stream: bool) -> None:
     with LiveServer(tmp_path, parallel=1, grace_s=0.2) as live:
         client, dispatcher = live.client(), live.service.dispatcher
-        runs = Asked(lambda: client.post("/", {"prompt": "@long", "max_new_tokens": 3000, "max_length": 4000, "stream": stream}))
+        runs = Asked(
+            lambda: client.post("/", {"prompt": "@long", "max_new_tokens": 3000, "max_length": 4000, "stream": stream})
+        )
         until(lambda: dispatcher.running == 1, "it runs")
         waits = Asked(lambda: client.post("/", {"prompt": "never begun"}))
         until(lambda: dispatcher.waiting == 1, "it waits")
