@@ -123,4 +123,4 @@ def tokens_today(connection: sqlite3.Connection, owner: str) -> int:
 
 def _hash(key: str) -> bytes:
     """A key has 256 random bits: one round of a fast hash is as good as many of a slow one."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
