@@ -170,7 +170,7 @@ async def _chat_source(
 async def _plan_text(service: Service, user: User, body: CompletionRequest) -> Plan:
     speaker = service.speaker
     prompts = await service.encode(_text_prompts, speaker, body)
-    stop_ids = plain_stop_ids(speaker)
+    stop_ids = () if body.ignore_eos else plain_stop_ids(speaker)
     asker = user.asker(streams=bool(body.stream))
     sources: list[AsyncGenerator[Part, None]] = []
     for prompt in prompts:

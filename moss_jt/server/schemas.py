@@ -208,6 +208,7 @@ class CompletionRequest(Common):
         | Annotated[list[Annotated[Whole, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=1 << 16)]
     )
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    ignore_eos: bool = Field(default=False, description="Go on behind end markers, up to max_tokens.")
 
 
 class MossRequest(Sampling):

@@ -197,6 +197,8 @@ def test_completions(ai: openai.OpenAI) -> None:
     ids = ai.completions.create(model="toy", prompt=[5, 6, 7])
     assert ids.usage is not None
     assert ids.usage.prompt_tokens == 3
+    past = ai.completions.create(model="toy", prompt="Once", max_tokens=30, extra_body={"ignore_eos": True})
+    assert (past.usage and past.usage.completion_tokens, past.choices[0].finish_reason) == (30, "length")
     stream = ai.completions.create(model="toy", prompt="Once", stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == " and so on"
 
