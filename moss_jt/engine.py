@@ -78,6 +78,8 @@ class Engine:
         model: what computes.
         slots: sequences that may be cached at once.
         tokens: positions of the cache over all of them; None for one full context.
+        idle_tokens: cached tokens that conversations may keep while they are not answering, the last used first;
+            None for all that there is room for.
 
     Attributes:
         model: what computes.
@@ -89,7 +91,9 @@ class Engine:
         ConfigError: no slots, or no tokens.
     """
 
-    def __init__(self, model: Model, *, slots: int = 1, tokens: int | None = None) -> None:
+    def __init__(
+        self, model: Model, *, slots: int = 1, tokens: int | None = None, idle_tokens: int | None = None
+    ) -> None:
         if slots < 1 or (tokens is not None and tokens < 1):
             raise ConfigError(
                 f"an engine of {slots} slots over {tokens} tokens can do nothing; both must be at least 1."
@@ -103,6 +107,7 @@ class Engine:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._events: dict[tuple[int, str, int], Event] = {}  # not given yet; what is told again is told once
         self._slots = range(slots)
+        self._idle_tokens = idle_tokens
         self._next = 0
         self._in_pass: list[_Task] = []
         self._allowed = _known_ids(model)
@@ -391,6 +396,12 @@ class Engine:
         counted = {"prompt_tokens": prompt, "reused_tokens": task.reused, "new_tokens": task.new_tokens}
         for key, count in counted.items():
             self._counts[key] += count
+        while self._idle_tokens is not None and self._idle() > self._idle_tokens:
+            self._forget_oldest()
+
+    def _idle(self) -> int:
+        """Cached tokens of conversations that are not answering."""
+        return sum(len(kept.tokens) for kept in self._kept.values())
 
 
 def _weakly(engine: Engine) -> Callable[[int], None]:

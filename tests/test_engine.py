@@ -129,6 +129,17 @@ def test_second_turn_computes_only_what_is_new(model: Model) -> None:
     assert tokens_of(events, two) == alone(model, second, GREEDY)
 
 
+def test_idle_conversations_keep_no_more_than_they_may(model: Model) -> None:
+    engine = Engine(model, slots=4, tokens=4 * model.config.n_positions, idle_tokens=50)
+    config = replace(GREEDY, max_new_tokens=1)
+    reused = []
+    for name, size in (("a", 20), ("b", 20), ("c", 20), ("b", 21), ("c", 21), ("a", 21), ("d", 100), ("a", 22)):
+        number = engine.submit(Request(tuple(range(1, size + 1)), config, name))
+        reused.append(finished(drain(engine), number).reused_tokens)
+    assert reused == [0, 0, 0, 20, 20, 0, 0, 0]  # c sent a away, a then b; d alone is too much, after a had left
+    assert engine.stats()["cached_tokens"] == 22
+
+
 def test_an_edited_history_keeps_the_common_part(model: Model) -> None:
     engine = Engine(model)
     engine.submit(Request(tuple(range(1, 41)), GREEDY, "talk"))
