@@ -137,6 +137,13 @@ def test_answers_at_once_are_those_of_each_alone(served: Served) -> None:
     assert together == alone
 
 
+def test_the_server_itself_has_no_jittor(served: Served) -> None:
+    pid = served.process.pid
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert "jit_utils" not in Path(f"/proc/{pid}/maps").read_text()
+    assert any("jit_utils" in Path(f"/proc/{child}/maps").read_text() for child in children)
+
+
 def test_figures(served: Served) -> None:
     served.client.say("x", max_new_tokens=2)
     text = served.client.get("/metrics").body.decode()

@@ -136,7 +136,7 @@ class Talkers:
                 if reply.status != 200:
                     assert reply.status == 503, reply.body
                     continue
-                uid = reply.json["uid"]
+                uid = str(reply.json["uid"])
                 with self.lock:
                     self.told[uid] = reply.json["history"]
                     self.answers += 1

@@ -133,8 +133,11 @@ def test_max_length_counts_prompt_and_answer(client: Client) -> None:
 def test_old_turns_leave_the_prompt_but_not_the_history(client: Client) -> None:
     uid = client.say("first " + "x" * 400)["uid"]
     for number in range(4):
-        reply = client.say(f"{number} " + "y" * 400, uid, max_length=2000)
-    assert len(reply["history"]) == 5
+        client.say(f"{number} " + "y" * 400, uid, max_length=2000)
+    with client.stream("/", {"prompt": "last", "uid": uid, "max_length": 2000}) as stream:
+        *_, end = stream.events()
+    assert len(end["history"]) == 6
+    assert 569 + 400 < end["usage"]["prompt_tokens"] < 569 + 3 * 450, "the system prompt and the youngest turns"
 
 
 class Shelf:
