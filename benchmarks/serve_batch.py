@@ -50,7 +50,7 @@ def rate(serving: Serving, count: int, chosen: argparse.Namespace, seeds: random
     wrong = [answer for status, answer in answers if status != 200]
     if wrong:
         raise SystemExit(f"the server refused: {wrong[0]}")
-    tokens = [answer["usage"]["completion_tokens"] for _, answer in answers]
+    tokens: list[int] = [answer["usage"]["completion_tokens"] for _, answer in answers]
     if set(tokens) != {chosen.new}:
         raise SystemExit(f"answers have {sorted(set(tokens))} tokens where {chosen.new} were asked. Raise --context.")
     return sum(tokens) / seconds

@@ -1,8 +1,8 @@
 """An engine for tests of the server: many requests at once, answers that follow from their own prompt.
 
-It answers "<|Human|>: X" with "you said X". Words in X make it behave otherwise: "@long" has an answer without
-end, "@die" kills its process once the answer has begun, "@die-first" before anything is said, "@bad" is an error
-of the request, "@search" in a turn with tools calls Search with the rest of X, "@think" calls nothing.
+It answers "<|Human|>: X" with "you said X". Words in X make it behave otherwise: "@long" has an answer without end,
+"@die" kills its process once the answer has begun, "@die-first" before anything is said, "@bad" is an error of the
+request, "@crash" a mistake in the engine; "@search" in a turn with tools calls Search with the rest of X.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ class ToyEngine:
                 raise KernelError("the toy was asked to fail.", request=number)
             if "@die-first" in task.human or ("@die" in task.human and len(task.made) > 3):
                 os.kill(os.getpid(), signal.SIGKILL)
+            if "@crash" in task.human:
+                raise RuntimeError("the toy has a mistake")
             if not task.made:
                 total = len(task.request.ids)
                 events.append(PrefillEvent(number, total, total, task.reused))

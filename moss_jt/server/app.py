@@ -117,7 +117,7 @@ def _methods(request: Request) -> str:
     """All methods that a path knows: those of one path may be spread over several routes."""
     path = request.scope["path"]
     routes = [route for part in _PARTS for route in part.router.routes if isinstance(route, APIRoute)]
-    found = {method for route in routes if route.path_regex.fullmatch(path) for method in route.methods}
+    found = {method for route in routes if route.path_regex.fullmatch(path) for method in route.methods or ()}
     return ", ".join(sorted(found))
 
 

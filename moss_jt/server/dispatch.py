@@ -294,6 +294,8 @@ class Dispatcher:
         elif isinstance(message, Fatal):
             self.failure = message.message
             _log.error("the model cannot be loaded: %s", message.message)
+            if self.model is None:
+                self._process.stop()  # what never worked is not tried again
             self._become("failed")
 
     def _take_events(self, message: Happened) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -37,6 +39,8 @@ from moss_jt.server.link import (
 )
 
 STATS_EVERY_S = 1.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,11 @@ def run_worker(connection: Connection, make_engine: MakeEngine) -> None:
         sender.send(Fatal(" ".join(str(error).split()) or "the system gives no more memory."))
         return
     sender.send(Ready(info))
-    Worker(connection, sender, engine).run()
+    try:
+        Worker(connection, sender, engine).run()
+    except Exception:  # the end of this process either way; the server starts another, and its log should say why
+        _log.critical("the process of the model failed: %s", traceback.format_exc())
+        sys.exit(1)
 
 
 class _Sender:

@@ -75,6 +75,13 @@ def test_a_request_that_kills_gets_no_third_process(tmp_path: Path) -> None:
         assert live.client().say("hello")["response"] == "you said hello"
 
 
+def test_a_mistake_in_the_engine_is_told_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with LiveServer(tmp_path) as live:
+        assert live.client().post(CHAT, chat("@crash")).code == "model_restarted"
+        assert live.client().say("hello")["response"] == "you said hello"
+    assert "RuntimeError: the toy has a mistake" in caplog.text
+
+
 class Program:
     """A server as a process of its own."""
 

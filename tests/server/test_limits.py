@@ -25,8 +25,13 @@ class Asked:
 
     def __init__(self, ask: Callable[[], Reply], then: Callable[[], None] = lambda: None) -> None:
         self.replies: list[Reply] = []
-        self.thread = threading.Thread(target=lambda: (self.replies.append(ask()), then()))
+        self.ask, self.then = ask, then
+        self.thread = threading.Thread(target=self.run)
         self.thread.start()
+
+    def run(self) -> None:
+        self.replies.append(self.ask())
+        self.then()
 
     def reply(self) -> Reply:
         self.thread.join()

@@ -182,7 +182,8 @@ def test_other_functions_are_refused(ai: openai.OpenAI) -> None:
     other = {"type": "function", "function": {**SEARCH["function"], "name": "book_flight"}}
     number = json.loads(json.dumps(SEARCH).replace('"type": "string"', '"type": "number"'))
     twice = {"type": "function", "function": {**SEARCH["function"], "name": "search"}}
-    for tools in ([other], [number], [SEARCH, twice]):
+    wrong: list[Any] = [[other], [number], [SEARCH, twice]]
+    for tools in wrong:
         with pytest.raises(openai.BadRequestError, match="tool"):
             ai.chat.completions.create(model="toy", messages=user("hello"), tools=tools)
 
