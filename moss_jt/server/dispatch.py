@@ -287,6 +287,7 @@ class Dispatcher:
             logging.getLogger(message.name).log(message.level, "%s", message.message)
         elif isinstance(message, Ready):
             self.model = message.model
+            self._process.settled()
             self._become("ready")
             self._pump()
         elif isinstance(message, Loading):

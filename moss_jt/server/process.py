@@ -20,7 +20,6 @@ from moss_jt.server.link import FromWorker, MakeEngine, ToWorker
 from moss_jt.server.worker import run_worker
 
 LONGEST_PAUSE_S = 30.0
-CALM_S = 60.0  # a process that lived so long is started again without a pause
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class ModelProcess:
         self._outbox: SimpleQueue[ToWorker | None] = SimpleQueue()
         self._process: BaseProcess | None = None
         self._stopped = False
-        self._failures = 0
+        self._failures = 0  # processes that died one after the other before any worked
         self._started = 0.0
         self._again: asyncio.TimerHandle | None = None
         self.restarts = 0
@@ -70,6 +69,10 @@ class ModelProcess:
     def send(self, message: ToWorker) -> None:
         """Say something to the process; lost where it is dead, which `on_death` then tells."""
         self._outbox.put(message)
+
+    def settled(self) -> None:
+        """The process works: if it dies, another is started without a pause."""
+        self._failures = 0
 
     def stop(self) -> None:
         """End the process for good."""
@@ -106,8 +109,8 @@ class ModelProcess:
         if self._stopped:
             return
         lived = time.monotonic() - self._started
-        self._failures = 0 if lived > CALM_S else self._failures + 1
-        pause = 0.0 if self._failures <= 1 else min(LONGEST_PAUSE_S, 0.1 * 2.0**self._failures)
+        pause = min(LONGEST_PAUSE_S, 0.2 * 2.0**self._failures) if self._failures else 0.0
+        self._failures += 1
         code = None if self._process is None else self._process.exitcode
         _log.error("the process of the model ended with code %s after %.1f s; a new one in %.1f s.", code, lived, pause)
         self._on_death()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import random
 import signal
@@ -147,7 +148,7 @@ class Talkers:
                 with self.lock:
                     self.told[uid] = reply.json["history"]
                     self.answers += 1
-        except OSError:  # the server is dead
+        except (OSError, http.client.HTTPException):  # the server is dead, perhaps in the middle of an answer
             pass
 
     def join(self) -> None:
