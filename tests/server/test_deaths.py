@@ -123,13 +123,14 @@ class Program:
 
 
 class Talkers:
-    """Clients that talk until the server dies, and remember what they were told."""
+    """Clients that talk until the server dies or they are to stop, and remember what they were told."""
 
     def __init__(self, client: Client, count: int) -> None:
         self.client = client
         self.told: dict[str, list[list[str]]] = {}
         self.lock = threading.Lock()
         self.answers = 0
+        self.enough = False
         self.threads = [threading.Thread(target=self.talk, args=(number,)) for number in range(count)]
         for thread in self.threads:
             thread.start()
@@ -138,6 +139,8 @@ class Talkers:
         uid: str | None = None
         try:
             for turn in range(10_000):
+                if self.enough:
+                    return
                 text = f"client {number} turn {turn} " + ("@long" if turn % 3 else "")
                 body = {"prompt": text, "max_new_tokens": 60, **({"uid": uid} if uid else {})}
                 reply = self.client.post("/", body)
@@ -177,7 +180,7 @@ def kill_servers(folder: Path, times: int) -> None:
     for _ in range(times):
         program = Program(folder)
         talkers = Talkers(program.client, 4)
-        wanted = moments.randrange(3, 16)
+        wanted = moments.randrange(2, 12)
         until(lambda t=talkers, w=wanted: t.answers >= w, "they have talked")  # type: ignore[misc]
         program.kill()
         talkers.join()
@@ -197,7 +200,7 @@ def kill_workers(folder: Path, times: int) -> None:
     killed: dict[int, int] = defaultdict(int)
     for _ in range(times):
         before = talkers.answers
-        wanted = before + moments.randrange(3, 12)
+        wanted = before + moments.randrange(2, 8)
         until(lambda w=wanted: talkers.answers >= w and bool(program.children()), "they have talked")  # type: ignore[misc]
         for child in program.children():
             if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
@@ -205,15 +208,10 @@ def kill_workers(folder: Path, times: int) -> None:
                 killed[child] += 1
     until(lambda a=talkers.answers: talkers.answers > a + 3, "they talk again")  # type: ignore[misc]
     assert len(killed) >= times, "each time another process was there"
-    told = dict(talkers.told)
-    program.kill()
+    talkers.enough = True
     talkers.join()
-    told.update(talkers.told)
-    if program.process.stdout is not None:
-        program.process.stdout.close()
-    again = Program(folder)
-    check(folder, again.client, told)
-    again.end()
+    check(folder, program.client, talkers.told)
+    program.end()
 
 
 def test_kill_9_of_the_server(tmp_path: Path) -> None:
