@@ -6,13 +6,15 @@ The model is the full-size int4 one of random weights, made once on disk. A run 
 `--batch` at the same moment; each has a prompt of its own of `--prompt` tokens and gives exactly `--new`. Its rate is
 all new tokens over the time from the first request to the last answer, reading of the prompts included. Runs of one
 and of eight take turns, and what counts is the median of the ratios of neighbours. Memory that other programs leave
-free would hold the files in the page cache: with peers/hog.py beside it the machine has no more than the budget.
+free would hold the files in the page cache; so it is taken away meanwhile, unless --page-cache is given: let nothing
+else run.
 Exit code 1 where the median ratio is under 4, as issue "Serving" asks. One JSON line comes last.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import statistics
 import sys
@@ -25,18 +27,19 @@ from budgets import small_machine
 from random_model import add_options, folder_of
 from serving import Serving
 
+from moss_jt.bench import parse_synthetic
 from moss_jt.memory import parse_size
 from moss_jt.record import keep, spread
 
 ASKED = 4.0
-FIRST_ID, IDS = 1000, 90_000  # ordinary tokens of MOSS's vocabulary
 
 
 def rate(serving: Serving, count: int, chosen: argparse.Namespace, seeds: random.Random) -> float:
     """New tokens a second of `count` continuations at once."""
+    vocabulary = parse_synthetic(chosen.synthetic, layers=chosen.layers).vocab_size
     bodies = [
         {
-            "prompt": [FIRST_ID + seeds.randrange(IDS) for _ in range(chosen.prompt)],
+            "prompt": [seeds.randrange(vocabulary) for _ in range(chosen.prompt)],
             "max_tokens": chosen.new,
             "seed": seeds.getrandbits(31),
             "ignore_eos": True,
@@ -66,6 +69,7 @@ def main() -> int:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--context", type=int, default=256, help="longest conversation, as for moss-jt serve")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--page-cache", action="store_true", help="leave the machine its memory")
     chosen = parser.parse_args()
     model, seeds = folder_of(chosen), random.Random(0)
     options = ["--model", str(model), "--memory", chosen.memory, "--parallel", str(chosen.batch)]
@@ -73,7 +77,7 @@ def main() -> int:
     single: list[float] = []
     batch: list[float] = []
     with (
-        small_machine(parse_size(chosen.memory)),
+        contextlib.nullcontext() if chosen.page_cache else small_machine(parse_size(chosen.memory)),
         tempfile.TemporaryDirectory() as folder,
         Serving(Path(folder), 1, options) as serving,
     ):
@@ -87,6 +91,7 @@ def main() -> int:
     results = {
         "model": model.name,
         "memory": chosen.memory,
+        "page_cache": chosen.page_cache,
         "batch": chosen.batch,
         "prompt": chosen.prompt,
         "new": chosen.new,
