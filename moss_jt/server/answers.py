@@ -230,6 +230,8 @@ class Thinking:
 
     Attributes:
         ids: the prompt of the second pass.
+        passes: what the first generated.
+        usage: what it cost.
         over: the end of the answer, where there is no second pass.
     """
 
