@@ -94,11 +94,13 @@ class Asker:
     Attributes:
         user: whose turn it takes.
         most: of this user's answers at once; None for no limit.
+        known: has a key; see Dispatcher.submit.
         streams: what comes is passed on at once, so that it cannot begin anew.
     """
 
     user: str
     most: int | None = None
+    known: bool = True
     streams: bool = False
 
 
@@ -139,7 +141,7 @@ async def one_pass(
     Raises:
         Refusal: it was not taken, or could not be done.
     """
-    ticket = dispatcher.submit(asker.user, request, most=asker.most)
+    ticket = dispatcher.submit(asker.user, request, most=asker.most, known=asker.known)
     reader, ids, pending = make_reader(), list[int](), list[TokenEvent]()
     begun = False
     try:

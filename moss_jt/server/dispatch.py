@@ -145,24 +145,26 @@ class Dispatcher:
         self.state = "stopped"
         self._process.stop()
 
-    def submit(self, user: str, request: Request, *, most: int | None = None) -> Ticket:
+    def submit(self, user: str, request: Request, *, most: int | None = None, known: bool = True) -> Ticket:
         """Take a request.
 
         Args:
             user: who shares the engine fairly with the others.
             request: what to answer.
             most: of this user's requests that may run at once; None for all.
+            known: the user is one of several with keys, and may fill only a part of the queue.
 
         Raises:
             Refusal: 429, too many wait; 503, the server ends, or there is no model yet.
         """
         self._check_open()
         mine = len(self._waiting.get(user, ()))
-        if self._is_full(mine):
+        limit = min(self._settings.queue, self._settings.queue_per_user) if known else self._settings.queue
+        if self._is_full(mine, limit):
             raise Refusal(
                 429,
-                f"{self.waiting} requests wait, {mine} of them yours; at most {self._settings.queue} and "
-                f"{self._settings.queue_per_user} may. Come again later.",
+                f"{self.waiting} requests wait, {mine} of them yours; at most {self._settings.queue} and {limit} may. "
+                "Come again later.",
                 "queue_full",
                 retry_after_s=self.wait_estimate_s(),
             )
@@ -208,9 +210,9 @@ class Dispatcher:
         if self.model is None or self.state == "failed":
             raise Refusal(503, "the model is still being loaded. Come again later.", "loading", retry_after_s=5)
 
-    def _is_full(self, mine: int) -> bool:
+    def _is_full(self, mine: int, limit: int) -> bool:
         free = self.state == "ready" and len(self._running) < self._settings.parallel and not self.waiting
-        return not free and (self.waiting >= self._settings.queue or mine >= self._settings.queue_per_user)
+        return not free and (self.waiting >= self._settings.queue or mine >= limit)
 
     def _pump(self) -> None:
         """Give the engine what it has room for."""

@@ -27,7 +27,7 @@ class ServerSettings:
         name: of the model, as /v1/models tells it; "" takes that of its folder.
         parallel: answers that are computed at once.
         queue: requests that may wait, over all users.
-        queue_per_user: and of one user.
+        queue_per_user: and of one key.
         wait_s: longest wait.
         answer_s: longest answer, from the moment when the engine has it.
         max_new_tokens: longest answer that may be asked for.

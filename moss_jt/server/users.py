@@ -29,8 +29,9 @@ class User:
 
     def asker(self, *, streams: bool) -> Asker:
         """For the queue: users with keys share by key, others by address."""
-        most = None if self.key is None else self.key.parallel
-        return Asker(f"key {self.owner}" if self.key else f"at {self.address}", most, streams)
+        if self.key is None:
+            return Asker(f"at {self.address}", known=False, streams=streams)
+        return Asker(f"key {self.owner}", self.key.parallel, streams=streams)
 
 
 class Users:

@@ -58,6 +58,19 @@ def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
         assert waits.reply().json["choices"][0]["message"]["content"] == "you said patient"
 
 
+def test_one_key_cannot_fill_the_queue(tmp_path: Path) -> None:
+    with LiveServer(tmp_path, parallel=1, queue=9, queue_per_user=1, keys=("greedy", "modest")) as live:
+        greedy, modest, dispatcher = live.client("greedy"), live.client("modest"), live.service.dispatcher
+        with greedy.stream(CHAT, chat("@long", max_tokens=3000)) as holder:
+            next(holder.events())
+            first = Asked(lambda: greedy.post(CHAT, chat("first")))
+            until(lambda: dispatcher.waiting == 1, "it waits")
+            assert greedy.post(CHAT, chat("second")).code == "queue_full"
+            other = Asked(lambda: modest.post(CHAT, chat("other")))
+            until(lambda: dispatcher.waiting == 2, "there is room for another")
+        assert first.reply().status == other.reply().status == 200
+
+
 def test_one_user_cannot_keep_the_others_waiting(tmp_path: Path) -> None:
     with LiveServer(tmp_path, parallel=1, keys=("greedy", "modest")) as live:
         dispatcher = live.service.dispatcher
