@@ -32,7 +32,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Restarted:
-    """The process of the model died, and all begins anew; only told before any Delta was passed on."""
+    """The process of the model died, and this pass begins anew; only told before any Delta of it was passed on."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ async def answer(
         async for event in stream:
             if isinstance(event, Done):
                 yield Done(event.reason, _joined(usage, event.usage), (*passes, *event.passes))
-            else:
+            elif not (passes and isinstance(event, Started)):  # it was told before the thoughts
                 yield event
 
 

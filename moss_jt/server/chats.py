@@ -78,7 +78,7 @@ class _Draft:
     def take(self, part: Part) -> None:
         """Enter what came."""
         if isinstance(part, Restarted):
-            self.answer, self.ids, self.thoughts, self.commands, self.results = "", [], None, None, None
+            self.answer, self.ids = "", []  # the pass begins anew; thoughts are of one that is over
         elif isinstance(part, Delta):
             self.answer += part.text
             self.ids += [token.id for token in part.tokens]

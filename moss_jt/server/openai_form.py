@@ -43,7 +43,7 @@ class Choice:
     def take(self, part: Part) -> None:
         """Enter what came."""
         if isinstance(part, Restarted):
-            self.text, self.tokens, self.thoughts = "", [], None
+            self.text, self.tokens = "", []  # the pass begins anew; thoughts are of one that is over
         elif isinstance(part, Delta):
             self.text += part.text
             self.tokens += part.tokens
