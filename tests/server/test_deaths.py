@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections import defaultdict
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,13 @@ def test_a_mistake_in_the_engine_is_told_in_the_log(tmp_path: Path, caplog: pyte
     assert "RuntimeError: the toy has a mistake" in caplog.text
 
 
+def command_of(pid: str) -> bytes:
+    """The command line of a process; nothing where it has just ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 class Program:
     """A server as a process of its own."""
 
@@ -101,23 +108,29 @@ class Program:
         self.client = Client(int(url.rpartition(":")[2]))
         until(lambda: self.client.get("/readyz").status == 200, "it is ready")
 
-    def children(self) -> list[int]:
-        """Processes that it has started."""
+    def workers(self) -> list[int]:
+        """The process of the model, where there is one at this moment."""
         pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in children if b"spawn_main" in command_of(child)]
 
     def kill(self) -> None:
         """kill -9; what it has started must end by itself."""
-        children = self.children()
-        assert children
+        workers = self.workers()
+        assert workers
         self.process.kill()
         self.process.wait(LONGEST_S)
-        until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "its worker ends")
+        until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), "its worker ends")
 
     def end(self) -> None:
         """SIGTERM, as a supervisor does."""
         self.process.terminate()
         assert self.process.wait(LONGEST_S) == 0
+
+    def close(self) -> None:
+        """Leave nothing behind, whatever happened."""
+        self.process.kill()
+        self.process.wait(LONGEST_S)
         if self.process.stdout is not None:
             self.process.stdout.close()
 
@@ -178,40 +191,36 @@ def kill_servers(folder: Path, times: int) -> None:
     moments = random.Random(7)
     told: dict[str, list[list[str]]] = {}
     for _ in range(times):
-        program = Program(folder)
-        talkers = Talkers(program.client, 4)
-        wanted = moments.randrange(2, 12)
-        until(lambda t=talkers, w=wanted: t.answers >= w, "they have talked")  # type: ignore[misc]
-        program.kill()
-        talkers.join()
-        told.update(talkers.told)
-        if program.process.stdout is not None:
-            program.process.stdout.close()
-    program = Program(folder)
-    check(folder, program.client, told)
-    program.end()
+        with closing(Program(folder)) as program:
+            talkers = Talkers(program.client, 4)
+            wanted = moments.randrange(2, 12)
+            until(lambda t=talkers, w=wanted: t.answers >= w, "they have talked")  # type: ignore[misc]
+            program.kill()
+            talkers.join()
+            told.update(talkers.told)
+    with closing(Program(folder)) as program:
+        check(folder, program.client, told)
+        program.end()
 
 
 def kill_workers(folder: Path, times: int) -> None:
     """Kill the worker of one server again and again."""
     moments = random.Random(8)
-    program = Program(folder)
-    talkers = Talkers(program.client, 4)
-    killed: dict[int, int] = defaultdict(int)
-    for _ in range(times):
-        before = talkers.answers
-        wanted = before + moments.randrange(2, 8)
-        until(lambda w=wanted: talkers.answers >= w and bool(program.children()), "they have talked")  # type: ignore[misc]
-        for child in program.children():
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(child, signal.SIGKILL)
-                killed[child] += 1
-    until(lambda a=talkers.answers: talkers.answers > a + 3, "they talk again")  # type: ignore[misc]
-    assert len(killed) >= times, "each time another process was there"
-    talkers.enough = True
-    talkers.join()
-    check(folder, program.client, talkers.told)
-    program.end()
+    with closing(Program(folder)) as program:
+        talkers = Talkers(program.client, 4)
+        killed: set[int] = set()
+        for _ in range(times):
+            wanted = talkers.answers + moments.randrange(2, 8)
+            until(lambda w=wanted: talkers.answers >= w and bool(program.workers()), "they have talked")  # type: ignore[misc]
+            for worker in program.workers():
+                os.kill(worker, signal.SIGKILL)
+                killed.add(worker)
+        until(lambda a=talkers.answers: talkers.answers > a + 3, "they talk again")  # type: ignore[misc]
+        assert len(killed) == times, "each time another process was there"
+        talkers.enough = True
+        talkers.join()
+        check(folder, program.client, talkers.told)
+        program.end()
 
 
 def test_kill_9_of_the_server(tmp_path: Path) -> None:
