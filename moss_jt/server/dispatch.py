@@ -293,6 +293,8 @@ class Dispatcher:
             self._become("ready")
             self._pump()
         elif isinstance(message, Loading):
+            if message.task and message.task != self.loading.task:
+                _log.info("%s", message.task)
             self.loading = message
         elif isinstance(message, Fatal):
             self.failure = message.message
