@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import Client, LiveServer, Reply, until
+from live_server import LiveServer, Reply, until
 
+from moss_jt.messages import PrefillEvent
 from moss_jt.server.keys import add_key
+from moss_jt.server.link import Happened
 
 CHAT = "/v1/chat/completions"
 
@@ -23,15 +26,14 @@ def chat(text: str, **more: Any) -> dict[str, Any]:
 class Asked:
     """A request in a thread of its own."""
 
-    def __init__(self, ask: Callable[[], Reply], then: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, ask: Callable[[], Reply]) -> None:
         self.replies: list[Reply] = []
-        self.ask, self.then = ask, then
+        self.ask = ask
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
 
     def run(self) -> None:
         self.replies.append(self.ask())
-        self.then()
 
     def reply(self) -> Reply:
         self.thread.join()
@@ -74,17 +76,23 @@ def test_one_key_cannot_fill_the_queue(tmp_path: Path) -> None:
 def test_one_user_cannot_keep_the_others_waiting(tmp_path: Path) -> None:
     with LiveServer(tmp_path, parallel=1, keys=("greedy", "modest")) as live:
         dispatcher = live.service.dispatcher
-        order: list[str] = []
+        begun: list[int] = []
+        count = dispatcher.on_happened
+
+        def note(message: Happened) -> None:
+            begun.extend(number for number, event in message.events if isinstance(event, PrefillEvent))
+            count(message)
+
+        dispatcher.on_happened = note
         asked = []
         with live.client("greedy").stream(CHAT, chat("@long", max_tokens=3000)) as holder:
             next(holder.events())
-            names = ["greedy"] * 4 + ["modest"]
-            for number, name in enumerate(names, 1):
-                client: Client = live.client(name)
-                asked.append(Asked(lambda c=client: c.post(CHAT, chat("x")), lambda n=name: order.append(n)))  # type: ignore[misc]
+            for number, name in enumerate(["greedy"] * 4 + ["modest"], 1):
+                client = live.client(name)
+                asked.append(Asked(partial(client.post, CHAT, chat("x"))))
                 until(lambda n=number: dispatcher.waiting == n, "it waits")  # type: ignore[misc]
         assert all(one.reply().status == 200 for one in asked)
-        assert "modest" in order[:2]
+        assert begun == [0, 1, 5, 2, 3, 4], "the one who came last is second"
 
 
 def test_limits_of_a_key(tmp_path: Path) -> None:
