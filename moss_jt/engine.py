@@ -26,7 +26,7 @@ import numpy.typing as npt
 from moss_jt import sampling
 from moss_jt.batch import Batch
 from moss_jt.errors import CheckpointError, ConfigError, DeviceMemoryError, KernelError
-from moss_jt.messages import Event, FinishedEvent, PrefillEvent, Reason, Request, TokenEvent
+from moss_jt.messages import Event, FinishedEvent, PrefillEvent, Reason, Request, TokenEvent, TokenScores
 from moss_jt.runner import Model
 from moss_jt.shortlist import Shortlist, Wish, choose_from
 
@@ -79,6 +79,8 @@ class Engine:
         model: what computes.
         slots: sequences that may be cached at once.
         tokens: positions of the cache over all of them; None for one full context.
+        idle_tokens: cached tokens that conversations may keep while they are not answering, the last used first;
+            None for all that there is room for.
 
     Attributes:
         model: what computes.
@@ -90,7 +92,9 @@ class Engine:
         ConfigError: no slots, or no tokens.
     """
 
-    def __init__(self, model: Model, *, slots: int = 1, tokens: int | None = None) -> None:
+    def __init__(
+        self, model: Model, *, slots: int = 1, tokens: int | None = None, idle_tokens: int | None = None
+    ) -> None:
         if slots < 1 or (tokens is not None and tokens < 1):
             raise ConfigError(
                 f"an engine of {slots} slots over {tokens} tokens can do nothing; both must be at least 1."
@@ -104,6 +108,7 @@ class Engine:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._events: dict[tuple[int, str, int], Event] = {}  # not given yet; what is told again is told once
         self._slots = range(slots)
+        self._idle_tokens = idle_tokens
         self._next = 0
         self._in_pass: list[_Task] = []
         self._allowed = _known_ids(model)
@@ -146,7 +151,7 @@ class Engine:
         """One pass of the network over everything that waits or answers; an empty list when idle.
 
         Raises:
-            KernelError: the model gave a request (named in the message) logits that are not numbers.
+            KernelError: the model gave a request (`error.request`) logits that are not numbers.
                 No request has changed; cancel that one, and the others go on.
             DeviceMemoryError: others within the same budget of memory leave none for the oldest request.
             CheckpointError, DiskError: weights cannot be read. After any of these the next step tries again.
@@ -217,6 +222,8 @@ class Engine:
                 f"token id {wrong[0]} is outside the vocabulary of {self.model.config.vocab_size}. "
                 "Is the tokenizer that of another model?"
             )
+        if request.top_logprobs is not None and not 0 <= request.top_logprobs <= self.model.config.vocab_size:
+            raise ConfigError(f"top_logprobs is {request.top_logprobs}; it must be from 0 to the vocabulary's size.")
         if request.config.stop_strings and not self.model.has_tokenizer:
             raise ConfigError(f"{self.model.path} has no tokenizer, so stop strings cannot be found. Use stop_ids.")
 
@@ -323,10 +330,9 @@ class Engine:
         began = time.perf_counter()
         self._in_pass = [row.task for row in rows]
         batch = _flatten(rows, self.runner.cache.length)
-        wishes = [Wish(row.task.tokens, row.task.request.config) for row in rows if row.complete]
         answers: Iterator[Shortlist | npt.NDArray[np.float32]]
         try:
-            found = self.runner.shortlists(batch, wishes)
+            found = self._candidates(batch, rows)
             answers = iter(self.runner.forward(batch) if found is None else found)
         except _BrokenOff:
             return
@@ -342,18 +348,32 @@ class Engine:
         self._pass_tokens[kind] += sum(row.count for row in rows)
         self._pass_seconds[kind] += time.perf_counter() - began
 
-    def _pick(self, task: _Task, answer: Shortlist | npt.NDArray[np.float32]) -> tuple[int, float]:
+    def _candidates(self, batch: Batch, rows: list[_Row]) -> list[Shortlist] | None:
+        """What may come next, found where the logits are; None where all logits must be looked at."""
+        ready = [row.task for row in rows if row.complete]
+        if any(task.request.top_logprobs is not None for task in ready):
+            return None
+        return self.runner.shortlists(batch, [Wish(task.tokens, task.request.config) for task in ready])
+
+    def _pick(self, task: _Task, answer: Shortlist | npt.NDArray[np.float32]) -> tuple[int, float, TokenScores | None]:
         if answer.is_broken if isinstance(answer, Shortlist) else not np.isfinite(answer).all():
             advice = f"`moss-convert verify {self.model.path}` checks the weights"
             if self.model.compute == "fast":
                 advice += ', and compute="exact" holds larger keys and values than float16 can'
-            raise KernelError(f"the model gave logits that are not numbers for request {task.id}; {advice}.")
+            raise KernelError(
+                f"the model gave logits that are not numbers for request {task.id}; {advice}.", request=task.id
+            )
         config, rng = task.request.config, sampling.step_rng(task.seed, task.new_tokens)
         if isinstance(answer, Shortlist):
-            return choose_from(answer, config, rng)
-        return sampling.choose(sampling.process(answer, task.tokens, config, allowed=self._allowed), config, rng)
+            return (*choose_from(answer, config, rng), None)
+        scores = sampling.process(answer, task.tokens, config, allowed=self._allowed)
+        chosen, logprob = sampling.choose(scores, config, rng)
+        count = task.request.top_logprobs
+        if count is None:
+            return chosen, logprob, None
+        return chosen, logprob, TokenScores(*sampling.model_scores(answer, chosen, count, allowed=self._allowed))
 
-    def _advance(self, row: _Row, picked: tuple[int, float] | None) -> None:
+    def _advance(self, row: _Row, picked: tuple[int, float, TokenScores | None] | None) -> None:
         """Take up the result of a pass for one request."""
         task = row.task
         if not task.new_tokens:
@@ -403,6 +423,12 @@ class Engine:
         counted = {"prompt_tokens": prompt, "reused_tokens": task.reused, "new_tokens": task.new_tokens}
         for key, count in counted.items():
             self._counts[key] += count
+        while self._idle_tokens is not None and self._idle() > self._idle_tokens:
+            self._forget_oldest()
+
+    def _idle(self) -> int:
+        """Cached tokens of conversations that are not answering."""
+        return sum(len(kept.tokens) for kept in self._kept.values())
 
 
 def _weakly(engine: Engine) -> Callable[[int], None]:

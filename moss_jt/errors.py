@@ -41,7 +41,11 @@ class StartupError(MossError):
 
 
 class KernelError(MossError):
-    """A compiled kernel could not be built or failed."""
+    """A compiled kernel could not be built or failed; `request` is the engine's request that it concerns, if one."""
+
+    def __init__(self, message: str, *, request: int | None = None) -> None:
+        super().__init__(message)
+        self.request = request
 
 
 class DeviceMemoryError(MossError):

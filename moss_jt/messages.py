@@ -22,11 +22,13 @@ class Request:
         config: how to choose and when to stop.
         conversation: keep the cache under this name afterwards; what the prompt has in common with
             what is cached there is not computed again.
+        top_logprobs: tell with each token what the model itself thought of it and of this many best; None for nothing.
     """
 
     ids: tuple[int, ...]
     config: GenerationConfig
     conversation: str | None = None
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,26 @@ class PrefillEvent:
 
 
 @dataclass(frozen=True)
+class TokenScores:
+    """Logarithms of the model's own probabilities: before penalty, temperature, top-k and top-p.
+
+    Attributes:
+        logprob: of the token that came out.
+        best: (id, logarithm) of the best tokens, the best first.
+    """
+
+    logprob: float
+    best: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class TokenEvent:
-    """A new token, and the logarithm of the probability that it was drawn with."""
+    """A new token, and the logarithm of the probability that it was drawn with; `scores` where they were asked for."""
 
     request: int
     id: int
     logprob: float
+    scores: TokenScores | None = None
 
 
 @dataclass(frozen=True)

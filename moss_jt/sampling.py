@@ -184,6 +184,30 @@ def choose(scores: Scores, config: GenerationConfig, rng: np.random.Generator) -
     return int(kept[at]), float(scores[kept[at]]) - float(scores[best]) - math.log(sums[-1])
 
 
+def model_scores(
+    logits: npt.ArrayLike, chosen: int, count: int, *, allowed: Mask | None = None
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Tell what the model itself thought of a token and of the best ones.
+
+    Args:
+        logits: (V,); not changed.
+        chosen: the id that came out.
+        count: how many of the best to name; among equals the lower id comes first.
+        allowed: as for `process`; ids that cannot come out have no share.
+
+    Returns:
+        The logarithm of the chosen one's probability, and (id, logarithm) of the best.
+    """
+    values = np.array(logits, dtype=np.float64)
+    if allowed is not None:
+        values[~allowed] = -np.inf
+    values -= values.max()
+    values -= math.log(np.exp(values).sum())
+    best = np.flatnonzero(values >= np.partition(values, -count)[-count]) if count else np.zeros(0, np.int64)
+    best = best[np.lexsort((best, -values[best]))][:count]
+    return float(values[chosen]), tuple((int(i), float(values[i])) for i in best if np.isfinite(values[i]))
+
+
 def step_rng(seed: int, step: int) -> np.random.Generator:
     """The generator of one step, for a caller that keeps no generator per sequence."""
     return np.random.default_rng((seed & (1 << 64) - 1, step))

@@ -83,6 +83,30 @@ def test_a_batch_answers_as_each_alone(model: Model, sample: bool) -> None:
     assert engine.stats()["cached_tokens"] == 0
 
 
+def test_scores_are_those_of_the_model_alone(model: Model) -> None:
+    config = replace(GREEDY, do_sample=True, seed=4, temperature=3.0, top_k=5, repetition_penalty=1.5)
+    engine = Engine(model, slots=2, tokens=2 * model.config.n_positions)
+    ids = (3, 5, 8, 13)
+    with_scores = engine.submit(Request(ids, config, top_logprobs=3))
+    without = engine.submit(Request(ids, config))
+    events = drain(engine)
+    assert tokens_of(events, with_scores) == tokens_of(events, without)
+    given = [event for event in events if isinstance(event, TokenEvent) and event.request == with_scores]
+    logits = model.logits([*ids, *(event.id for event in given)])[0].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    for place, event in enumerate(given, len(ids) - 1):
+        assert event.scores is not None
+        assert event.scores.logprob == pytest.approx(expected[place, event.id], abs=1e-4)
+        assert [i for i, _ in event.scores.best] == np.argsort(-expected[place])[:3].tolist()
+    assert all(event.scores is None for event in events if isinstance(event, TokenEvent) and event.request == without)
+
+
+def test_a_wrong_number_of_scores_is_refused(model: Model) -> None:
+    for wrong in (-1, model.config.vocab_size + 1):
+        with pytest.raises(ConfigError, match="top_logprobs"):
+            Engine(model).submit(Request((1,), GREEDY, top_logprobs=wrong))
+
+
 def test_the_same_seed_draws_the_same(model: Model) -> None:
     config = replace(GREEDY, do_sample=True, temperature=1.5, top_k=0, top_p=1.0)
     one, two = (alone(model, (1, 2, 3), replace(config, seed=11)) for _ in range(2))
@@ -103,6 +127,17 @@ def test_second_turn_computes_only_what_is_new(model: Model) -> None:
     assert done.reused_tokens == len(first) + len(answer) - 1
     assert [e.done for e in events if isinstance(e, PrefillEvent)] == [done.reused_tokens, len(second)]
     assert tokens_of(events, two) == alone(model, second, GREEDY)
+
+
+def test_idle_conversations_keep_no_more_than_they_may(model: Model) -> None:
+    engine = Engine(model, slots=4, tokens=4 * model.config.n_positions, idle_tokens=50)
+    config = replace(GREEDY, max_new_tokens=1)
+    reused = []
+    for name, size in (("a", 20), ("b", 20), ("c", 20), ("b", 21), ("c", 21), ("a", 21), ("d", 100), ("a", 22)):
+        number = engine.submit(Request(tuple(range(1, size + 1)), config, name))
+        reused.append(finished(drain(engine), number).reused_tokens)
+    assert reused == [0, 0, 0, 20, 20, 0, 0, 0]  # c sent a away, a then b; d alone is too much, after a had left
+    assert engine.stats()["cached_tokens"] == 22
 
 
 def test_an_edited_history_keeps_the_common_part(model: Model) -> None:
@@ -411,9 +446,10 @@ def test_logits_that_are_not_numbers_are_an_error_of_one_request(model: Model, m
         logits[1] = np.nan
         return logits
 
-    with monkeypatch.context() as patch, pytest.raises(KernelError, match=f"not numbers for request {bad};"):
+    with monkeypatch.context() as patch, pytest.raises(KernelError, match=f"not numbers for request {bad};") as error:
         patch.setattr(engine.runner, "forward", broken)
         engine.step()
+    assert error.value.request == bad
     engine.cancel(bad)
     events += drain(engine)
     assert finished(events, bad).reason == "cancelled"

@@ -25,6 +25,7 @@ ROWS = {
     3: "model adapter device_check",
     4: "runner engine generation",
     5: "chat tools load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit fit_device finetune",
+    6: "server",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}
@@ -43,6 +44,11 @@ ONLY_IN = {  # a third-party module -> the parts that may import it
     "ddgs": {"tools"},
     "diffusers": set(),
     "tensorboardX": {"finetune"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    "pydantic": {"server"},
+    "prometheus_client": {"server"},
     "torch": set(),
     "transformers": set(),
 }
@@ -58,6 +64,8 @@ HEAVY = (
     "torch",
     "sympy",
     "mpmath",
+    "fastapi",
+    "uvicorn",
 )
 
 

@@ -220,6 +220,27 @@ def test_nothing_allowed() -> None:
         sampling.process(np.zeros(4), [], GenerationConfig(), allowed=np.zeros(4, dtype=bool))
 
 
+def test_model_scores_are_the_logarithms_of_the_softmax() -> None:
+    rng = np.random.default_rng(3)
+    for size, count in ((1, 1), (7, 7), (500, 20), (500, 0)):
+        logits = rng.normal(size=size).astype(np.float32) * 5
+        logits[size // 2 :] = logits[: size - size // 2]  # with equals among them
+        chosen = int(rng.integers(size))
+        logprob, best = sampling.model_scores(logits, chosen, count)
+        expected = np.log(softmax(logits))
+        assert logprob == pytest.approx(expected[chosen], abs=1e-6)
+        order = sorted(range(size), key=lambda i: (-logits[i], i))[:count]
+        assert [i for i, _ in best] == order
+        np.testing.assert_allclose([value for _, value in best], expected[order], atol=1e-6)
+
+
+def test_model_scores_leave_out_what_is_not_allowed() -> None:
+    allowed = np.array([True, False, True])
+    logprob, best = sampling.model_scores([0.0, 9.0, 0.0], 0, 3, allowed=allowed)
+    assert logprob == pytest.approx(np.log(0.5))
+    assert [i for i, _ in best] == [0, 2]
+
+
 def test_default_settings_are_quick_for_the_real_vocabulary() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=107_008).astype(np.float32) * 2

@@ -203,6 +203,12 @@ def test_decode_takes_numpy_ids_and_skips_specials(tokenizer: Tokenizer) -> None
     assert tokenizer.decode(ids, skip_special=True) == "a  b\ufffd"
 
 
+def test_the_bytes_of_tokens_are_the_text(tokenizer: Tokenizer) -> None:
+    text = "a 你好 😀\t<eom>"
+    assert b"".join(map(tokenizer.piece, tokenizer.encode(text))) == text.encode()
+    assert tokenizer.piece(-1) == tokenizer.piece(10**9) == "\ufffd".encode()
+
+
 def test_stream_gives_whole_characters_and_the_same_text(tokenizer: Tokenizer) -> None:
     rng = np.random.default_rng(2)
     for trial in range(300):

@@ -130,6 +130,10 @@ class Tokenizer:
             )
         return self.markers[name]
 
+    def piece(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which need not be whole characters; those of U+FFFD for an unknown id."""
+        return self._vocabulary.pieces.get(token_id, _REPLACEMENT)
+
     def is_known(self, token_id: int) -> bool:
         """Whether the id has a token."""
         return token_id in self._vocabulary.pieces

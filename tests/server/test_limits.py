@@ -1,0 +1,179 @@
+"""Queue, fairness, limits of keys and of time, and the end of a server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_server import LiveServer, Reply, until
+
+from moss_jt.messages import PrefillEvent
+from moss_jt.server.keys import add_key
+from moss_jt.server.link import Happened
+
+CHAT = "/v1/chat/completions"
+
+
+def chat(text: str, **more: Any) -> dict[str, Any]:
+    """The body of a question."""
+    return {"messages": [{"role": "user", "content": text}], **more}
+
+
+class Asked:
+    """A request in a thread of its own."""
+
+    def __init__(self, ask: Callable[[], Reply]) -> None:
+        self.replies: list[Reply] = []
+        self.ask = ask
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self) -> None:
+        self.replies.append(self.ask())
+
+    def reply(self) -> Reply:
+        self.thread.join()
+        return self.replies[0]
+
+
+def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
+    with LiveServer(tmp_path, parallel=1, queue=1) as live:
+        client, dispatcher = live.client(), live.service.dispatcher
+        with client.stream(CHAT, chat("@long", max_tokens=3000)) as holder:
+            next(holder.events())
+            waits = Asked(lambda: client.post(CHAT, chat("patient")))
+            until(lambda: dispatcher.waiting == 1, "one waits")
+            for path, body in (
+                (CHAT, chat("late")),
+                ("/", {"prompt": "late"}),
+                ("/v1/completions", {"prompt": "late"}),
+            ):
+                reply = client.post(path, body)
+                assert (reply.status, reply.code) == (429, "queue_full")
+                assert 1 <= int(reply.headers["retry-after"]) <= 60
+                reply = client.post(path, {**body, "stream": True})
+                assert reply.status == 429, "also for a stream, before it begins"
+        assert waits.reply().json["choices"][0]["message"]["content"] == "you said patient"
+
+
+def test_one_key_cannot_fill_the_queue(tmp_path: Path) -> None:
+    with LiveServer(tmp_path, parallel=1, queue=9, queue_per_user=1, keys=("greedy", "modest")) as live:
+        greedy, modest, dispatcher = live.client("greedy"), live.client("modest"), live.service.dispatcher
+        with greedy.stream(CHAT, chat("@long", max_tokens=3000)) as holder:
+            next(holder.events())
+            first = Asked(lambda: greedy.post(CHAT, chat("first")))
+            until(lambda: dispatcher.waiting == 1, "it waits")
+            assert greedy.post(CHAT, chat("second")).code == "queue_full"
+            other = Asked(lambda: modest.post(CHAT, chat("other")))
+            until(lambda: dispatcher.waiting == 2, "there is room for another")
+        assert first.reply().status == other.reply().status == 200
+
+
+def test_one_user_cannot_keep_the_others_waiting(tmp_path: Path) -> None:
+    with LiveServer(tmp_path, parallel=1, keys=("greedy", "modest")) as live:
+        dispatcher = live.service.dispatcher
+        begun: list[int] = []
+        count = dispatcher.on_happened
+
+        def note(message: Happened) -> None:
+            begun.extend(number for number, event in message.events if isinstance(event, PrefillEvent))
+            count(message)
+
+        dispatcher.on_happened = note
+        asked = []
+        with live.client("greedy").stream(CHAT, chat("@long", max_tokens=3000)) as holder:
+            next(holder.events())
+            for number, name in enumerate(["greedy"] * 4 + ["modest"], 1):
+                client = live.client(name)
+                asked.append(Asked(partial(client.post, CHAT, chat("x"))))
+                until(lambda n=number: dispatcher.waiting == n, "it waits")  # type: ignore[misc]
+        assert all(one.reply().status == 200 for one in asked)
+        assert begun == [0, 1, 5, 2, 3, 4], "the one who came last is second"
+
+
+def test_limits_of_a_key(tmp_path: Path) -> None:
+    with LiveServer(tmp_path) as live:
+        few = live.client(live.database.now(add_key, "few", requests_per_minute=2))
+        assert [few.post("/", {"prompt": "x"}).status for _ in range(3)] == [200, 200, 429]
+        refused = few.post(CHAT, chat("x"))
+        assert refused.code == "requests_per_minute"
+        assert 1 <= int(refused.headers["retry-after"]) <= 31
+        assert few.get("/v1/conversations").status == 200, "looking is free"
+        poor = live.client(live.database.now(add_key, "poor", tokens_per_day=100))
+        assert [poor.post(CHAT, chat("x")).status for _ in range(2)] == [200, 429]
+        assert poor.post("/", {"prompt": "x"}).code == "tokens_per_day"
+
+
+def test_answers_at_once_of_a_key(tmp_path: Path) -> None:
+    with LiveServer(tmp_path) as live:
+        single = live.client(live.database.now(add_key, "single", parallel=1))
+        other = live.client(live.database.now(add_key, "other"))
+        with single.stream(CHAT, chat("@long", max_tokens=3000)) as holder:
+            next(holder.events())
+            second = Asked(lambda: single.post(CHAT, chat("second")))
+            until(lambda: live.service.dispatcher.waiting == 1, "the second waits, though there is room")
+            assert other.post(CHAT, chat("x")).status == 200
+        assert second.reply().status == 200
+
+
+def test_a_wait_has_an_end(tmp_path: Path) -> None:
+    with LiveServer(tmp_path, parallel=1, wait_s=0.1) as live:
+        client = live.client()
+        with client.stream(CHAT, chat("@long", max_tokens=3000)) as holder:
+            next(holder.events())
+            reply = client.post(CHAT, chat("x"))
+            assert (reply.status, reply.code) == (503, "waited_too_long")
+            assert "retry-after" in reply.headers
+
+
+def test_an_answer_has_an_end(tmp_path: Path) -> None:
+    with LiveServer(tmp_path, answer_s=0.1, max_new_tokens=3000) as live:
+        choice = live.client().post(CHAT, chat("@long", max_tokens=3000)).json["choices"][0]
+        assert choice["finish_reason"] == "length"
+        assert choice["message"]["content"].startswith("you said @long")
+
+
+def test_conversations_have_a_number(tmp_path: Path) -> None:
+    with LiveServer(tmp_path, conversations=2) as live:
+        client = live.client()
+        uid = client.say("one")["uid"]
+        client.say("two")
+        assert client.post("/", {"prompt": "three"}).code == "too_many_conversations"
+        client.say("but this one goes on", uid)
+        client.ask("DELETE", f"/v1/conversations/{uid}")
+        client.say("three")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_end_of_a_server_keeps_what_runs(tmp_path: Path, stream: bool) -> None:
+    with LiveServer(tmp_path, parallel=1, grace_s=0.2) as live:
+        client, dispatcher = live.client(), live.service.dispatcher
+        runs = Asked(
+            lambda: client.post("/", {"prompt": "@long", "max_new_tokens": 3000, "max_length": 4000, "stream": stream})
+        )
+        until(lambda: dispatcher.running == 1, "it runs")
+        waits = Asked(lambda: client.post("/", {"prompt": "never begun"}))
+        until(lambda: dispatcher.waiting == 1, "it waits")
+        live.stop()
+        assert waits.reply().code == "ending"
+        body = runs.reply().body
+        assert b"you said @long" in body, "what there was has been sent"
+    with LiveServer(tmp_path) as again:
+        uid = body.decode().rpartition('"uid":')[2].split('"')[1]
+        turns = again.client().get(f"/v1/conversations/{uid}").json["turns"]
+        assert [turn["reason"] for turn in turns] == ["time"]
+        assert turns[0]["answer"].startswith("you said @long")
+
+
+def test_short_answers_finish_before_the_end(tmp_path: Path) -> None:
+    with LiveServer(tmp_path, grace_s=20) as live:
+        client = live.client()
+        runs = Asked(lambda: client.post(CHAT, chat("@long", max_tokens=200)))
+        until(lambda: live.service.dispatcher.running == 1, "it runs")
+        live.stop()
+        assert runs.reply().json["choices"][0]["finish_reason"] == "length"
+        assert runs.reply().json["usage"]["completion_tokens"] == 200
