@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from moss_jt.cli.options import generation_config, load_options, model_options, sampling_options
+from moss_jt.cli.options import generation_config, load_options, model_options, sampling_options, tool_options
 from moss_jt.language import pick
 
 if TYPE_CHECKING:
@@ -43,30 +43,7 @@ if TYPE_CHECKING:
     metavar="TEXT",
     help=pick('System prompt in place of MOSS\'s own; "" is none.', "系统提示，替换 MOSS 默认提示；空字符串表示不用。"),
 )
-@click.option(
-    "--tools",
-    metavar="NAME,...",
-    help=pick(
-        "Tools that the model may call: search, calc, solve, draw, installed ones, or all. For plugin models.",
-        "模型可调用的工具：search、calc、solve、draw、已安装的其他工具，或 all。用于 plugin 模型。",
-    ),
-)
-@click.option(
-    "--search-with",
-    metavar="BACKEND",
-    help=pick(
-        "local, ddgs, searxng=URL, bing or bing=URL. [default: MOSS_JT_SEARCH, else local]",
-        "local、ddgs、searxng=URL、bing 或 bing=URL。[默认：MOSS_JT_SEARCH，否则 local]",
-    ),
-)
-@click.option(
-    "--draw-with",
-    metavar="BACKEND",
-    help=pick(
-        "placeholder, a1111=URL, comfyui=URL or diffusers. [default: MOSS_JT_DRAW, else placeholder]",
-        "placeholder、a1111=URL、comfyui=URL 或 diffusers。[默认：MOSS_JT_DRAW，否则 placeholder]",
-    ),
-)
+@tool_options
 @click.option(
     "--quality",
     type=click.IntRange(0, 100),

@@ -129,6 +129,37 @@ def sampling_options(function: F) -> F:
     return add(function)
 
 
+def tool_options(function: F) -> F:
+    """Add --tools and where tools get what they give, for `moss_jt.cli.chat_tools.open_tools`."""
+    add = _all_of(
+        click.option(
+            "--tools",
+            metavar="NAME,...",
+            help=pick(
+                "Tools that the model may call: search, calc, solve, draw, installed ones, or all. For plugin models.",
+                "模型可调用的工具：search、calc、solve、draw、已安装的其他工具，或 all。用于 plugin 模型。",
+            ),
+        ),
+        click.option(
+            "--search-with",
+            metavar="BACKEND",
+            help=pick(
+                "local, ddgs, searxng=URL, bing or bing=URL. [default: MOSS_JT_SEARCH, else local]",
+                "local、ddgs、searxng=URL、bing 或 bing=URL。[默认：MOSS_JT_SEARCH，否则 local]",
+            ),
+        ),
+        click.option(
+            "--draw-with",
+            metavar="BACKEND",
+            help=pick(
+                "placeholder, a1111=URL, comfyui=URL or diffusers. [default: MOSS_JT_DRAW, else placeholder]",
+                "placeholder、a1111=URL、comfyui=URL 或 diffusers。[默认：MOSS_JT_DRAW，否则 placeholder]",
+            ),
+        ),
+    )
+    return add(function)
+
+
 def load_options(values: dict[str, Any]) -> dict[str, Any]:
     """Take the options of loading out of a command's values, as `load_model` names them."""
     given = {name: values.pop(name) for name in LOADING}

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from moss_jt.cli.options import load_options, model_options
+from moss_jt.cli.options import load_options, model_options, tool_options
 from moss_jt.errors import ConfigError
 from moss_jt.language import pick
 
@@ -94,6 +94,7 @@ from moss_jt.language import pick
         "密钥与对话的数据库文件。[默认：MOSS_JT_HOME 之下]",
     ),
 )
+@tool_options
 @click.option("--name", default="", help=pick("Name of the model for clients.", "向客户端显示的模型名称。"))
 @click.option("--log-texts", is_flag=True, help=pick("Write prompts and answers to the log.", "把提示与回答写入日志。"))
 def command(
@@ -110,15 +111,20 @@ def command(
     database: Path | None,
     name: str,
     log_texts: bool,
+    tools: str | None,
+    search_with: str | None,
+    draw_with: str | None,
     **others: Any,
 ) -> None:
     """Serve a model."""
     options = load_options(others)
     require_extra()
     from moss_jt.cli.chat_screen import Screen
+    from moss_jt.cli.chat_tools import open_tools
     from moss_jt.cli.loading import find_model
     from moss_jt.server.running import serve
     from moss_jt.server.settings import ServerSettings, default_database
+    from moss_jt.server.tool_runner import BoxRunner
     from moss_jt.server.worker import LoadedEngine
 
     settings = ServerSettings(
@@ -136,8 +142,15 @@ def command(
     )
     _log_as_json()
     screen = Screen(interactive=False)
+    box = open_tools(tools, search=search_with, draw=draw_with, screen=screen)
     folder = find_model(model, screen)
-    serve(settings, LoadedEngine(str(folder), parallel, options), on_listening=lambda url: screen.note(_hello(url)))
+    engine = LoadedEngine(str(folder), parallel, options)
+    try:
+        runner = None if box is None else BoxRunner(box)
+        serve(settings, engine, tools=runner, on_listening=lambda url: screen.note(_hello(url)))
+    finally:
+        if box is not None:
+            box.close()
 
 
 def require_extra() -> None:

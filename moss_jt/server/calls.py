@@ -15,6 +15,7 @@ from typing import Protocol
 
 from moss_jt.server.refusals import wrong
 from moss_jt.template import IMAGE_RESULT, TOOLS, ToolLine
+from moss_jt.tools.commands import parse_commands
 
 MOST_CALLS = 16
 FUNCTIONS = {  # what a client may call a function -> the tool that it stands for
@@ -34,8 +35,7 @@ FUNCTIONS = {  # what a client may call a function -> the tool that it stands fo
     "text_to_image": "draw",
 }
 _APIS = {key: line.api.partition("(")[0] for key, line in TOOLS.items() if line.api}
-_TOOL_OF_API = {api: key for key, api in _APIS.items()}
-_CALL = re.compile(rf'\b({"|".join(_APIS.values())})\(\s*"([^\n]*?)"\s*\)(?=\s*(?:[,;#]|$|\n))')
+_TOOL_OF_API = {api.lower(): key for key, api in _APIS.items()}
 
 
 class ToolRunner(Protocol):
@@ -90,8 +90,9 @@ class Function:
 
 def parse_calls(commands: str) -> list[Call]:
     """The calls of a Commands field; what is none is passed over."""
-    calls = [Call(_TOOL_OF_API[api], argument) for api, argument in _CALL.findall(commands)]
-    return calls[:MOST_CALLS]
+    found = parse_commands(commands).calls
+    known = [call for call in found if call.name.lower() in _TOOL_OF_API and call.arguments]
+    return [Call(_TOOL_OF_API[call.name.lower()], " ".join(call.arguments[0].split())) for call in known][:MOST_CALLS]
 
 
 def write_calls(calls: Iterable[Call]) -> str | None:

@@ -21,8 +21,9 @@ from moss_jt.server.schemas import FunctionName
         ('Search("say "hi" to them"), Solve("x=1"),', [Call("search", 'say "hi" to them'), Call("solve", "x=1")]),
         ('1. Calculate("1+1")  # first\n2. Calculate("2+2")', [Call("calc", "1+1"), Call("calc", "2+2")]),
         ('Count("x"), Text2Image("a cat")', [Call("draw", "a cat")]),
-        ('Search("open', []),
-        ("Search(a)", []),
+        ('Search("open', [Call("search", "open")]),
+        ("Search(a)", [Call("search", "a")]),
+        ("Search()", []),
         ('Search("' + "(" * 5000 + '")', [Call("search", "(" * 5000)]),
     ],
 )
