@@ -264,7 +264,12 @@ test)
     exec "$VENV/bin/python" -m pytest "$@"
     ;;
 *)
-    is_set_up '' || set_up_alone ''
+    case $1 in
+    serve) extra=serve ;;
+    finetune) extra=train ;;
+    *) extra= ;;
+    esac
+    is_set_up "$extra" || set_up_alone "$extra"
     exec "$VENV/bin/python" -m moss_jt.cli "$@"
     ;;
 esac

@@ -163,7 +163,9 @@ def require_extra() -> None:
 
     missing = [module for module in ("fastapi", "uvicorn", "prometheus_client") if find_spec(module) is None]
     if missing:
-        raise ConfigError(f"{missing[0]} is not installed, and the server needs it: pip install 'moss-jt[serve]'")
+        raise ConfigError(
+            f"{missing[0]} is not installed, and the server needs it: sh run.sh serve brings it, as does pip install '.[serve]'"
+        )
 
 
 def _hello(url: str) -> str:

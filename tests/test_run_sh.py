@@ -117,6 +117,14 @@ def test_where_old_numpy_has_no_wheel_it_is_not_compiled(machine: Machine) -> No
     assert requirements.read_text() == "tqdm>=4\n"
 
 
+@pytest.mark.parametrize(("word", "extra"), [("serve", "serve"), ("finetune", "train")])
+def test_what_a_command_needs_comes_with_it(machine: Machine, word: str, extra: str) -> None:
+    machine.run("chat")
+    assert machine.run(word, "--help").stdout == f"in {machine.elsewhere}: -m moss_jt.cli {word} --help\n"
+    assert f"-e {machine.checkout}[{extra}]\n" in machine.called()
+    assert "installing" not in machine.run(word).stderr + machine.run("chat").stderr
+
+
 def test_a_machine_with_a_device_gets_what_it_needs(machine: Machine) -> None:
     assert machine.run("chat", CUDA="cuda12").returncode == 0
     assert f"-e {machine.checkout}[cuda12]\n" in machine.called()
