@@ -228,6 +228,11 @@ class Model:
         return load_tokenizer(self.path) if self._tokenizer is None else self._tokenizer
 
     @property
+    def streamed_bytes(self) -> int:
+        """Bytes of weights that every pass brings to where it computes: from disk, or from the host to a device."""
+        return self.store.streamed_bytes if self.placed is None else self.placed.space.weights.streamed_bytes
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether the folder holds a tokenizer."""
         return any((self.path / name).is_file() for name in ("vocab.json", "tokenizer.model", "tokenizer.json"))

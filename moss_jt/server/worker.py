@@ -60,8 +60,8 @@ class LoadedEngine:
         tokens = self.parallel * model.max_tokens
         if model.budget is not None:
             tokens = min(tokens, model.budget.most_tokens(self.parallel))
-        # What idle conversations keep must not send weights to the disk: the plan has room for one context.
-        idle_tokens = model.max_tokens if model.store.streamed_bytes else None
+        # What idle conversations keep must not push weights out: the plan has room for one context.
+        idle_tokens = model.max_tokens if model.streamed_bytes else None
         engine = Engine(model, slots=self.parallel, tokens=max(1, tokens), idle_tokens=idle_tokens)
         info = ModelInfo(model.path, model.config, engine.context_size, model.device, model.compute)
         return engine, info
