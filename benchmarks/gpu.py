@@ -10,6 +10,7 @@ resident   the full-size model of random weights, all on the device: prompts of 
 batch      what a step of 16 conversations takes against a step of one
 context    int4 with 2048 tokens within 12 and 4 GiB
 caps       int4, int8 and fp16 within 4 to 24 GiB: the same tokens, the memory taken, bytes per second against the link
+share      int4 within 8 GiB when the host's processor multiplies a part of what would be copied (needs Jittor)
 peers      int4 products of torch and of a Triton kernel beside ours
 
 Each part ends with a JSON line as soon as it is measured, and a table comes last; the exit code is 1 where numbers are
@@ -228,6 +229,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
     "batch": lambda arguments: gpu_model.batch(stage_of(arguments)),
     "context": lambda arguments: gpu_model.context(stage_of(arguments)),
     "caps": lambda arguments: gpu_model.caps(stage_of(arguments)),
+    "share": lambda arguments: gpu_model.share(stage_of(arguments)),
     "peers": lambda _: gpu_peers.products(CupyDevice),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -253,6 +254,28 @@ def caps(stage: Stage, context: int = 256) -> Results:
                 over = max(row["taken_bytes"], row["used_bytes"] or 0) > cap
                 row["wrong"] = over or not row["same_tokens"] or not found.finite
                 results[f"{kind} {cap / GIB:g}GiB"] = row
+    return _judged(results)
+
+
+def share(stage: Stage, limit: int = 8 * GIB) -> Results:
+    """Decoding of int4 within a limit when the host multiplies more and more of what would be copied."""
+    if importlib.util.find_spec("jittor") is None:
+        return {"not_measured": "the host's kernels need Jittor, which is not installed"}
+    from moss_jt import launch
+
+    launch.warm_up()
+    results: Results = {}
+    for part in (0.0, 0.25, 0.5, 0.75):
+        with loaded(stage, "int4", limit=limit) as model:
+            assert model.placed is not None
+            model.placed.space.leave_to_host(part)
+            found = answer(model, prompts_for(model, 1, PROMPT), NEW)
+            steps = found.steps_s[2:]
+            results[f"{part:g}"] = {
+                "decode_tokens_per_s": spread([1 / step for step in steps], 3),
+                "link_gb_per_s": round(link_rate(model) / 1e9, 2),
+                "wrong": not found.finite,
+            }
     return _judged(results)
 
 

@@ -142,7 +142,7 @@ def _open(values: dict[str, Any], longest: int, screen: Screen, times: dict[str,
     times["start_s"] = round(time.perf_counter() - began, 2)
     began = time.perf_counter()
     if config is not None:
-        del options["vram"]
+        del options["vram"], options["host_share"]
         if options.pop("adapter") is not None:
             raise click.UsageError(pick("--adapter is for --model.", "--adapter 需与 --model 同用。"))
         model = synthetic_model(config, **options, progress=progress)

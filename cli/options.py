@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-LOADING = ("adapter", "device", "compute", "memory", "vram", "kv", "context")
+LOADING = ("adapter", "device", "compute", "memory", "vram", "host_share", "kv", "context")
 SAMPLING = ("greedy", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens")
 
 
@@ -74,6 +74,17 @@ def model_options(*, model_required: bool, context: bool = True) -> Callable[[F]
                 "All memory of the device that may be taken, like 8GiB; weights that do not fit stay in main memory and "
                 "are copied as they are needed. [default: what is free, less a reserve]",
                 "可用显存总量，如 8GiB；放不下的权重留在内存中，按需复制。[默认：空闲显存减去预留]",
+            ),
+        ),
+        click.option(
+            "--host-share",
+            type=click.FloatRange(0, 1),
+            default=0.0,
+            metavar="0..1",
+            help=pick(
+                "With a device: this part of the feed-forward weights that would be copied for each token is multiplied by "
+                "the processor instead. [default: 0]",
+                "使用显卡时：每个词元本应复制的前馈层权重中，由处理器直接计算的比例。[默认 0]",
             ),
         ),
         click.option(

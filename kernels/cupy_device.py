@@ -64,6 +64,7 @@ class CupyDevice:
                 self._streams: dict[Stream, Any] = {
                     "compute": cupy.cuda.Stream(non_blocking=True),
                     "copy": cupy.cuda.Stream(non_blocking=True),
+                    "back": cupy.cuda.Stream(non_blocking=True),
                 }
                 self._compile(Quiet() if progress is None else progress)
                 free, _ = cupy.cuda.runtime.memGetInfo()
@@ -148,6 +149,13 @@ class CupyDevice:
         assert into.flags.c_contiguous, "copied as one run of bytes"
         self._copy(into.ctypes.data, place.address, into.nbytes, _FROM_DEVICE, "compute")
         self.wait(self.record("compute"))
+
+    def fetch(self, place: Place, into: Array, after: Event) -> None:
+        """Copy from the device when an event has happened, past all that is queued behind it; waits for the copy."""
+        assert into.flags.c_contiguous, "copied as one run of bytes"
+        self.follow("back", after)
+        self._copy(into.ctypes.data, place.address, into.nbytes, _FROM_DEVICE, "back")
+        self.wait(self.record("back"))
 
     def move(self, source: Place, target: Place, nbytes: int) -> None:
         """Queue a copy within the device on the computing stream."""

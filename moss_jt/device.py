@@ -1,7 +1,7 @@
 """Device: what the runtime asks of an accelerator, and nothing of it that cannot be imitated on the host.
 
-Memory is plain device memory, counted against a cap. Work goes to two streams: one computes, one copies from the
-host. Within a stream everything happens in order; between them only what an event says. Nothing here waits for the
+Memory is plain device memory, counted against a cap. Work goes to three streams: one computes, one copies from the
+host, one back. Within a stream everything happens in order; between them only what an event says. Nothing here waits for the
 device but `wait` and `read`, which say so.
 """
 
@@ -18,7 +18,7 @@ from moss_jt.errors import DeviceMemoryError
 from moss_jt.memory import format_size
 
 Array = npt.NDArray[Any]
-Stream = Literal["compute", "copy"]
+Stream = Literal["compute", "copy", "back"]
 Event = Any
 Graph = Any
 
@@ -77,6 +77,10 @@ class Device(Protocol):
 
     def read(self, place: Place, into: Array) -> None:
         """Wait for the computing stream, then copy from the device."""
+        ...
+
+    def fetch(self, place: Place, into: Array, after: Event) -> None:
+        """Copy from the device when an event has happened, past all that is queued behind it; waits for the copy."""
         ...
 
     def move(self, source: Place, target: Place, nbytes: int) -> None:

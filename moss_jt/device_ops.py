@@ -316,20 +316,25 @@ class DeviceOps:
             self.device.launch("linear_exact", f"exact_int{layout.bits}", grid, _EXACT_THREADS, arguments)
 
     def _multiply_rounded(self, x: DeviceBuffer, tiles: _Tiles, y: DeviceBuffer) -> None:
-        layout = tiles.layout
+        layout, share = tiles.layout, self.space.share
         tokens, rounded = self._rows(x), self.space.rounded
+        ready = None if share is None else self.device.record("compute")
         grid: tuple[int, ...] = (-(-blocks_of(layout) // _ROUND_WARPS), tokens)
         sizes = (tokens, x.width, layout.padded_in, layout.padded_group, ROUND_BLOCK, int(tiles.order is not None), 0)
         arguments = (x.place, tiles.order, *rounded, *sizes)
         self.device.launch("rounding", "round_activations", grid, _ROUND_WARPS * _WARP, arguments)
+        first = None if share is None else share.first_row(tiles.name, self._weights.held_rows(tiles.name), tokens)
         few = next((size for size in _FEW if tokens <= size), None)
         kernel = f"linear_int{layout.bits}_{'many' if few is None else few}"
-        for piece in self._weights.pieces(tiles.name):
+        for piece in self._weights.pieces(tiles.name, first):
             blocks = -(-piece.count // 16)
             grid = (blocks,) if few is not None else (-(-blocks // _PRODUCT_WARPS), -(-tokens // _MANY))
             numbers = (tokens, piece.count, piece.first, *_tile_sizes(layout), y.width, 0)
             product = (piece.place, *rounded, tiles.bias, y.place, *numbers)
             self.device.launch("linear_rounded", kernel, grid, _PRODUCT_WARPS * _WARP, product)
+        if share is not None and first is not None:
+            name = tiles.name.removesuffix("weight") + "bias" if tiles.bias is not None else None
+            share.multiply(tiles.name, first, x.place, y.place, tokens=tokens, ready=ready, bias=name)
 
     def _seen(self, name: str, buffer: DeviceBuffer) -> DeviceBuffer:
         if self.observe is not None:

@@ -120,6 +120,11 @@ class DeviceWeights:
         self.version = 0  # rises whenever resident rows begin to lie elsewhere
 
     @property
+    def sizes(self) -> list[MatrixSize]:
+        """Of the matrices, in the order of a pass."""
+        return [matrix.size for matrix in self._matrices.values()]
+
+    @property
     def lock(self) -> threading.RLock:
         """Held by whoever computes a pass or changes what is held."""
         return self._store.lock
@@ -250,14 +255,23 @@ class DeviceWeights:
         """Whether nothing is streamed."""
         return all(matrix.held == matrix.size.rows for matrix in self._matrices.values())
 
-    def pieces(self, name: str) -> Iterator[DevicePiece]:
-        """All rows of a matrix, once and in order; the kernel for each is queued before the next is asked for."""
+    def held_rows(self, name: str) -> int:
+        """Rows of a matrix that this pass finds on the device."""
+        return self._from_here[name]
+
+    def pieces(self, name: str, stop: int | None = None) -> Iterator[DevicePiece]:
+        """All rows of a matrix, once and in order; the kernel for each is queued before the next is asked for.
+
+        Args:
+            stop: a row, at or behind those on the device, before which to stop; the rows from there lie in the host's memory.
+        """
         matrix, held = self._matrices[name], self._from_here[name]
+        end = matrix.size.rows if stop is None else stop
         if held:
             yield DevicePiece(self.arena.after(matrix.offset), 0, held)
-        if held < matrix.size.rows:
+        if held < end:
             for piece in self._store.pieces(name):
-                yield from self._through_ring(matrix, piece)
+                yield from self._through_ring(matrix, piece, end)
 
     def prefetch(self) -> None:
         """Let the copying stream go on with what the next pass asks for first; call it when a pass is queued."""
@@ -269,16 +283,16 @@ class DeviceWeights:
             piece = self._store.held(name)
             if piece is None:
                 return  # it comes from the disk, whose readers run ahead themselves
-            for part in self._parts(matrix, piece):
+            for part in self._parts(matrix, piece, matrix.size.rows):
                 if len(self._ahead) == len(self._slots):
                     return
                 self._ahead.append((part, self._send(part)))
             if piece.first + piece.count < matrix.size.rows:
                 return
 
-    def _through_ring(self, matrix: _Matrix, piece: Piece) -> Iterator[DevicePiece]:
-        """The rows of a host's piece, slot by slot."""
-        for part in self._parts(matrix, piece):
+    def _through_ring(self, matrix: _Matrix, piece: Piece, stop: int) -> Iterator[DevicePiece]:
+        """The rows of a host's piece before `stop`, slot by slot."""
+        for part in self._parts(matrix, piece, stop):
             slot = self._next_slot(part)
             self._device.follow("compute", slot.filled)
             try:
@@ -289,13 +303,13 @@ class DeviceWeights:
                 if not part.stays:
                     self._device.wait(slot.filled)  # before the host's memory holds something else
 
-    def _parts(self, matrix: _Matrix, piece: Piece) -> Iterator[_Part]:
+    def _parts(self, matrix: _Matrix, piece: Piece, stop_at: int) -> Iterator[_Part]:
         """A host's piece in parts that fit a slot; where rows that should stay end, a part ends."""
         size = matrix.size
         at_once = self._slot_bytes // size.unit_bytes * size.unit
         if at_once == 0 or not self._slots:
             raise DeviceMemoryError(f"the ring's slots of {self._slot_bytes} bytes hold no row of {size.name}.")
-        first, end = max(piece.first, self._from_here[size.name]), piece.first + piece.count
+        first, end = max(piece.first, self._from_here[size.name]), min(piece.first + piece.count, stop_at)
         while first < end:
             stop = min(first + at_once, end)
             if first < matrix.goal:

@@ -163,7 +163,8 @@ class Runner:
     def _passing(self) -> Iterator[None]:
         """Have the weights to oneself; what was read of changed files is of no worth."""
         store = self._ops.store
-        gate = computing() if isinstance(self._ops, InferenceOps) else nullcontext()
+        on_host = isinstance(self._ops, InferenceOps) or self._ops.space.share is not None
+        gate = computing() if on_host else nullcontext()
         with store.lock, gate, memory_for("a pass"):
             yield
         store.check_files()

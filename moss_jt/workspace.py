@@ -18,6 +18,7 @@ from moss_jt.config import MossConfig
 from moss_jt.device import Device, Place, Slab
 from moss_jt.device_blocks import BlockPool
 from moss_jt.device_weights import DeviceWeights
+from moss_jt.host_share import HostShare
 from moss_jt.kv_layout import BLOCK, KVLayout, KVType
 from moss_jt.layout import RowsLayout, TileLayout
 from moss_jt.ops import LOGIT_ROWS, ROUND_BLOCK, STRETCH, rotary_table
@@ -135,6 +136,7 @@ class Workspace:
         allowed, history, penalties, wanted, found: what choosing tokens needs, see kernels/shortlist.cu.
         pool: blocks of keys and values.
         weights: the matrices.
+        share: what the host multiplies; None where it multiplies nothing.
 
     Raises:
         DeviceMemoryError: the device does not give what was planned.
@@ -172,6 +174,7 @@ class Workspace:
             self._small[name] = self._upload(slab, np.ascontiguousarray(values, np.float32))
         self.middle = DeviceBuffer(places["middle"], rank_of(terms))
         self.weights = DeviceWeights(device, store, sizes, slab, slots=plan.ring_slots, slot_bytes=plan.slot_bytes)
+        self.share: HostShare | None = None
         self.pool = BlockPool(device, self.weights.arena, KVLayout.of(config, kind), store.lock)
 
     def _upload_small(self, slab: Slab, sizes: Sequence[MatrixSize]) -> None:
@@ -188,6 +191,10 @@ class Workspace:
         place = slab.take(values.nbytes, "norms and biases")
         self.device.write(place, values)
         return place
+
+    def leave_to_host(self, share: float) -> None:
+        """Leave this share of what would be copied, 0 to 1, to the host's processor, for few tokens."""
+        self.share = HostShare(self.device, self.store, self.weights.sizes, share) if share > 0 else None
 
     def small(self, name: str) -> Place:
         """Where a norm, a bias or a low-rank term lies, or the order of the inputs of a matrix."""

@@ -44,9 +44,9 @@ class HostDevice:
         self._account = Account(capacity)
         self._kernels: dict[str, HostKernels] = {}
         self._memory: dict[int, Array] = {}
-        self._queues: dict[Stream, deque[_Step]] = {"compute": deque(), "copy": deque()}
+        self._queues: dict[Stream, deque[_Step]] = {"compute": deque(), "copy": deque(), "back": deque()}
         self._random = random.Random(seed)
-        self.written: dict[Stream, int] = {"compute": 0, "copy": 0}
+        self.written: dict[Stream, int] = {"compute": 0, "copy": 0, "back": 0}
         self.read_bytes = 0
         self.launched = self.replayed = 0
         self.pinned: dict[int, int] = {}
@@ -82,6 +82,12 @@ class HostDevice:
         self.wait(self.record("compute"))
         self.read_bytes += into.nbytes
         self._copy(into.reshape(-1).view(np.uint8), self._at(place, into.nbytes))
+
+    def fetch(self, place: Place, into: Array, after: HostEvent) -> None:
+        self.follow("back", after)
+        self._queue("back", lambda: self._copy(into.reshape(-1).view(np.uint8), self._at(place, into.nbytes)))
+        self.read_bytes += into.nbytes
+        self.wait(self.record("back"))
 
     def move(self, source: Place, target: Place, nbytes: int) -> None:
         self._queue("compute", lambda: self._copy(self._at(target, nbytes), self._at(source, nbytes)))

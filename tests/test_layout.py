@@ -21,7 +21,7 @@ ROOMS = ("converters", "kernels", "cli")
 ROWS = {
     0: "config messages layout kv_layout errors progress language paths memory pages record device",
     1: "checked_file safetensors_file checkpoint packing plan predict tokenizer template kernels startup native reader limits accelerator",
-    2: "ops ops_grad nodes frozen launch batch budget cache sampling shortlist tiers weights synthetic device_weights device_ops device_blocks workspace placement",
+    2: "ops ops_grad nodes frozen launch batch budget cache sampling shortlist tiers weights synthetic device_weights device_ops device_blocks host_share workspace placement",
     3: "model adapter device_check",
     4: "runner engine generation",
     5: "chat tools load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit fit_device finetune",

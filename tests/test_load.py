@@ -75,7 +75,9 @@ def test_a_tokenizer_that_comes_later_is_found(golden: Path, tmp_path: Path, jit
     ("options", "words"),
     [
         ({"device": "cuda:x"}, 'device is "cuda:x"; known are "auto", "cpu", "cuda" and "cuda:1"'),
-        ({"device": "cpu", "vram": "4GiB"}, "vram was given, and no device is used"),
+        ({"device": "cpu", "vram": "4GiB"}, "vram or host_share was given, and no device is used"),
+        ({"device": "cpu", "host_share": 0.5}, "no device is used"),
+        ({"host_share": 1.5}, "host_share is 1.5; it must be from 0 to 1"),
         ({"device": "cpu", "vram": "much"}, "vram is 'much'; give a size"),
         ({"device": "tpu"}, 'known are "auto", "cpu", "cuda"'),
         ({"compute": "quick"}, "known are exact, fast"),

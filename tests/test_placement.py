@@ -11,10 +11,12 @@ import pytest
 from host_device import HostDevice
 
 from moss_jt.adapter import Adapter, AdapterShape, save_adapter
+from moss_jt.batch import single_batch
 from moss_jt.config import GenerationConfig
 from moss_jt.engine import Engine
 from moss_jt.errors import ConfigError
 from moss_jt.load import load_model
+from moss_jt.memory import parse_size
 from moss_jt.messages import Request, TokenEvent
 from moss_jt.runner import Model
 from moss_jt.shortlist import FOUND, Wish
@@ -82,12 +84,7 @@ def test_a_small_device_gives_the_same_answers(golden_model: Load, folder: Path)
     model = golden_model("tiny-int8/g128")
     prompts: list[tuple[int, ...]] = [tuple(range(1, 40)), (4, 5)]
     want = answers(load_model(model.path, HostDevice(folder), "fast", max_tokens=64), prompts, 2)
-    with pytest.raises(ConfigError, match=r"on the device, .*: give at least (\d|\.)+MiB") as told:
-        load_model(model.path, HostDevice(folder, capacity=4096), "fast", max_tokens=64)
-    least = str(told.value).partition("give at least ")[2].partition(",")[0].partition(";")[0]
-    from moss_jt.memory import parse_size
-
-    device = HostDevice(folder, capacity=parse_size(least))
+    device = HostDevice(folder, capacity=_least(model, folder))
     small = load_model(model.path, device, "fast", max_tokens=64)
     assert answers(small, prompts, 2) == want
     assert small.placed is not None
@@ -110,6 +107,41 @@ def test_an_adapter_is_computed_on_the_device(name: str, golden_model: Load, fol
     assert np.abs(on_device - on_cpu).max() < 1e-4
     assert np.abs(on_cpu - model.logits(ids)).max() > 1e-2, "the adapter does something"
     assert device.own_bytes + device.taken <= device.own_bytes + device.capacity
+
+
+@pytest.mark.parametrize("name", ["tiny-int4/g32-actorder", "tiny-int8/g128"])
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_the_host_multiplies_its_share(name: str, share: float, golden_model: Load, folder: Path) -> None:
+    """Logits are those of the device alone, but for the order of sums, and less is copied for each token."""
+    model = golden_model(name)
+    limit = _least(model, folder)
+    ids = np.arange(1, 9)
+    alone, shared = (
+        load_model(model.path, HostDevice(folder, limit, seed=3), "fast", max_tokens=64, host_share=part)
+        for part in (0.0, share)
+    )
+    found = []
+    for each in (alone, shared):
+        runner = each.runner()
+        assert each.placed is not None
+        parts = []
+        for start, count in ((0, 5), (5, 1), (6, 2)):
+            runner.cache.reserve(0, count)
+            before = each.placed.space.weights.copied_bytes
+            parts.append(runner.forward(single_batch(ids[start : start + count], start=start, wanted=np.arange(count))))
+            runner.cache.commit(0, count)
+            moved = each.placed.space.weights.copied_bytes - before
+        found.append((np.concatenate(parts), moved))
+    assert np.abs(found[0][0] - found[1][0]).max() < 2e-2
+    assert np.array_equal(found[0][0][:5], found[1][0][:5]), "prompts are left to the device"
+    assert found[1][1] < found[0][1]
+
+
+def _least(model: Model, folder: Path) -> int:
+    """The least memory of a device that is accepted."""
+    with pytest.raises(ConfigError, match="give at least") as told:
+        load_model(model.path, HostDevice(folder, capacity=4096), "fast", max_tokens=64)
+    return parse_size(str(told.value).partition("give at least ")[2].partition(",")[0].partition(";")[0])
 
 
 def test_what_loading_refuses(golden_model: Load, folder: Path) -> None:

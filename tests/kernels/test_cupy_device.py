@@ -220,6 +220,15 @@ def test_copies_name_their_stream_and_wait_where_values_may_change(cupy: FakeCup
     ]
 
 
+def test_what_comes_back_early_does_not_wait_for_what_is_queued(cupy: FakeCupy) -> None:
+    device = CupyDevice()
+    ready, into = device.record("compute"), np.zeros(4, np.int8)
+    cupy.asked.clear()
+    device.fetch(Place(64), into, ready)
+    kinds = [("follow", 2, 0), ("copy", into.ctypes.data, 64, 4, 2, 102), ("record", 102)]
+    assert cupy.asked[:3] == kinds and cupy.asked[3][0] == "wait"
+
+
 def test_streams_follow_events(cupy: FakeCupy) -> None:
     device = CupyDevice()
     cupy.asked.clear()

@@ -1,0 +1,113 @@
+"""HostShare: the last rows of feed-forward matrices multiplied by the host's processor while the device has the others.
+
+Where weights are streamed, the link is the slowest part, and the host may read its own memory faster than the link
+takes bytes away. So for few tokens a part of the rows that would be copied stays: inputs come from the device, which
+is kilobytes, our CPU kernels multiply, and the outputs go back. For many tokens everything is copied, as the device
+then multiplies far faster. Only rows that lie in the host's memory are left to it, and only int4 and int8 with
+rounded inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moss_jt.device import Device, Event, Place
+from moss_jt.launch import LINEAR_ROUNDED, ROUND_ACTIVATIONS, Buffer, Steps, aligned
+from moss_jt.layout import TILE_ROWS, TileLayout
+from moss_jt.ops import PROCESSORS, ROUND_BLOCK, layout_data
+from moss_jt.pages import Pages
+from moss_jt.plan import MatrixSize
+from moss_jt.weights import WeightStore
+
+TOKENS = 4  # of a pass at most
+_NAMES = (".mlp.fc_in.weight", ".mlp.fc_out.weight")
+
+
+class HostShare:
+    """Rows that the host multiplies.
+
+    Args:
+        device: where the rest is multiplied.
+        store: of the weights.
+        sizes: of all matrices.
+        share: of the rows that would be copied, 0 to 1.
+    """
+
+    def __init__(self, device: Device, store: WeightStore, sizes: list[MatrixSize], share: float) -> None:
+        self._device, self._store, self.share = device, store, share
+        layouts = {size.name: store.layout(size.name) for size in sizes if size.name.endswith(_NAMES)}
+        self._layouts = {name: layout for name, layout in layouts.items() if isinstance(layout, TileLayout)}
+        widest = max((max(layout.shape[0], layout.padded_in) for layout in self._layouts.values()), default=1)
+        memory = Pages(2 * 4 * TOKENS * widest, "the host's share", "Close other programs.").array.view(np.float32)
+        self._x, self._y = memory.reshape(2, TOKENS * widest)
+        device.pin(memory)
+        blocks = TOKENS * -(-widest // 32)  # groups have 32 inputs at least
+        self._rounded = [Buffer(aligned(shape, kind)) for shape, kind in _rounded(TOKENS * widest, blocks)]
+        self._nothing = Buffer(aligned((2,), "float32"))
+        self._kept: dict[str, Buffer] = {}
+        self._steps = Steps()
+
+    def first_row(self, name: str, held: int, tokens: int) -> int | None:
+        """The row of a matrix from which on the host multiplies, where the device has `held`; None where it does not."""
+        layout = self._layouts.get(name)
+        if layout is None or tokens > TOKENS:
+            return None
+        tiles = (layout.n_tiles * TILE_ROWS - held) // TILE_ROWS
+        left = int(tiles * self.share)
+        here = self._store.held(name) if left else None
+        if here is None or here.first + here.count < layout.shape[0]:
+            return None
+        return max(held, (layout.n_tiles - left) * TILE_ROWS)
+
+    def multiply(
+        self, name: str, first: int, x: Place, y: Place, *, tokens: int, ready: Event, bias: str | None
+    ) -> None:
+        """Rows [first, N) of a product: x (tokens, K) and y (tokens, N) are on the device; waits for x.
+
+        Args:
+            ready: when x is there.
+            bias: its name, where there is one.
+        """
+        layout = self._layouts[name]
+        rows, width = layout.shape
+        values = self._x[: tokens * width]
+        self._device.fetch(x, values, ready)
+        here, perm = self._store.held(name), self._store.perm(name)
+        assert here is not None, "first_row looks for it"
+        order = self._nothing if perm is None else self._buffer(f"{name} order", perm)
+        data: dict[str, Any] = layout_data(layout) | {
+            "tokens": tokens,
+            "x_stride": width,
+            "y_stride": rows,
+            "has_bias": bias is not None,
+            "add": False,
+            "block": ROUND_BLOCK,
+            "processor": PROCESSORS["best"],
+            "permuted": perm is not None,
+        }
+        rounded = [buffer.address for buffer in self._rounded]
+        self._steps.add(ROUND_ACTIVATIONS, [values.ctypes.data, order.address], rounded, data | {"x_stride": width})
+        start = here.start + (first - here.first) // TILE_ROWS * layout.tile_bytes
+        data |= {"blob_at": start, "first": first, "out": rows - first, "x_stride": 0}
+        added = self._nothing if bias is None else self._buffer(bias, self._store.small(bias))
+        codes, steps, sums = rounded
+        inputs = [codes, self._buffer(f"{name} rows", here.data).address, added.address, steps, sums]
+        self._steps.add(LINEAR_ROUNDED, inputs, [self._y.ctypes.data], data)
+        self._steps.run()
+        for token in range(tokens):
+            made = self._y[token * rows + first : (token + 1) * rows]
+            self._device.write(y.after(4 * (token * rows + first)), made, stays=True)
+
+    def _buffer(self, key: str, values: npt.NDArray[Any]) -> Buffer:
+        """What a kernel reads, for as long as it lies where it lay."""
+        kept = self._kept.get(key)
+        if kept is None or kept.address != values.ctypes.data:
+            kept = self._kept[key] = Buffer(values)
+        return kept
+
+
+def _rounded(codes: int, blocks: int) -> list[tuple[tuple[int], str]]:
+    return [((codes,), "int8"), ((blocks,), "float32"), ((blocks,), "int32")]
