@@ -165,5 +165,5 @@ def test_a_worker_that_is_killed_comes_again(served: Served) -> None:
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"fastapi is not installed.*pip install 'moss-jt\[serve\]'"):
+    with pytest.raises(ConfigError, match=r"fastapi is not installed.*sh run.sh serve brings it"):
         CliRunner().invoke(serve.command, [], catch_exceptions=False)
