@@ -80,12 +80,15 @@ setup(
         "rich>=13",
         "safetensors>=0.4",
         "sentencepiece>=0.2",
+        "sympy>=1.12",
         "tokenizers>=0.19",
         "tqdm>=4.66",
         'onednn-cpu-gomp==2021.2.0; platform_system == "Linux" and platform_machine == "x86_64"',
         'onednn-devel-cpu-gomp==2021.2.0; platform_system == "Linux" and platform_machine == "x86_64"',
     ],
     extras_require={
+        "search": ["ddgs>=9"],
+        "draw": ["diffusers>=0.27", "transformers", "torch", "accelerate"],
         "test": [
             "pytest>=8",
             "pexpect>=4.9",

@@ -37,12 +37,39 @@ from moss_jt.language import pick
     metavar="TEXT",
     help=pick('System prompt in place of MOSS\'s own; "" is none.', "系统提示，替换 MOSS 默认提示；空字符串表示不用。"),
 )
+@click.option(
+    "--tools",
+    metavar="NAME,...",
+    help=pick(
+        "Tools that the model may call: search, calc, solve, draw, installed ones, or all. For plugin models.",
+        "模型可调用的工具：search、calc、solve、draw、已安装的其他工具，或 all。用于 plugin 模型。",
+    ),
+)
+@click.option(
+    "--search-with",
+    metavar="BACKEND",
+    help=pick(
+        "local, ddgs, searxng=URL, bing or bing=URL. [default: MOSS_JT_SEARCH, else local]",
+        "local、ddgs、searxng=URL、bing 或 bing=URL。[默认：MOSS_JT_SEARCH，否则 local]",
+    ),
+)
+@click.option(
+    "--draw-with",
+    metavar="BACKEND",
+    help=pick(
+        "placeholder, a1111=URL, comfyui=URL or diffusers. [default: MOSS_JT_DRAW, else placeholder]",
+        "placeholder、a1111=URL、comfyui=URL 或 diffusers。[默认：MOSS_JT_DRAW，否则 placeholder]",
+    ),
+)
 @sampling_options
 def command(
     *,
     model: str | None,
     template: Literal["auto", "readme", "fields"],
     system: str | None,
+    tools: str | None,
+    search_with: str | None,
+    draw_with: str | None,
     **others: Any,
 ) -> None:
     """Talk to a model."""
@@ -50,10 +77,12 @@ def command(
     from moss_jt.cli.chat_input import PipeInput, TerminalInput
     from moss_jt.cli.chat_loop import converse
     from moss_jt.cli.chat_screen import Screen
+    from moss_jt.cli.chat_tools import open_tools
     from moss_jt.cli.loading import open_model
 
     config, options = generation_config(others), load_options(others)
     screen = Screen(interactive=sys.stdin.isatty() and sys.stdout.isatty())
+    box = open_tools(tools, search=search_with, draw=draw_with, screen=screen)
     loaded = open_model(model, options, screen)
 
     from moss_jt.chat import ChatSession
@@ -61,8 +90,8 @@ def command(
     from moss_jt.fit import predictor_for
     from moss_jt.template import choose_template
 
-    form = choose_template(template, loaded.config, tools=False)
-    session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config)
+    form = choose_template(template, loaded.config, tools=box is not None)
+    session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config, tools=box)
     talk = Talk(session, screen, predictor=partial(predictor_for, loaded))
     if screen.interactive:
         screen.note(_welcome())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moss_jt import paths
 from moss_jt.cli.chat_figures import figures
 from moss_jt.cli.chat_screen import Screen
+from moss_jt.cli.chat_tools import show_thoughts
 from moss_jt.cli.options import SAMPLING
 from moss_jt.errors import ConversationError
 from moss_jt.language import pick
@@ -36,6 +37,7 @@ class Talk:
         last: what the last answer cost.
         keeping: write the conversation down after each answer.
         leaving: the loop ends.
+        thoughts: show what MOSS thinks and calls.
         predictor: what tells how fast the model should be; asked for when it is shown.
     """
 
@@ -44,6 +46,7 @@ class Talk:
     last: ReplyStats | None = None
     keeping: bool = True
     leaving: bool = False
+    thoughts: bool = True
     predictor: Callable[[], Predictor | None] = lambda: None
 
 
@@ -196,6 +199,16 @@ def _parsed(key: str, value: str) -> dict[str, Any]:
         ) from None
 
 
+def _thoughts(talk: Talk, _argument: str) -> None:
+    talk.thoughts = not talk.thoughts
+    if not talk.thoughts:
+        talk.screen.note(pick("Thoughts and calls are hidden.", "已隐藏思考与调用。"))
+        return
+    talk.screen.note(pick("Thoughts and calls are shown.", "已显示思考与调用。"))
+    if talk.session.turns:
+        show_thoughts(talk.screen, talk.session.turns[-1])
+
+
 def _clear(talk: Talk, _argument: str) -> None:
     talk.session.clear()
     talk.last = None
@@ -223,6 +236,7 @@ COMMANDS = {
         _load, "[FILE]", "take up a saved conversation, or the last one", "恢复已保存的对话，默认恢复上一次"
     ),
     "stats": Command(_stats, "", "speed, memory, room in the context", "速度、内存与上下文占用"),
+    "thoughts": Command(_thoughts, "", "hide or show what MOSS thinks and calls", "隐藏或显示 MOSS 的思考与调用"),
     "set": Command(_set, "[NAME [VALUE]]", "show or change how words are chosen", "查看或修改采样设置"),
     "clear": Command(_clear, "", "forget everything said (also: clear)", "清空对话（也可输入 clear）"),
     "exit": Command(_exit, "", "leave (also: stop)", "退出（也可输入 stop）"),

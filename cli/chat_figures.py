@@ -47,7 +47,19 @@ def _last_answer(last: ReplyStats | None, predictor: Predictor | None) -> list[t
             )
             + rate,
         ),
+        *_thinking(last),
     ]
+
+
+def _thinking(last: ReplyStats) -> list[tuple[str, str]]:
+    """What came before the answer, where tools are on."""
+    if not last.thought_tokens:
+        return []
+    before = pick(
+        f"{last.thought_tokens} tokens, tools {last.tools_s:.2f} s",
+        f"{last.thought_tokens} 个词元，工具用时 {last.tools_s:.2f} 秒",
+    )
+    return [(pick("thoughts", "思考"), before)]
 
 
 def _predicted(value: str) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from moss_jt.chat import Finished, Notice, Prefill, TextDelta
+from moss_jt.chat import Calls, Finished, Notice, Prefill, Result, TextDelta, ThoughtDelta
 from moss_jt.cli.chat_commands import Talk, execute, is_command, last_chat
 from moss_jt.cli.chat_input import Input
+from moss_jt.cli.chat_tools import show_citation, show_result, show_sources, thinks
 from moss_jt.errors import MossError
 from moss_jt.language import pick
 
 if TYPE_CHECKING:
     from moss_jt.chat import ChatEvent
+    from moss_jt.tools.citations import Citation
+    from moss_jt.tools.toolbox import Source
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +88,8 @@ def _show_answer(talk: Talk, events: Iterator[ChatEvent]) -> bool:
     talk.screen.end_answer()
     if finished is not None:
         talk.last = finished.stats
+        if finished.kept:
+            show_sources(talk.screen, talk.session.turns[-1])
         _explain_end(talk, finished)
         _keep(talk)
     return interrupted or (finished is not None and finished.reason == "cancelled")
@@ -92,23 +97,63 @@ def _show_answer(talk: Talk, events: Iterator[ChatEvent]) -> bool:
 
 def _show_events(talk: Talk, events: Iterator[ChatEvent]) -> Finished | None:
     """Show events until the answer is over."""
-    begun = False
     with talk.screen.waiting() as waiting:
+        shown = _Shown(talk)
         for event in events:
+            if isinstance(event, Finished):
+                shown.end()
+                return event
             if isinstance(event, Prefill):
                 waiting.update(event.done, event.total, event.reused)
-            elif isinstance(event, TextDelta):
-                waiting.over()
-                if not begun:
-                    talk.screen.tag("MOSS: ")
-                    begun = True
-                talk.screen.answer(event.text)
-            elif isinstance(event, Notice):
-                talk.screen.end_answer()
-                talk.screen.note(event.text)
             else:
-                return event
+                waiting.over()
+                shown.show(event)
+        shown.end()
     return None
+
+
+class _Shown:
+    """What is on the screen of one answer."""
+
+    def __init__(self, talk: Talk) -> None:
+        from moss_jt.tools.citations import CitationStream
+
+        self._talk = talk
+        self._screen = talk.screen
+        self._thinking = self._begun = False
+        self._sources: list[Source] = []
+        self._citations = CitationStream() if talk.session.tools is not None else None
+
+    def show(self, event: ChatEvent) -> None:
+        """Show one event."""
+        if isinstance(event, TextDelta):
+            self._answer(self._citations.push(event.text) if self._citations else [event.text])
+        elif isinstance(event, ThoughtDelta) and self._talk.thoughts:
+            self._screen.aside(event.text if self._thinking else thinks() + event.text)
+            self._thinking = True
+        elif isinstance(event, Calls):
+            self._screen.end_aside()
+        elif isinstance(event, Result):
+            self._sources += event.ran.sources
+            show_result(self._screen, event.ran, folded=not self._talk.thoughts)
+        elif isinstance(event, Notice):
+            self._screen.end_answer()
+            self._screen.note(event.text)
+
+    def end(self) -> None:
+        """Show what was held back."""
+        if self._citations:
+            self._answer(self._citations.flush())
+
+    def _answer(self, parts: Sequence[str | Citation]) -> None:
+        for part in parts:
+            if not self._begun:
+                self._screen.tag("MOSS: ")
+                self._begun = True
+            if isinstance(part, str):
+                self._screen.answer(part)
+            else:
+                show_citation(self._screen, part, self._sources)
 
 
 def _explain_end(talk: Talk, finished: Finished) -> None:

@@ -6,11 +6,13 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 import click
 
+from moss_jt.cli.chat_pictures import picture_codes
 from moss_jt.cli.main import one_line
 from moss_jt.cli.progress import TerminalProgress
 from moss_jt.language import pick
@@ -36,17 +38,51 @@ class Screen:
         self._out = out if out is not None else sys.stdout
         self._err = err if err is not None else sys.stderr
         self._at_line_start = True
+        self._aside = False  # thoughts stand on a line that has not ended
 
     def answer(self, text: str) -> None:
         """Show more of an answer."""
         text = harmless(text)
         if text:
+            self.end_aside()
             self._out.write(text)
             self._out.flush()
             self._at_line_start = text.endswith("\n")
 
+    def link(self, text: str, url: str) -> None:
+        """Show a word of an answer that leads to a place, where the terminal can have it so."""
+        url = harmless(url)
+        if url.startswith(("http://", "https://", "file://")) and has_colours(self._out):
+            text = f"\x1b]8;;{url}\x1b\\{harmless(text)}\x1b]8;;\x1b\\"
+        self._out.write(text)
+        self._out.flush()
+        self._at_line_start = False
+
+    def aside(self, text: str) -> None:
+        """Show more of something beside the answer, dimmed."""
+        text = harmless(text)
+        if text:
+            self._err.write(self._styled(text, self._err, dim=True))
+            self._err.flush()
+            self._aside = not text.endswith("\n")
+
+    def end_aside(self) -> None:
+        """End the line of an aside."""
+        if self._aside:
+            self._aside = False
+            self._line("")
+
+    def picture(self, path: Path) -> None:
+        """Show a picture where the terminal can, and say where it lies."""
+        self.end_aside()
+        codes = picture_codes(path, os.environ) if self.interactive and has_colours(self._err) else None
+        if codes is not None:
+            self._line(codes)
+        self._line(str(path))
+
     def tag(self, text: str) -> None:
         """Name the speaker of what follows, where somebody watches."""
+        self.end_aside()
         if self.interactive:
             self._out.write(self._styled(text, self._out, fg="green", bold=True))
             self._out.flush()
@@ -54,6 +90,7 @@ class Screen:
 
     def end_answer(self) -> None:
         """Begin a new line after an answer, if it has not done so."""
+        self.end_aside()
         if not self._at_line_start:
             self._out.write("\n")
             self._out.flush()
@@ -61,6 +98,7 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Tell something beside the conversation."""
+        self.end_aside()
         self._line(self._styled(harmless(text), self._err, dim=True))
 
     def error(self, message: str) -> None:

@@ -42,6 +42,8 @@ COMMANDS = {
     ),
     "warmup": Entry("warmup", "Do the one-time compilation now.", "提前完成一次性编译。"),
     "fit": Entry("fit", "Tell where a model would go, and how fast it would be.", "预测模型的内存分布与速度。"),
+    "tools": Entry("tools", "List the tools that a model can call, and try them.", "列出并测试模型可调用的工具。"),
+    "index": Entry("index", "Index your documents for the search tool.", "为搜索工具索引文档。"),
     "pull": Entry("pull", "Fetch a model from a hub.", "从模型库下载模型。"),
     "models": Entry("models", "List, find and remove stored models.", "列出、查找和删除已保存的模型。"),
     "convert": Entry("convert", "Convert, inspect and verify checkpoints.", "转换、查看和校验权重文件。"),

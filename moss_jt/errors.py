@@ -9,7 +9,9 @@
     ├── DeviceMemoryError   the memory allowed is too small for what was asked
     ├── DiskError           not enough room, or the disk failed while reading or writing
     ├── HubError            a model could not be fetched
-    └── ConversationError   a message is too long, or there is no answer to undo, retry or continue
+    ├── ConversationError   a message is too long, or there is no answer to undo, retry or continue
+    └── ToolError           a tool cannot be used, or has no result
+        └── ToolLimitError  a tool was stopped: it took too long, or needed too much memory
 
 A message says what was wanted, what was found and the next step, with the real values in one line.
 The command line prints it as it is and exits with 1.
@@ -56,3 +58,11 @@ class HubError(MossError):
 
 class ConversationError(MossError):
     """A chat cannot do what was asked: the message is too long, or there is nothing to undo, retry or continue."""
+
+
+class ToolError(MossError):
+    """A tool cannot be used as asked, or has no result."""
+
+
+class ToolLimitError(ToolError):
+    """A tool was stopped because it took too long or needed too much memory."""

@@ -589,7 +589,7 @@ def write_file(folder: Path, **values: Any) -> Path:
 
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "another format": ({"format": "else"}, "is not a conversation saved by moss-jt"),
-    "newer version": ({"version": 2}, "has version 2; this program reads up to 1"),
+    "newer version": ({"version": 3}, "has version 3; this program reads up to 2"),
     "version true": ({"version": True}, "has version True"),
     "system a number": ({"system": 5}, r'lacks "system" \(a text\)'),
     "turns a text": ({"turns": "no"}, r'"turns" \(a list\)'),

@@ -24,7 +24,7 @@ ROWS = {
     2: "ops ops_grad frozen launch batch budget cache sampling tiers weights synthetic device_weights device_ops",
     3: "model",
     4: "runner engine generation",
-    5: "chat load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit",
+    5: "chat tools load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}
@@ -38,11 +38,26 @@ ONLY_IN = {  # a third-party module -> the parts that may import it
     "rich": {"cli"},
     "prompt_toolkit": {"cli"},
     "tqdm": {"cli"},
+    "sympy": {"tools"},
+    "mpmath": {"tools"},
+    "ddgs": {"tools"},
+    "diffusers": set(),
     "torch": set(),
     "transformers": set(),
 }
 OWN_PROCESS = {"moss_jt/startup/build.py"}  # runs as a child; what it prints is read by its parent
-HEAVY = ("jittor", "cupy", "numpy", "tokenizers", "sentencepiece", "safetensors", "huggingface_hub", "torch")
+HEAVY = (
+    "jittor",
+    "cupy",
+    "numpy",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "huggingface_hub",
+    "torch",
+    "sympy",
+    "mpmath",
+)
 
 
 def code_files() -> list[Path]:

@@ -5,11 +5,24 @@ Nothing is printed here and no text is made safe for a terminal: that is the cal
 
 from __future__ import annotations
 
-from moss_jt.chat.events import ChatEvent, Finished, Notice, Prefill, Reason, ReplyStats, TextDelta
+from moss_jt.chat.events import (
+    Calls,
+    ChatEvent,
+    Finished,
+    Notice,
+    Prefill,
+    Reason,
+    ReplyStats,
+    Result,
+    TextDelta,
+    ThoughtDelta,
+)
 from moss_jt.chat.session import ChatSession
+from moss_jt.chat.thoughts import ToolTurn
 from moss_jt.chat.turns import ChatTurn, Pass
 
 __all__ = [
+    "Calls",
     "ChatEvent",
     "ChatSession",
     "ChatTurn",
@@ -19,5 +32,8 @@ __all__ = [
     "Prefill",
     "Reason",
     "ReplyStats",
+    "Result",
     "TextDelta",
+    "ThoughtDelta",
+    "ToolTurn",
 ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from moss_jt.tools.toolbox import Ran
 
 Reason = Literal["stop", "length", "time", "cancelled"]
 
@@ -25,6 +28,27 @@ class TextDelta:
 
 
 @dataclass(frozen=True)
+class ThoughtDelta:
+    """More text of what MOSS thinks before it calls tools and answers."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls that are about to be run, as MOSS wrote them; none if it needs no tool."""
+
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A call has been run, or refused."""
+
+    ran: Ran
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something that the user should know; `text` is in the user's language.
 
@@ -37,13 +61,20 @@ class Notice:
 
 @dataclass(frozen=True)
 class ReplyStats:
-    """What an answer cost."""
+    """What an answer cost; with tools, the figures are of the part behind the results.
+
+    Attributes:
+        thought_tokens: generated before the tools ran.
+        tools_s: that the tools took.
+    """
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
     new_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    thought_tokens: int = 0
+    tools_s: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -60,4 +91,4 @@ class Finished:
     kept: bool
 
 
-ChatEvent = Prefill | TextDelta | Notice | Finished
+ChatEvent = Prefill | ThoughtDelta | Calls | Result | TextDelta | Notice | Finished

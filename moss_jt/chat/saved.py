@@ -11,16 +11,25 @@ import os
 import stat
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from moss_jt.errors import ConversationError
 
 FORMAT = "moss-jt chat"
-VERSION = 1
+VERSION = 2  # the newest that is read; a file is written in the oldest that can hold it
 MAX_BYTES = 64 << 20  # of a file; a conversation of a thousand turns has about one million
 REASONS = ("stop", "length", "time", "cancelled")
+
+
+@dataclass(frozen=True)
+class SavedTools:
+    """What a turn with tools holds beside question and answer, since version 2."""
+
+    thoughts: str
+    commands: str
+    results: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class SavedTurn:
     answer: str
     reason: Literal["stop", "length", "time", "cancelled"]
     generated: tuple[int, ...]
+    tools: SavedTools | None = None
 
 
 def write_conversation(path: Path, system: str, turns: Sequence[SavedTurn]) -> None:
@@ -43,12 +53,9 @@ def write_conversation(path: Path, system: str, turns: Sequence[SavedTurn]) -> N
         _check_is_ours(path)
     values = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if any(turn.tools for turn in turns) else 1,
         "system": system,
-        "turns": [
-            {"human": turn.human, "answer": turn.answer, "reason": turn.reason, "ids": list(turn.generated)}
-            for turn in turns
-        ],
+        "turns": [_values(turn) for turn in turns],
     }
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mkstemp: mode 0600
@@ -66,6 +73,12 @@ def write_conversation(path: Path, system: str, turns: Sequence[SavedTurn]) -> N
         raise ConversationError(
             f"{path} cannot be written: {reason}. Name another file, as in /save chat.json."
         ) from error
+
+
+def _values(turn: SavedTurn) -> dict[str, Any]:
+    """A turn as it stands in the file."""
+    values = {"human": turn.human, "answer": turn.answer, "reason": turn.reason, "ids": list(turn.generated)}
+    return values if turn.tools is None else {**values, "tools": asdict(turn.tools)}
 
 
 def _check_is_ours(path: Path) -> None:
@@ -125,4 +138,14 @@ def _read_turn(turn: Any, where: str) -> SavedTurn:
         raise ConversationError(f'{where}: "reason" is {str(reason)[:40]!r}; known are {", ".join(REASONS)}.')
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
         raise ConversationError(f'{where}: "ids" must be a list of whole numbers from 0.')
-    return SavedTurn(human, answer, cast(Literal["stop"], reason), tuple(ids))
+    return SavedTurn(human, answer, cast(Literal["stop"], reason), tuple(ids), _read_tools(turn.get("tools"), where))
+
+
+def _read_tools(tools: Any, where: str) -> SavedTools | None:
+    """Check what a turn says of its tools."""
+    if tools is None:
+        return None
+    values = [tools.get(key) for key in ("thoughts", "commands", "results")] if isinstance(tools, dict) else [None]
+    if not all(isinstance(value, str) for value in values):
+        raise ConversationError(f'{where}: "tools" must be an object with the texts thoughts, commands and results.')
+    return SavedTools(*values)

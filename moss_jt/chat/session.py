@@ -5,22 +5,41 @@ again. So the prompt of the next turn begins with what the engine already holds,
 tokens are computed. When the context is full, the oldest turns leave the prompt whole; the system
 prompt stays, and a Notice says so.
 
-A turn is a tuple of passes: ids that we gave, then ids that the model generated. Without tools it is one.
+A turn is a tuple of passes: ids that we gave, then ids that the model generated. Without tools it is one. With
+tools it is two: thoughts and commands, then, behind the results of the calls, the answer. The second pass begins with
+all ids of the first, so the engine computes only the results. Where the context gets tight, results of old turns are
+shortened before any turn leaves.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moss_jt.chat.events import ChatEvent, Finished, Notice, Prefill, Reason, ReplyStats, TextDelta
+from moss_jt.chat import window
+from moss_jt.chat.events import (
+    Calls,
+    ChatEvent,
+    Finished,
+    Notice,
+    Prefill,
+    Reason,
+    ReplyStats,
+    Result,
+    TextDelta,
+    ThoughtDelta,
+)
 from moss_jt.chat.reader import AnswerReader
-from moss_jt.chat.saved import SavedTurn, read_conversation, write_conversation
+from moss_jt.chat.restoring import restored_turn, saved_turn
+from moss_jt.chat.saved import read_conversation, write_conversation
+from moss_jt.chat.thoughts import ThoughtReader, ToolTurn, read_thoughts
 from moss_jt.chat.turns import ChatTurn, Pass, flat
+from moss_jt.chat.window import MIN_ANSWER
 from moss_jt.config import GenerationConfig
 from moss_jt.errors import ConversationError
 from moss_jt.language import pick
@@ -31,13 +50,17 @@ if TYPE_CHECKING:
     from moss_jt.engine import Engine
     from moss_jt.template import Template
     from moss_jt.tokenizer import Tokenizer
+    from moss_jt.tools.toolbox import ToolBox
 
-MIN_ANSWER = 16  # a prompt that leaves fewer tokens than this for the answer is refused
+SHORT_RESULT = 60  # characters of a line in the results of an old turn, where room is needed
 
 
 @dataclass
 class _Draft:
-    """A turn being answered. `before` is put back if the new answer never shows anything."""
+    """A turn being answered. `before` is put back if the new answer never shows anything.
+
+    While `thinking`, the last pass is that of the thoughts; then `tools` holds what came of it.
+    """
 
     human: str
     passes: tuple[Pass, ...]
@@ -48,6 +71,8 @@ class _Draft:
     answer: str = ""
     reason: Reason = "cancelled"
     stats: ReplyStats = field(default_factory=ReplyStats)
+    thinking: bool = False
+    tools: ToolTurn | None = None
 
 
 class ChatSession:
@@ -59,6 +84,7 @@ class ChatSession:
         template: how turns are written as ids.
         system: the system prompt; MOSS's own if None, none at all if "".
         config: how answers are sampled; stop ids of the template are added to its own. May be replaced at any time.
+        tools: that the model may call; the template must then be "fields". None for an answer without thoughts.
     """
 
     def __init__(
@@ -69,11 +95,13 @@ class ChatSession:
         *,
         system: str | None = None,
         config: GenerationConfig | None = None,
+        tools: ToolBox | None = None,
     ) -> None:
         self.config = config or GenerationConfig()
         self._engine = engine
         self._tokenizer = tokenizer
         self._template = template
+        self._tools = tools
         self._name = f"chat-{uuid.uuid4().hex}"
         self._turns: list[ChatTurn] = []
         self._unanswered: str | None = None
@@ -97,6 +125,11 @@ class ChatSession:
         return self._template
 
     @property
+    def tools(self) -> ToolBox | None:
+        """What the model may call."""
+        return self._tools
+
+    @property
     def unanswered(self) -> str | None:
         """The last message if its answer was broken off before anything was shown."""
         return self._unanswered
@@ -112,8 +145,7 @@ class ChatSession:
             ConversationError: at once, before anything has changed, if the message does not fit.
         """
         self._check_idle()
-        opening = tuple(self._template.open_turn(self._tokenizer, text))
-        return self._run(self._fit(_Draft(text, (Pass(opening),), self._window_start())))
+        return self._run(self._fit(self._opened(text, self._window_start())))
 
     def retry(self) -> Iterator[ChatEvent]:
         """Answer the last message anew, with another seed; the old answer stays if the new one shows nothing."""
@@ -121,7 +153,8 @@ class ChatSession:
         if self._unanswered is not None:
             return self.reply(self._unanswered)
         turn = self._last_turn(pick("retry", "重新回答"))
-        draft = _Draft(turn.human, (Pass(turn.passes[0].given),), turn.first, turn.attempt + 1, turn)
+        draft = self._opened(turn.human, turn.first)
+        draft.attempt, draft.before = turn.attempt + 1, turn
         return self._run(self._fit(draft))
 
     def continue_answer(self) -> Iterator[ChatEvent]:
@@ -135,7 +168,8 @@ class ChatSession:
                     "上一个回答已经完整，无需继续。请继续提问，或重新回答。",
                 )
             )
-        return self._run(self._fit(_Draft(turn.human, turn.passes, turn.first, turn.attempt, turn)))
+        draft = _Draft(turn.human, turn.passes, turn.first, turn.attempt, turn, tools=turn.tools)
+        return self._run(self._fit(draft))
 
     def cancel(self) -> None:
         """End the running answer at the next token; for a caller that holds the iterator, or another thread."""
@@ -159,7 +193,8 @@ class ChatSession:
     def set_system(self, system: str | None) -> None:
         """Replace the system prompt, as if it had been there from the start; None is MOSS's own, "" is none."""
         self._check_idle()
-        text = system_prompt(self._template) if system is None else system
+        lines = self._tools.lines if self._tools is not None else ()
+        text = system_prompt(self._template, lines) if system is None else system
         ids = tuple(self._template.system_ids(self._tokenizer, text))
         room = self._engine.context_size - MIN_ANSWER
         if len(ids) >= room:
@@ -192,8 +227,7 @@ class ChatSession:
 
     def save(self, path: Path) -> None:
         """Write the conversation to a file that only the user can read."""
-        turns = [SavedTurn(turn.human, turn.answer, turn.reason, turn.passes[-1].generated) for turn in self._turns]
-        write_conversation(path, self._system, turns)
+        write_conversation(path, self._system, [saved_turn(turn) for turn in self._turns])
 
     def load(self, path: Path) -> None:
         """Take the conversation of a file in place of this one.
@@ -205,22 +239,10 @@ class ChatSession:
         """
         self._check_idle()
         system, saved = read_conversation(path)
-        turns = [self._restored(turn) for turn in saved]
+        turns = [restored_turn(turn, self._template, self._tokenizer, self._text_of) for turn in saved]
         self.set_system(system)
         self.clear()
         self._turns = turns
-
-    def _restored(self, saved: SavedTurn) -> ChatTurn:
-        """A turn from its texts, and from its generated ids if they say what the text says."""
-        opening = tuple(self._template.open_turn(self._tokenizer, saved.human))
-        hidden = any(i in self._tokenizer.control_ids for i in saved.generated[:-1])  # would not show in the text
-        known = all(self._tokenizer.is_known(i) for i in saved.generated)
-        if known and not hidden and self._text_of(saved.generated) == saved.answer:
-            generated = saved.generated
-        else:
-            generated = tuple(self._tokenizer.encode(" " + saved.answer, inside=True))
-        closing = tuple(self._template.close_turn(self._tokenizer, list(generated)))
-        return ChatTurn(saved.human, saved.answer, saved.reason, (Pass(opening, generated),), closing)
 
     def _text_of(self, generated: tuple[int, ...]) -> str:
         """What is shown of generated ids."""
@@ -245,43 +267,56 @@ class ChatSession:
     def _stop_ids(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys((*self.config.stop_ids, *self._template.stop_ids(self._tokenizer))))
 
-    def _fit(self, draft: _Draft) -> _Draft:
-        """Let old turns go until the prompt and an answer fit.
+    def _opened(self, human: str, first: int) -> _Draft:
+        """A turn as it stands before anything is generated."""
+        thinking = self._tools is not None
+        begin = self._template.open_thoughts if thinking else self._template.open_turn
+        return _Draft(human, (Pass(tuple(begin(self._tokenizer, human))),), first, thinking=thinking)
 
-        Where turns must go, an eighth of the context is freed beyond need: the prompt then keeps its
-        beginning over the next turns, which thus need not be computed anew each time.
-        """
-        older = self._turns[:-1] if draft.before is not None else self._turns
+    def _older(self, draft: _Draft) -> list[ChatTurn]:
+        """The turns before the one being answered."""
+        return self._turns[:-1] if draft.before is not None else self._turns
+
+    def _fit(self, draft: _Draft) -> _Draft:
+        """Shorten results of old turns, then let old turns go, until the prompt and what follows it fit."""
         size = self._engine.context_size
         own = len(self._system_ids) + len(flat(draft.passes))
-        room = min(self.config.max_new_tokens, size // 4)
+        room = self._room()
         if own + min(room, MIN_ANSWER) > size:
-            raise ConversationError(self._too_long(draft, own, size))
-        lengths = [len(turn.ids) for turn in older]
-        used = own + sum(lengths[draft.first :])
-        limit = max(size - room, own)
-        if used > limit:
-            target = max(limit - size // 8, own)
-            while used > target and (draft.first < len(older) - 1 or used > limit):
-                used -= lengths[draft.first]
-                draft.first += 1
-                draft.dropped += 1
+            if draft.passes[0].generated:
+                raise ConversationError(window.filled(size))
+            raise ConversationError(window.too_long(own - len(self._system_ids), len(self._system_ids), size))
+        if draft.thinking:
+            room += size // 4  # thoughts and results
+        lengths = [len(turn.ids) for turn in self._older(draft)]
+        if window.is_tight(lengths, draft.first, own=own, size=size, room=room):
+            self._shorten_results(draft)
+            lengths = [len(turn.ids) for turn in self._older(draft)]
+        first = window.first_turn(lengths, draft.first, own=own, size=size, room=room)
+        draft.dropped += first - draft.first
+        draft.first = first
         return draft
 
-    def _too_long(self, draft: _Draft, own: int, size: int) -> str:
-        """The words for a turn that does not fit even alone."""
-        system = len(self._system_ids)
-        most = size - system - MIN_ANSWER
-        if draft.passes[0].generated:
-            return pick(
-                f"the answer fills the context of {size} tokens: it cannot be continued.",
-                f"回答已占满 {size} 个词元的上下文，无法继续。",
-            )
-        return pick(
-            f"the message has {own - system} tokens; beside the system prompt at most {most} fit into this model. "
-            "Shorten it, or send it in parts.",
-            f"消息有 {own - system} 个词元；除系统提示外，此模型最多容纳 {most} 个。请缩短或分几次发送。",
-        )
+    def _room(self) -> int:
+        """Tokens that an answer should have."""
+        return min(self.config.max_new_tokens, self._engine.context_size // 4)
+
+    def _shorten_results(self, draft: _Draft) -> None:
+        """Cut the results of the turns before the one being answered; the numbers of their sources stay."""
+        for at, turn in enumerate(self._older(draft)):
+            if at >= draft.first and turn.tools is not None and not turn.tools.is_short:
+                self._turns[at] = self._shortened(turn, turn.tools)
+
+    def _shortened(self, turn: ChatTurn, tools: ToolTurn) -> ChatTurn:
+        from moss_jt.tools.wording import shortened
+
+        tools = replace(tools, results=shortened(tools.results, SHORT_RESULT), is_short=True)
+        given = self._results_ids(turn.passes[0], tools.results)
+        return replace(turn, passes=(turn.passes[0], Pass(given, turn.passes[1].generated)), tools=tools)
+
+    def _results_ids(self, first: Pass, results: str) -> tuple[int, ...]:
+        """The ids between thoughts and answer."""
+        return tuple(self._template.close_commands(self._tokenizer, list(first.generated), results))
 
     def _run(self, draft: _Draft) -> Iterator[ChatEvent]:
         """Answer a draft and enter it into the conversation, however the answer ends."""
@@ -291,8 +326,11 @@ class ChatSession:
         kept = False
         try:
             if draft.dropped:
-                yield _dropped_notice(draft.dropped)
-            yield from self._answer(draft)
+                yield Notice("dropped", window.dropped(draft.dropped))
+            if draft.thinking:
+                yield from self._think(draft)
+            if not draft.thinking:
+                yield from self._answer(draft)
         finally:
             self._answering = False
             kept = self._settle(draft)
@@ -300,14 +338,100 @@ class ChatSession:
             yield Notice("full", pick("The context is full; the answer ends here.", "上下文已满，回答到此为止。"))
         yield Finished(draft.reason, draft.stats, kept)
 
+    def _think(self, draft: _Draft) -> Iterator[ChatEvent]:
+        """The first pass of a turn with tools, and the tools; `thinking` stays where that was broken off."""
+        assert self._tools is not None, "only a turn with tools thinks"
+        reader = ThoughtReader(self._tokenizer)
+        room = self._engine.context_size - len(self._system_ids) - len(flat(draft.passes)) - self._room()
+        stops = (*self.config.stop_ids, *self._template.command_stop_ids(self._tokenizer))
+        limit = max(MIN_ANSWER, min(self.config.max_new_tokens, room))
+        config = replace(self._request_config(draft), stop_ids=stops, stop_strings=(), max_new_tokens=limit)
+        try:
+            with closing(self._drive(draft, config)) as tokens:
+                for token in tokens:
+                    if not isinstance(token, int):
+                        yield token
+                    elif text := reader.push(token):
+                        yield ThoughtDelta(text)
+        except KeyboardInterrupt:
+            draft.reason = "cancelled"
+        if text := reader.flush():
+            yield ThoughtDelta(text)
+        if draft.reason != "cancelled":
+            yield from self._run_tools(draft, self._tools)
+
+    def _run_tools(self, draft: _Draft, tools: ToolBox) -> Iterator[ChatEvent]:
+        """Run the calls and put their results where the answer begins."""
+        from moss_jt.tools.commands import parse_commands
+        from moss_jt.tools.wording import joined
+
+        whole, draft.reason = draft.reason == "stop", "cancelled"  # until something is answered
+        thought = read_thoughts(self._tokenizer, draft.passes[-1].generated, whole=whole)
+        commands = parse_commands(thought.commands)
+        yield Calls(tuple(call.text for call in commands.calls[: tools.limits.calls]))
+        began = time.monotonic()
+        blocks: list[str] = []
+        turn = ToolTurn(thought.thoughts, thought.commands, "")
+        try:
+            for ran in tools.run(commands):
+                blocks.append(ran.block)
+                turn = replace(turn, sources=(*turn.sources, *ran.sources))
+                yield Result(ran)
+                if self._cancelled:
+                    return
+        except KeyboardInterrupt:
+            return
+        thoughts = draft.stats.new_tokens
+        draft.stats = ReplyStats(thought_tokens=thoughts, tools_s=time.monotonic() - began)
+        first = Pass(draft.passes[-1].given, thought.ids)
+        yield from self._enter_results(draft, first, replace(turn, results=joined(blocks)))
+
+    def _enter_results(self, draft: _Draft, first: Pass, tools: ToolTurn) -> Iterator[ChatEvent]:
+        """Begin the second pass; results that leave no room for an answer are cut."""
+        from moss_jt.tools.wording import NOTHING_RAN, shortened
+
+        size, before = self._engine.context_size, draft.dropped
+        tried = (tools.results, *(shortened(tools.results, longest) for longest in (200, SHORT_RESULT)), NOTHING_RAN)
+        for results in tried:
+            passes = (first, Pass(self._results_ids(first, results)))
+            if len(self._system_ids) + len(flat(passes)) + self._room() <= size or results is NOTHING_RAN:
+                break
+        draft.passes, draft.tools, draft.thinking = passes, replace(tools, results=results), False
+        try:
+            self._fit(draft)
+        except ConversationError as error:  # the thoughts alone fill the context
+            draft.thinking, draft.reason = True, "length"
+            yield Notice("full", str(error))
+        if draft.dropped > before:
+            yield Notice("dropped", window.dropped(draft.dropped - before))
+
     def _answer(self, draft: _Draft) -> Iterator[ChatEvent]:
-        """Drive the engine through one pass, moving what it gives into the draft."""
-        ids = tuple(self._prompt(draft))
+        """The pass of the answer, shown as it comes."""
         reader = AnswerReader(self._tokenizer, self._stop_ids(), self.config.stop_strings)
         draft.answer = "".join(reader.push(i) for i in draft.passes[-1].generated)
+        try:
+            with closing(self._drive(draft, self._request_config(draft))) as tokens:
+                for token in tokens:
+                    if not isinstance(token, int):
+                        yield token
+                    elif text := reader.push(token):
+                        draft.answer += text
+                        yield TextDelta(text)
+        except KeyboardInterrupt:
+            draft.reason = "cancelled"
+        finally:
+            # a broken-off beginning may be half a tag: that is no answer
+            rest = reader.flush() if draft.answer or draft.reason != "cancelled" else ""
+            draft.answer += rest
+        if rest:
+            yield TextDelta(rest)
+
+    def _drive(self, draft: _Draft, config: GenerationConfig) -> Generator[ChatEvent | int, None, None]:
+        """Drive the engine through one pass: every generated id, already entered in the draft, and progress."""
+        ids = tuple(self._prompt(draft))
         began = time.monotonic()
-        request = self._engine.submit(Request(ids, self._request_config(draft), self._name))
-        draft.stats = ReplyStats(prompt_tokens=len(ids))
+        request = self._engine.submit(Request(ids, config, self._name))
+        draft.stats = replace(draft.stats, prompt_tokens=len(ids))
         running = True
         try:
             yield Prefill(0, len(ids), 0)
@@ -319,7 +443,10 @@ class ChatSession:
                         draft.stats = replace(draft.stats, reused_tokens=event.reused)
                         yield Prefill(event.done, event.total, event.reused)
                     elif isinstance(event, TokenEvent):
-                        yield from self._take(draft, reader, event.id, began)
+                        last = draft.passes[-1]
+                        draft.passes = (*draft.passes[:-1], Pass(last.given, (*last.generated, event.id)))
+                        draft.stats = _with_token(draft.stats, time.monotonic() - began)
+                        yield event.id
                     elif isinstance(event, FinishedEvent):
                         draft.reason, running = event.reason, False
         except KeyboardInterrupt:
@@ -327,27 +454,11 @@ class ChatSession:
         finally:
             if running:
                 self._engine.cancel(request)
-            # a broken-off beginning may be half a tag: that is no answer
-            rest = reader.flush() if draft.answer or draft.reason != "cancelled" else ""
-            draft.answer += rest
-        if rest:
-            yield TextDelta(rest)
-
-    def _take(self, draft: _Draft, reader: AnswerReader, token: int, began: float) -> Iterator[ChatEvent]:
-        """Enter one generated id and show its text."""
-        last = draft.passes[-1]
-        draft.passes = (*draft.passes[:-1], Pass(last.given, (*last.generated, token)))
-        draft.stats = _with_token(draft.stats, time.monotonic() - began)
-        text = reader.push(token)
-        draft.answer += text
-        if text:
-            yield TextDelta(text)
 
     def _prompt(self, draft: _Draft) -> Iterator[int]:
         """The ids of the system prompt, the turns in the window and the turn being answered."""
         yield from self._system_ids
-        older = self._turns[:-1] if draft.before is not None else self._turns
-        for turn in older[draft.first :]:
+        for turn in self._older(draft)[draft.first :]:
             yield from turn.ids
         yield from flat(draft.passes)
 
@@ -358,14 +469,15 @@ class ChatSession:
 
     def _settle(self, draft: _Draft) -> bool:
         """Enter the turn if it shows anything; else put things back as they were. Tells whether it was entered."""
-        if not draft.answer and draft.reason != "stop":
+        if draft.thinking or (not draft.answer and draft.reason != "stop"):
             if draft.before is None:
                 self._unanswered = draft.human
             return False
-        closing = tuple(self._template.close_turn(self._tokenizer, list(draft.passes[-1].generated)))
-        turn = ChatTurn(draft.human, draft.answer, draft.reason, draft.passes, closing, draft.first, draft.attempt)
-        older = self._turns[:-1] if draft.before is not None else self._turns
-        self._turns = [*older, turn]  # in one go: a second Ctrl-C finds the old turns or the new
+        end = tuple(self._template.close_turn(self._tokenizer, list(draft.passes[-1].generated)))
+        turn = ChatTurn(
+            draft.human, draft.answer, draft.reason, draft.passes, end, draft.first, draft.attempt, draft.tools
+        )
+        self._turns = [*self._older(draft), turn]  # in one go: a second Ctrl-C finds the old turns or the new
         return True
 
 
@@ -374,15 +486,3 @@ def _with_token(stats: ReplyStats, elapsed_s: float) -> ReplyStats:
     if stats.new_tokens == 0:
         return replace(stats, new_tokens=1, prefill_s=elapsed_s)
     return replace(stats, new_tokens=stats.new_tokens + 1, decode_s=elapsed_s - stats.prefill_s)
-
-
-def _dropped_notice(count: int) -> Notice:
-    """The words for turns that left the prompt."""
-    turns = "turn" if count == 1 else "turns"
-    return Notice(
-        "dropped",
-        pick(
-            f"The context is full: the oldest {count} {turns} will no longer be remembered.",
-            f"上下文已满：最早的 {count} 轮对话将不再被记住。",
-        ),
-    )

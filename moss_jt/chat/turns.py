@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moss_jt.chat.events import Reason
+from moss_jt.chat.thoughts import ToolTurn
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ChatTurn:
         closing: the ids that close the turn after the last generated one.
         first: index of the oldest turn that was in the prompt when this one was answered.
         attempt: how many answers were thrown away before this one.
+        tools: what was thought, called and found, where tools are on; the turn then has two passes.
     """
 
     human: str
@@ -36,6 +38,7 @@ class ChatTurn:
     closing: tuple[int, ...]
     first: int = 0
     attempt: int = 0
+    tools: ToolTurn | None = None
 
     @property
     def ids(self) -> tuple[int, ...]:
