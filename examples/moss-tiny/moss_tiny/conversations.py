@@ -21,15 +21,15 @@ from moss_tiny.wordings import LANGUAGES, Language
 
 FORM = Template("fields")
 TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
-    ((), 36),
-    (("calc", "solve"), 26),
-    (("search", "calc", "solve"), 16),
-    (("search", "calc", "solve", "draw"), 8),
-    (("calc",), 5),
-    (("solve",), 2),
-    (("search",), 4),
+    ((), 40),
+    (("calc", "solve"), 30),
+    (("search", "calc", "solve"), 9),
+    (("search", "calc", "solve", "draw"), 5),
+    (("calc",), 6),
+    (("solve",), 3),
+    (("search",), 2),
     (("draw",), 2),
-    (("calc", "solve", "draw"), 1),
+    (("calc", "solve", "draw"), 3),
 )
 KINDS_PLAIN = {"product": 46, "small": 34, "sum": 5, "equation": 2, "picture": 2, "repeat": 8, "name": 3}
 KINDS_TOOLS = {"product": 12, "small": 10, "sum": 40, "pair": 3, "equation": 22, "picture": 2, "repeat": 6, "name": 2}

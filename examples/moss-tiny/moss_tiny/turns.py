@@ -122,7 +122,8 @@ def _solved(task: Task, value: str, language: Language) -> Answered | None:
 
 def _numbers(said: list[str], language: Language) -> str:
     if len(said) == 1:
-        return {"en": f"The result is {said[0]}.", "zh": f"结果是 {said[0]}。"}[language]
+        end = "" if said[0].endswith("…") else {"en": ".", "zh": "。"}[language]
+        return {"en": "The result is ", "zh": "结果是 "}[language] + said[0] + end
     return {"en": f"The results are {' and '.join(said)}.", "zh": f"结果分别是 {' 和 '.join(said)}。"}[language]
 
 
