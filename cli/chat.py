@@ -61,6 +61,14 @@ from moss_jt.language import pick
         "placeholder、a1111=URL、comfyui=URL 或 diffusers。[默认：MOSS_JT_DRAW，否则 placeholder]",
     ),
 )
+@click.option(
+    "--quality",
+    type=click.IntRange(0, 100),
+    help=pick(
+        "How good answers shall be, for a model that learned it (moss-jt finetune --quality).",
+        "期望的回答质量，适用于学过质量标签的模型（moss-jt finetune --quality）。",
+    ),
+)
 @sampling_options
 def command(
     *,
@@ -70,6 +78,7 @@ def command(
     tools: str | None,
     search_with: str | None,
     draw_with: str | None,
+    quality: int | None,
     **others: Any,
 ) -> None:
     """Talk to a model."""
@@ -90,7 +99,7 @@ def command(
     from moss_jt.fit import predictor_for
     from moss_jt.template import choose_template
 
-    form = choose_template(template, loaded.config, tools=box is not None)
+    form = choose_template(template, loaded.config, tools=box is not None, quality=quality)
     session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config, tools=box)
     talk = Talk(session, screen, predictor=partial(predictor_for, loaded))
     if screen.interactive:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-LOADING = ("device", "compute", "memory", "kv", "context")
+LOADING = ("adapter", "device", "compute", "memory", "kv", "context")
 SAMPLING = ("greedy", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens")
 
 
@@ -28,6 +28,14 @@ def model_options(*, model_required: bool, context: bool = True) -> Callable[[F]
             help=pick(
                 "Folder of a model, native or Hugging Face, or the name of a stored one.",
                 "模型目录（本程序格式或 Hugging Face 格式），或已保存模型的名称。",
+            ),
+        ),
+        click.option(
+            "--adapter",
+            metavar=pick("DIR", "目录"),
+            help=pick(
+                "Folder of an adapter that moss-jt finetune made for this model.",
+                "由 moss-jt finetune 为该模型训练的适配器目录。",
             ),
         ),
         click.option(

@@ -131,9 +131,9 @@ class DeviceOps:
         if self.on_layer is not None:
             self.on_layer(layer)
 
-    def block(self, name: str, compute: Callable[[], DeviceBuffer]) -> DeviceBuffer:
+    def block(self, name: str, compute: Callable[[DeviceBuffer], DeviceBuffer], x: DeviceBuffer) -> DeviceBuffer:
         """A block of the network."""
-        return compute()
+        return compute(x)
 
     def embed(self, ids: npt.NDArray[np.int32], name: str) -> DeviceBuffer:
         """Rows of the embedding, read on the host: (T,) ids to (T, C)."""

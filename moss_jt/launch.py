@@ -47,6 +47,7 @@ HEADERS = (
     "kv_store_x86.h",
     "attention.h",
 )
+TRAINING_HEADERS = ("training.h", "training_attention.h")
 _LOCAL_INCLUDE = re.compile(r'^#(include "|pragma once).*\n', re.MULTILINE)
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -162,15 +163,15 @@ def aligned(shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
 
 
 @cache
-def _header() -> str:
-    """The include line of all kernels.
+def _header(names: tuple[str, ...] = HEADERS) -> str:
+    """The include line of all kernels of inference, or of those named.
 
     They are joined into one file whose name is a hash of its contents: Jittor keys its compiled code
     by the text of the source, so the text must change when a header does, and must not change with
     the environment; and it does not follow an include within an include.
     """
     room = resources.files("moss_jt.kernels").joinpath("cpu")
-    text = "".join(_LOCAL_INCLUDE.sub("", room.joinpath(name).read_text("utf-8")) for name in HEADERS)
+    text = "".join(_LOCAL_INCLUDE.sub("", room.joinpath(name).read_text("utf-8")) for name in names)
     path = paths.jittor_home().resolve() / "kernels" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.h"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +186,30 @@ def _launch(source: str, inputs: list[Any], outputs: list[Any], data: Mapping[st
     jt = startup.import_jittor(device="cpu")
     numbers = {key: float(value) for key, value in data.items()}
     return list(jt.code(inputs, outputs, cpu_src=source, cpu_header=_header(), data=numbers))
+
+
+def training_node(
+    source: str, shapes: list[list[int]], inputs: list[Any], data: Mapping[str, float] | None = None
+) -> list[Any]:
+    """Queue a kernel of training, whose results are new float32 Vars of these shapes."""
+    jt = startup.import_jittor(device="cpu")
+    numbers = {key: float(value) for key, value in (data or {}).items()}
+    header = _header(TRAINING_HEADERS)
+    made = jt.code(shapes, ["float32"] * len(shapes), inputs, cpu_src=source, cpu_header=header, data=numbers)
+    return list(made)
+
+
+def training_in_place(source: str, inputs: list[Any], outputs: list[Any], data: Mapping[str, float]) -> list[Any]:
+    """Queue a kernel of training that writes `outputs` in place; what comes back stands for them."""
+    jt = startup.import_jittor(device="cpu")
+    numbers = {key: float(value) for key, value in data.items()}
+    return list(jt.code(inputs, outputs, cpu_src=source, cpu_header=_header(TRAINING_HEADERS), data=numbers))
+
+
+def run_training(source: str, inputs: list[Any], outputs: list[Any], data: Mapping[str, float]) -> None:
+    """Run a kernel of training now; `outputs` are written in place."""
+    for var in training_in_place(source, inputs, outputs, data):
+        var.sync()
 
 
 def run(source: str, inputs: list[Any], outputs: list[Any], data: Mapping[str, float]) -> None:

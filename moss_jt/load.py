@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from moss_jt import launch, paths
+from moss_jt.adapter import load_adapter
 from moss_jt.budget import Budget
 from moss_jt.checkpoint import Checkpoint, is_native
 from moss_jt.errors import CheckpointError, ConfigError, DeviceMemoryError, DiskError, MossError
@@ -47,6 +48,7 @@ def load_model(
     memory: int | str | None = None,
     kv: str | None = None,
     max_tokens: int | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model from its folder.
@@ -63,6 +65,7 @@ def load_model(
         kv: type of the cached keys and values, "fp32", "fp16" or "int8"; None for fp32 with exact compute, else fp16.
         max_tokens: positions that a cache holds, prompt and answer together; None for n_positions, or for what
             fits where memory is short.
+        adapter: folder of an adapter that `moss-jt finetune` made for this model; it is computed beside the weights.
         progress: told about compiling, converting and loading.
 
     Raises:
@@ -81,6 +84,7 @@ def load_model(
     tokenizer = None
     with contextlib.suppress(MossError):  # whoever needs it is told then what is wrong with it
         tokenizer = load_tokenizer(checkpoint.path)
+    terms = None if adapter is None else load_adapter(adapter, checkpoint.config)
     plan, sizes = _plan(checkpoint, kind, limit, max_tokens)
     with memory_for("the weights"):
         store = WeightStore(checkpoint, plan, progress)
@@ -93,6 +97,7 @@ def load_model(
         kv=kind,
         budget=Budget(plan, sizes, store),
         tokenizer=tokenizer,
+        adapter=terms,
     )
 
 

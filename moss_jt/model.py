@@ -37,8 +37,8 @@ class Ops(Protocol[X]):
         """Take up a new pass."""
         ...
 
-    def block(self, name: str, compute: Callable[[], X]) -> X:
-        """A whole block; `compute` calls its steps, unless they are known from before."""
+    def block(self, name: str, compute: Callable[[X], X], x: X) -> X:
+        """A whole block; `compute` calls its steps on `x`, unless they are known from before."""
         ...
 
     def layer_done(self, layer: int) -> None:
@@ -141,6 +141,6 @@ class Moss(Generic[X]):
         ops.begin(batch)
         x = ops.embed(batch.ids, self.wte) if self.is_first else ops.hidden(hidden)
         for block in self.blocks:
-            x = ops.block(block.name, partial(block.execute, ops, x))
+            x = ops.block(block.name, partial(block.execute, ops), x)
             ops.layer_done(block.layer)
         return ops.logits(x, self.ln_f, self.lm_head, batch.wanted) if self.is_last else x

@@ -187,7 +187,7 @@ class InferenceOps:
         if self.on_layer is not None:
             self.on_layer(layer)
 
-    def block(self, name: str, compute: Callable[[], Buffer]) -> Buffer:
+    def block(self, name: str, compute: Callable[[Buffer], Buffer], x: Buffer) -> Buffer:
         """A block of the network. Its steps are those of the last time, if nothing has changed that they name."""
         state = (self._tokens, self.store.version, self._rooms, self.rounding, self.processor, self.observe)
         recorded = self._recorded.get(name)
@@ -196,7 +196,7 @@ class InferenceOps:
             return recorded.result
         self._steps.run()
         self._steps.record()
-        result = compute()
+        result = compute(x)
         steps = self._steps.recorded()
         if steps is not None:
             state = (*state[:2], self._rooms, *state[3:])

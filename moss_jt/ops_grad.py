@@ -1,29 +1,37 @@
-"""The steps of a forward pass with gradients, on Jittor's own operations: for training.
+"""The steps of a forward pass with gradients: for training.
 
 No cache, nothing in place. What is trained is given as Vars; what is not may stay in a store, quantised or
 streamed, and gradients pass through it (`moss_jt.frozen`). The tokens of a batch are whole sequences from
-position 0, all of the same length T (shorter ones are padded at the end by whoever makes the batch:
-a causal model never looks at what comes after). Plain rather than fast.
+position 0, one after the other, of any lengths: there is no padding.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from moss_jt import startup
+from moss_jt import nodes, startup
 from moss_jt.batch import Batch
-from moss_jt.config import QKV_SLICES, MossConfig
+from moss_jt.config import MossConfig
 from moss_jt.errors import CheckpointError, ShapeError
 from moss_jt.frozen import FrozenProducts
 from moss_jt.ops import Linear, rotary_table
 from moss_jt.weights import WeightStore
 
 Var = Any
+
+CHUNK_NUMBERS = 8 << 20  # logits that are in memory at once in the loss
+
+
+class Unbiased(NamedTuple):
+    """A product and the bias that whoever takes it adds."""
+
+    product: Var
+    bias: Var
 
 
 class GradientOps:
@@ -34,41 +42,73 @@ class GradientOps:
         parameters: float32 Vars by checkpoint name ("transformer.h.0.ln_1.weight", …), matrices (N, K);
             low-rank terms by the names that `Linear.low_rank` gives.
         store: where every name that is not a parameter is looked up. These weights get no gradients.
+        recompute: keep only what enters a block, and compute the block once more for the gradients.
     """
 
-    def __init__(self, config: MossConfig, parameters: Mapping[str, Var], store: WeightStore | None = None) -> None:
+    def __init__(
+        self,
+        config: MossConfig,
+        parameters: Mapping[str, Var],
+        store: WeightStore | None = None,
+        *,
+        recompute: bool = False,
+    ) -> None:
         self._jt = startup.import_jittor(device="cpu")
         self.config = config
         self.parameters = parameters
         self.store = store
+        self.recompute = recompute
         self._frozen = None if store is None else FrozenProducts(store)
+        self._sincos = self._jt.array(rotary_table(config)).stop_grad()
+        self._starts: Var = None
         self.on_layer: Callable[[int], None] | None = None
-        self._sequences = self._length = 0
 
     def begin(self, batch: Batch) -> None:
         """Take up a batch.
 
         Raises:
-            ShapeError: the sequences do not all start at 0 and have one length.
+            ShapeError: a sequence does not start at position 0, or is torn apart.
         """
-        slots = np.unique(batch.slots)
-        length = batch.size // len(slots)
-        grid = (np.repeat(slots, length), np.tile(np.arange(length), len(slots)))
-        if not (np.array_equal(batch.slots, grid[0]) and np.array_equal(batch.positions, grid[1])):
-            raise ShapeError(
-                "training takes whole sequences of one length from position 0, one after the other; pad them at the end."
-            )
+        starts = np.flatnonzero(np.diff(batch.slots, prepend=-1)).astype(np.int32)
+        ends = np.append(starts, np.int32(batch.size))
+        lengths = np.diff(ends)
+        whole = np.array_equal(batch.positions, np.arange(batch.size) - np.repeat(starts, lengths))
+        if not whole or len(np.unique(batch.slots[starts])) != len(starts):
+            raise ShapeError("training takes whole sequences, each from position 0 on and one after the other.")
+        if lengths.max() > self.config.n_positions:
+            raise ShapeError(f"a sequence has {lengths.max()} tokens, more than n_positions {self.config.n_positions}.")
         if self.store is not None:
             self.store.begin_pass()
-        self._sequences, self._length = len(slots), length
-        table = rotary_table(self.config)[:length]
-        half = self.config.rotary_dim // 2
-        self._sin = self._jt.array(table[:, :half].copy())
-        self._cos = self._jt.array(table[:, half:].copy())
+        self._starts = self._jt.array(ends)
 
-    def block(self, name: str, compute: Callable[[], Var]) -> Var:
+    def block(self, name: str, compute: Callable[[Var], Var], x: Var) -> Var:
         """A block of the network."""
-        return compute()
+        if not self.recompute or self._jt.flags.no_grad:
+            return compute(x)
+        return self._recomputed(compute, x, [key for key in self.parameters if key.startswith(f"{name}.")])
+
+    def _recomputed(self, compute: Callable[[Var], Var], x: Var, names: list[str]) -> Var:
+        """A block that is computed again when its gradients are asked for: only `x` is kept.
+
+        Source: Chen et al. 2016, arXiv:1604.06174.
+        """
+        jt = self._jt
+        trained = [self.parameters[name] for name in names if not self.parameters[name].is_stop_grad()]
+
+        def forward(x: Var, *_: Var) -> tuple[Var, Any]:
+            with jt.no_grad():
+                y = compute(x)
+                y.sync()
+            return y.start_grad(), x
+
+        def backward(x: Var, dy: Var) -> tuple[Any, ...]:
+            again = x.detach().start_grad()
+            loss = (compute(again) * dy.detach()).sum()
+            gradients = jt.grad(loss, [again, *trained])
+            jt.sync(gradients)
+            return tuple(gradients)
+
+        return nodes.node(forward, backward, x, *trained)
 
     def layer_done(self, layer: int) -> None:
         """Say that a block is through."""
@@ -78,7 +118,7 @@ class GradientOps:
     def embed(self, ids: npt.NDArray[np.int32], name: str) -> Var:
         """Rows of the embedding: (N,) ids to (N, C), N all tokens of the batch."""
         if name in self.parameters or self.store is None:
-            return self._parameter(name)[self._jt.array(np.ascontiguousarray(ids))]
+            return nodes.take_rows(self._parameter(name), ids)
         return self._constant(self.store.rows(name, ids))
 
     def hidden(self, values: Var) -> Var:
@@ -87,46 +127,37 @@ class GradientOps:
 
     def layer_norm(self, x: Var, name: str) -> Var:
         """Normalise each token."""
-        shifted = x - x.mean(dim=1, keepdims=True)
-        variance = (shifted * shifted).mean(dim=1, keepdims=True)
-        scaled = shifted / self._jt.sqrt(variance + self.config.layer_norm_epsilon)
-        return scaled * self._parameter(name + ".weight") + self._parameter(name + ".bias")
+        weight, bias = self._parameter(name + ".weight"), self._parameter(name + ".bias")
+        return nodes.layer_norm(x, weight, bias, self.config.layer_norm_epsilon)
 
-    def linear(self, x: Var, weight: Linear, into: str) -> Var:
-        """(N, K) to (N, M); `into` has no meaning here."""
+    def linear(self, x: Var, weight: Linear, into: str) -> Var | Unbiased:
+        """(N, K) to (N, M); where there is a bias, it is still to be added. `into` has no meaning here."""
         y = self._times(x, weight.name + ".weight")
-        if weight.bias:
-            y = y + self._parameter(weight.name + ".bias")
         if weight.low_rank is not None:
             a, b = weight.low_rank
             y = y + self._times(self._times(x, a), b) * weight.low_rank_scale
-        return y
+        return Unbiased(y, self._parameter(weight.name + ".bias")) if weight.bias else y
 
     def attention(self, qkv: Var, layer: int) -> Var:
         """Causal attention within each sequence: (N, 3C) to (N, C)."""
-        jt, config = self._jt, self.config
-        b, t, h, d = self._sequences, self._length, config.n_head, config.head_dim
-        sliced = qkv.reshape(b, t, QKV_SLICES, 3, h // QKV_SLICES, d)
-        q, v, k = (sliced[:, :, :, part].reshape(b, t, h, d).transpose(0, 2, 1, 3) for part in range(3))  # (B, H, T, D)
-        q, k = self._rotate(q), self._rotate(k)
-        scores = jt.matmul(q, k.transpose(0, 1, 3, 2)) / math.sqrt(d)  # (B, H, T, T)
-        future = jt.array(np.triu(np.full((t, t), -1e30, np.float32), 1))
-        shares = jt.nn.softmax(scores + future, dim=-1)
-        return jt.matmul(shares, v).transpose(0, 2, 1, 3).reshape(b * t, h * d)
+        return nodes.attention(qkv, self._starts, self._sincos, self.config)
 
-    def gelu(self, x: Var, name: str) -> Var:
+    def gelu(self, x: Unbiased, name: str) -> Var:
         """gelu_new."""
-        return 0.5 * x * (1.0 + self._jt.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))
+        return nodes.gelu(x.product, x.bias)
 
-    def residual(self, x: Var, attn: Var, mlp: Var, name: str) -> Var:
+    def residual(self, x: Var, attn: Var, mlp: Unbiased, name: str) -> Var:
         """x + attn + mlp."""
-        return x + attn + mlp
+        return nodes.add_all(x, attn, mlp.product, mlp.bias)
 
     def logits(self, x: Var, norm: str, head: Linear, wanted: npt.NDArray[np.int32]) -> Var:
         """Final norm and head of the chosen tokens: (R, V)."""
-        if len(wanted) != x.shape[0]:
-            x = x[self._jt.array(np.ascontiguousarray(wanted))]
-        return self.linear(self.layer_norm(x, norm), head, "logits")
+        found = self.linear(self.layer_norm(self._chosen(x, wanted), norm), head, "logits")
+        return nodes.add_bias(found.product, found.bias)
+
+    def _chosen(self, x: Var, wanted: npt.NDArray[np.int32]) -> Var:
+        """Rows of some tokens."""
+        return x if len(wanted) == x.shape[0] else nodes.take_rows(x, wanted)
 
     def _parameter(self, name: str) -> Var:
         """A parameter; a norm or bias of the store where there is none of this name."""
@@ -141,13 +172,83 @@ class GradientOps:
 
     def _times(self, x: Var, name: str) -> Var:
         if name in self.parameters or self._frozen is None:
-            return self._jt.nn.matmul_transpose(x, self._parameter(name))
+            return nodes.linear(x, self._parameter(name))
         return self._frozen(x, name)
 
-    def _rotate(self, x: Var) -> Var:
-        """Rotate neighbouring pairs of the first rotary_dim channels; x is (B, H, T, D)."""
-        rotary = self.config.rotary_dim
-        pairs = x[:, :, :, :rotary].reshape(*x.shape[:3], rotary // 2, 2)
-        even, odd = pairs[..., 0], pairs[..., 1]
-        turned = self._jt.stack([even * self._cos - odd * self._sin, odd * self._cos + even * self._sin], dim=-1)
-        return self._jt.concat([turned.reshape(*x.shape[:3], rotary), x[:, :, :, rotary:]], dim=3)
+
+@dataclass
+class Score:
+    """What the loss of a pass was made of.
+
+    Attributes:
+        loss: the sum over the tokens, weighted.
+        right: tokens that had the largest logit.
+        total: tokens that counted.
+    """
+
+    loss: float = 0.0
+    right: int = 0
+    total: int = 0
+
+
+class LossOps(GradientOps):
+    """The same, ending in the loss: the logits of few tokens are in memory at a time.
+
+    `labels` and `weights` say what the wanted tokens of the next pass are followed by, and what each counts;
+    `score` is what came of it. The result of `logits` is the loss, and only it may be differentiated.
+    """
+
+    labels: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    score: Score
+
+    def logits(self, x: Var, norm: str, head: Linear, wanted: npt.NDArray[np.int32]) -> Var:
+        """The weighted cross-entropy of the chosen tokens, a Var of one number."""
+        normed = self.layer_norm(self._chosen(x, wanted), norm)
+        inputs = [normed, self._parameter(f"{head.name}.bias")]
+        if f"{head.name}.weight" in self.parameters:
+            inputs.append(self.parameters[f"{head.name}.weight"])
+        return nodes.node(self._loss, self._loss_back, *inputs)
+
+    def _loss(self, x: Var, bias: Var, *matrix: Var) -> tuple[Var, Any]:
+        """Loss and, since it is the end, gradients at once, some rows at a time."""
+        jt, rows = self._jt, x.shape[0]
+        step = max(32, CHUNK_NUMBERS // self.config.vocab_size)
+        self.score = Score(total=rows)
+        dx: list[Var] = []
+        dbias = dweight = None
+        with jt.no_grad():
+            for first in range(0, rows, step):
+                part = x if step >= rows else x[first : first + step]
+                labels, weights = self.labels[first : first + step], self.weights[first : first + step]
+                logits = self._head(part, *matrix)
+                gradient, loss, right = nodes.cross_entropy(logits, bias, labels, weights)
+                dx.append(self._head_back(gradient, *matrix))
+                if not bias.is_stop_grad():
+                    dbias = _plus(dbias, nodes.sum_rows(gradient))
+                if matrix and not matrix[0].is_stop_grad():
+                    dweight = _plus(dweight, nodes.multiply(gradient, part, turn_a=True))
+                jt.sync([var for var in (dx[-1], loss, right, dbias, dweight) if var is not None])
+                self.score.loss += float(np.dot(loss.numpy().astype(np.float64), weights))
+                self.score.right += int(right.numpy().sum())
+        gradients = (jt.concat(dx, dim=0) if len(dx) > 1 else dx[0], dbias, *([dweight] if matrix else []))
+        return jt.array(np.array([self.score.loss], np.float32)), gradients
+
+    def _loss_back(self, gradients: tuple[Any, ...], _: Var) -> tuple[Any, ...]:
+        return gradients
+
+    def _head(self, x: Var, *matrix: Var) -> Var:
+        if matrix:
+            return nodes.multiply(x, matrix[0], turn_b=True)
+        assert self._frozen is not None, "the head is a parameter or in the store"
+        return self._jt.array(self._frozen.multiply(x.numpy(), "lm_head.weight"))
+
+    def _head_back(self, gradient: Var, *matrix: Var) -> Var:
+        if matrix:
+            return nodes.multiply(gradient, matrix[0])
+        assert self._frozen is not None, "the head is a parameter or in the store"
+        return self._jt.array(self._frozen.multiply_transposed(gradient.numpy(), "lm_head.weight"))
+
+
+def _plus(sum_so_far: Var | None, more: Var) -> Var:
+    return more if sum_so_far is None else sum_so_far + more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from moss_jt.adapter import Adapter, AdapterShape
 from moss_jt.batch import Batch, single_batch
 from moss_jt.budget import Budget
 from moss_jt.cache import KVCache, KVType
@@ -53,12 +55,15 @@ class Runner:
         kind: KVType,
         capacity: int = PASS_TOKENS,
         rounding: bool = False,
+        adapter: AdapterShape | None = None,
     ) -> None:
         capacity = min(capacity, config.n_positions * slots)
         self.cache = KVCache(config, slots=slots, tokens=tokens, kind=kind)
         with memory_for("activations"):
             self.ops = InferenceOps(config, store, self.cache, capacity=capacity, rounding=rounding)
         self.network: Moss[Buffer] = Moss(config)
+        if adapter is not None:
+            adapter.attach(self.network)
         self.buffer_bytes = buffer_bytes(config, capacity, slots)
         self._budget: Budget | None = None
 
@@ -115,6 +120,7 @@ class Model:
         device: where it computes.
         max_tokens: positions of a cache, prompt and answer together.
         budget: what keeps it within a limit of memory; None where nothing does.
+        adapter: the shape of the adapter that it was loaded with, None without.
     """
 
     def __init__(
@@ -128,9 +134,15 @@ class Model:
         kv: KVType | None = None,
         budget: Budget | None = None,
         tokenizer: Tokenizer | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.path: Path = checkpoint.path
         self.config = checkpoint.config
+        self.adapter: AdapterShape | None = None
+        if adapter is not None:
+            self.adapter = adapter.shape
+            self.config = replace(self.config, template=adapter.template or self.config.template)
+            adapter.put_into(store)
         self.store = store
         self.compute: Compute = compute
         self.kv: KVType = kv or DEFAULT_KV[compute]
@@ -171,7 +183,14 @@ class Model:
             capacity = self.budget.plan.capacity
         rounding = self.compute == "fast"
         runner = Runner(
-            self.config, self.store, slots=slots, tokens=tokens, kind=self.kv, capacity=capacity, rounding=rounding
+            self.config,
+            self.store,
+            slots=slots,
+            tokens=tokens,
+            kind=self.kv,
+            capacity=capacity,
+            rounding=rounding,
+            adapter=self.adapter,
         )
         if self.budget is not None:
             runner.keep_to(self.budget)

@@ -86,15 +86,22 @@ class Turn:
     moss: str | None = None
 
 
+def quality_text(score: int) -> str:
+    """What stands before an answer of a model that learned how good its answers are (`moss-jt finetune --quality`)."""
+    return f"<|Quality|>: {score}\n"
+
+
 @dataclass(frozen=True)
 class Template:
     """One of the two forms, chosen by name.
 
     Attributes:
         name: "readme" or "fields".
+        quality: how good answers shall be, 0 to 100, for a model that learned it; None says nothing of it.
     """
 
     name: TemplateName
+    quality: int | None = None
 
     def system_ids(self, tokenizer: Tokenizer, system: str) -> list[int]:
         """The ids that a conversation begins with; none for an empty text, else it ends in a newline."""
@@ -105,7 +112,7 @@ class Template:
 
         In the five-field form the three fields between hold None: a turn without tools.
         """
-        return _encode(tokenizer, self._fields(Turn(human))) + tokenizer.encode("<|MOSS|>:", inside=True)
+        return _encode(tokenizer, self._fields(Turn(human))) + self._begin_answer(tokenizer)
 
     def open_thoughts(self, tokenizer: Tokenizer, human: str) -> list[int]:
         """A turn with tools up to where MOSS begins to think: "…<|Inner Thoughts|>:".
@@ -126,7 +133,7 @@ class Template:
             results: what the tools gave; "None" on its own line if there was nothing to run.
         """
         ids = _end_with(tokenizer, generated, "<eoc>")
-        return [*ids, *_encode(tokenizer, [_results_field(results)]), *tokenizer.encode("<|MOSS|>:", inside=True)]
+        return [*ids, *_encode(tokenizer, [_results_field(results)]), *self._begin_answer(tokenizer)]
 
     def close_turn(self, tokenizer: Tokenizer, generated: Sequence[int]) -> list[int]:
         """What follows the generated ids of an answer so that the turn is closed: `<eom>` if missing, a newline."""
@@ -136,14 +143,13 @@ class Template:
         """A turn that is known as text, with its answer; without an answer, it stays open."""
         ids = _encode(tokenizer, self._fields(turn))
         if turn.moss is None:
-            return ids + tokenizer.encode("<|MOSS|>:", inside=True)
-        return ids + _encode(tokenizer, [_moss_field(turn.moss)])
+            return ids + self._begin_answer(tokenizer)
+        return ids + tokenizer.encode(self._wish, inside=True) + _encode(tokenizer, [_moss_field(turn.moss)])
 
     def turn_text(self, turn: Turn) -> str:
         """The text of `whole_turn`."""
-        fields = self._fields(turn) + ([] if turn.moss is None else [_moss_field(turn.moss)])
-        text = "".join(f"{body}{marker}\n" for body, marker in fields)
-        return text if turn.moss is not None else text + "<|MOSS|>:"
+        text = _lines(self._fields(turn)) + self._wish
+        return text + ("<|MOSS|>:" if turn.moss is None else _lines([_moss_field(turn.moss)]))
 
     def conversation_text(self, system: str, turns: Iterable[Turn]) -> str:
         """A whole conversation as text, to look at or to compare: its markers are only characters."""
@@ -162,6 +168,14 @@ class Template:
         wanted = (tokenizer.marker("<eoc>"), tokenizer.marker("<eor>"), *self.stop_ids(tokenizer))
         return tuple(dict.fromkeys(wanted))
 
+    @property
+    def _wish(self) -> str:
+        """What stands before an answer."""
+        return "" if self.quality is None else quality_text(self.quality)
+
+    def _begin_answer(self, tokenizer: Tokenizer) -> list[int]:
+        return tokenizer.encode(self._wish, inside=True) + tokenizer.encode("<|MOSS|>:", inside=True)
+
     def _fields(self, turn: Turn) -> list[Field]:
         """Everything before the answer."""
         if self.name == "readme":
@@ -174,7 +188,13 @@ class Template:
         ]
 
 
-def choose_template(asked: Literal["auto", "readme", "fields"], config: MossConfig, tools: bool = False) -> Template:
+def choose_template(
+    asked: Literal["auto", "readme", "fields"],
+    config: MossConfig,
+    tools: bool = False,
+    *,
+    quality: int | None = None,
+) -> Template:
     """Choose the form of a conversation.
 
     "auto" is the five-field form where tools are on; else what the model's config says; else the
@@ -186,10 +206,10 @@ def choose_template(asked: Literal["auto", "readme", "fields"], config: MossConf
     if asked == "readme" and tools:
         raise ConfigError('tools need the template "fields"; "readme" was asked for. Leave --template out.')
     if asked != "auto":
-        return Template(asked)
+        return Template(asked, quality)
     if tools:
-        return Template("fields")
-    return Template(config.template or ("fields" if "plugin" in config.name else "readme"))
+        return Template("fields", quality)
+    return Template(config.template or ("fields" if "plugin" in config.name else "readme"), quality)
 
 
 def system_prompt(template: Template, enabled_tools: Iterable[str | ToolLine] = ()) -> str:
@@ -244,6 +264,11 @@ def _results_field(results: str | None) -> Field:
     if results is None or results == IMAGE_RESULT:
         return f"<|Results|>: {_or_none(results)}", "<eor>"
     return f"<|Results|>:\n{results}\n", "<eor>"
+
+
+def _lines(fields: Iterable[Field]) -> str:
+    """Fields with their markers as text."""
+    return "".join(f"{body}{marker}\n" for body, marker in fields)
 
 
 def _encode(tokenizer: Tokenizer, fields: Iterable[Field]) -> list[int]:

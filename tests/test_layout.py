@@ -21,10 +21,10 @@ ROOMS = ("converters", "kernels", "cli")
 ROWS = {
     0: "config messages layout kv_layout errors progress language paths memory pages record device",
     1: "checked_file safetensors_file checkpoint packing plan predict tokenizer template kernels startup native reader limits",
-    2: "ops ops_grad frozen launch batch budget cache sampling tiers weights synthetic device_weights device_ops",
-    3: "model",
+    2: "ops ops_grad nodes frozen launch batch budget cache sampling tiers weights synthetic device_weights device_ops",
+    3: "model adapter",
     4: "runner engine generation",
-    5: "chat tools load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit",
+    5: "chat tools load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit finetune",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}
@@ -42,6 +42,7 @@ ONLY_IN = {  # a third-party module -> the parts that may import it
     "mpmath": {"tools"},
     "ddgs": {"tools"},
     "diffusers": set(),
+    "tensorboardX": {"finetune"},
     "torch": set(),
     "transformers": set(),
 }

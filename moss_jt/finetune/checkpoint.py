@@ -1,0 +1,132 @@
+"""Checkpoints of a run: folders step-00001234 that appear when they are whole.
+
+Each holds weights.safetensors (what is trained, float32), optimizer.safetensors (the moments) and state.json. Since
+the order of the data depends on seed and step alone, nothing else is needed to go on to the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jt.errors import CheckpointError, ConfigError, DiskError
+from moss_jt.finetune.parameters import Floats, Parameters
+
+_NAME = re.compile(r"step-(\d{8})")
+_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands.
+
+    Attributes:
+        step: steps done.
+        run: what must be the same for the run to go on: settings, sizes, a hash of the data.
+    """
+
+    step: int
+    run: Mapping[str, Any]
+
+
+def save(folder: Path, parameters: Parameters, state: State, *, keep: int) -> Path:
+    """Write a checkpoint and remove all but the newest `keep`.
+
+    Raises:
+        DiskError: the disk is full or fails; earlier checkpoints are still there.
+    """
+    from safetensors.numpy import save_file
+
+    target = folder / f"step-{state.step:08d}"
+    scratch = folder / f".{target.name}.{os.getpid()}"
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        save_file(_copies(parameters, parameters.values), scratch / _WEIGHTS)
+        first, second = (_copies(parameters, flat) for flat in parameters.moments)
+        moments = {f"{name}.first": array for name, array in first.items()}
+        save_file({**moments, **{f"{name}.second": array for name, array in second.items()}}, scratch / _OPTIMIZER)
+        text = json.dumps({"step": state.step, "run": dict(state.run)}, indent=2, sort_keys=True)
+        (scratch / _STATE).write_text(text + "\n", "utf-8")
+        for file in scratch.iterdir():
+            _force_to_disk(file)
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+        _force_to_disk(folder)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise DiskError(
+            f"{target} cannot be written: {error.strerror or error}. Earlier checkpoints are kept."
+        ) from error
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / _STATE).is_file())
+
+
+def load(path: Path, parameters: Parameters, run: Mapping[str, Any]) -> State:
+    """Take values and moments from a checkpoint.
+
+    Args:
+        path: the checkpoint.
+        parameters: of the same names and shapes.
+        run: of the run that wants to go on.
+
+    Raises:
+        ConfigError: it is the checkpoint of a run with other settings.
+        CheckpointError: it is broken.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        told = json.loads((path / _STATE).read_text("utf-8"))
+        weights, moments = load_file(path / _WEIGHTS), load_file(path / _OPTIMIZER)
+        state = State(int(told["step"]), dict(told["run"]))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Remove it, and an earlier one is taken.") from error
+    wanted = json.loads(json.dumps(dict(run)))
+    other = sorted(key for key in {*wanted, *state.run} if wanted.get(key) != state.run.get(key))
+    if other:
+        raise ConfigError(
+            f"{path} was made with {other[0]} {state.run.get(other[0])!r}; now it is {wanted.get(other[0])!r}. "
+            "Resume with the same data and options, or take another --output_dir."
+        )
+    _fill(path, parameters, parameters.values, weights, "")
+    for flat, suffix in zip(parameters.moments, (".first", ".second"), strict=True):
+        _fill(path, parameters, flat, moments, suffix)
+    return state
+
+
+def _copies(parameters: Parameters, flat: Floats) -> dict[str, Floats]:
+    return {name: np.array(slot.of(flat)) for name, slot in parameters.slots.items()}
+
+
+def _fill(path: Path, parameters: Parameters, flat: Floats, found: Mapping[str, Any], suffix: str) -> None:
+    for name, slot in parameters.slots.items():
+        array = found.get(name + suffix)
+        if array is None or array.shape != slot.shape or array.dtype != np.float32:
+            raise CheckpointError(f"{path} has no {name}{suffix} of shape {slot.shape}. Is it of another model?")
+        slot.of(flat)[...] = array
+
+
+def _force_to_disk(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,166 @@
+"""What was trained, as a model's folder: native, which every other command takes, quantise and conversion included."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moss_jt.adapter import DESCRIPTION
+from moss_jt.checkpoint import CONFIG_FILE, INDEX_FILE, expected_shapes
+from moss_jt.config import FloatType, MossConfig, TemplateName
+from moss_jt.converters.hf2jittor import hf2jittor
+from moss_jt.errors import ConfigError, DiskError
+from moss_jt.progress import Progress
+from moss_jt.tokenizer import TOKENIZER_FILES, load_tokenizer
+
+Floats = npt.NDArray[np.float32]
+
+_END = "<eom>"
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model that is to be written.
+
+    Attributes:
+        config: its shape; neither matrices nor head are quantised.
+        tensor: gives the values of a tensor, float32.
+        tokenizer: folder whose tokenizer files are copied. Where it knows `<eom>`, that becomes the end of a text: what
+            answers end in.
+        dtype: of the written weights.
+        template: the prompt format that was learned.
+        name: of the model.
+    """
+
+    config: MossConfig
+    tensor: Callable[[str], Floats]
+    tokenizer: Path
+    dtype: FloatType
+    template: TemplateName | None
+    name: str
+
+
+def export_model(folder: Path, export: Export, progress: Progress | None = None) -> Path:
+    """Write a native folder; an earlier one at this place is replaced when the new one is whole.
+
+    Raises:
+        ConfigError: a value is too large for the type.
+        DiskError: the disk is full or fails.
+    """
+    work = folder.with_name(f".{folder.name}.{os.getpid()}")
+    source, made = work / "source", work / "made"
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        source.mkdir(parents=True)
+        _write_foreign(source, export)
+        hf2jittor(source, made, dtype=export.dtype, name=export.name, delete_source=True, progress=progress)
+        if export.template is not None:
+            _tell_template(made / CONFIG_FILE, export.template)
+        _replace(folder, made)
+    except OSError as error:
+        raise DiskError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _write_foreign(folder: Path, export: Export) -> None:
+    """The same as a Hugging Face folder, a file for each layer: what conversion reads, and deletes file by file."""
+    from safetensors.numpy import save_file
+
+    dtype = np.float16 if export.dtype == "float16" else np.float32
+    groups = list(_groups(export.config))
+    places: dict[str, str] = {}
+    for number, names in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        save_file({name: _as_type(name, export.tensor(name), dtype) for name in names}, folder / file)
+        places.update(dict.fromkeys(names, file))
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}), "utf-8")
+    copy_tokenizer(export.tokenizer, folder)
+    tokenizer = load_tokenizer(folder)
+    eos = tokenizer.markers.get(_END, tokenizer.eos_id)
+    if _END in tokenizer.markers:
+        end_with_marker(folder)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
+    values = {**export.config.to_dict(), **ids, "torch_dtype": export.dtype}
+    del values["moss_jt"]
+    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def _groups(config: MossConfig) -> Iterator[list[str]]:
+    """The names of a model's tensors, those of a layer together."""
+    group: list[str] = []
+    for name in expected_shapes(config):
+        if group and name.split(".")[:3] != group[-1].split(".")[:3]:
+            yield group
+            group = []
+        group.append(name)
+    yield group
+
+
+def _as_type(name: str, values: Floats, dtype: type[np.floating[Any]]) -> npt.NDArray[Any]:
+    """Values in the type in which they are written.
+
+    Raises:
+        ConfigError: one becomes infinite.
+    """
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(values, dtype=dtype)
+    if not np.isfinite(cast).all():
+        raise ConfigError(f"{name} has values that {np.dtype(dtype).name} does not hold. Give --dtype fp32 or bf16.")
+    return cast
+
+
+def check_destination(folder: Path) -> None:
+    """Refuse to replace what is not a model that a run like this has written.
+
+    Raises:
+        ConfigError: something else lies there.
+    """
+    if (
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not (folder / CONFIG_FILE).is_file()
+        and not (folder / DESCRIPTION).is_file()
+    ):
+        raise ConfigError(f"{folder} holds something else than a model. Give another --output_dir.")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def end_with_marker(folder: Path) -> None:
+    """Make `<eom>` the end of a text in the files of a tokenizer."""
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    for name in names if (folder / names[1]).is_file() else names[:1]:
+        path = folder / name
+        values: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        old = values.get("eos_token")
+        values["eos_token"] = {**old, "content": _END} if isinstance(old, dict) else _END
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _tell_template(path: Path, template: TemplateName) -> None:
+    values = json.loads(path.read_text("utf-8"))
+    values["moss_jt"]["template"] = template
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _replace(folder: Path, made: Path) -> None:
+    """Put a folder at its place; one that was there is gone afterwards."""
+    old = made.with_name("old")
+    if folder.exists():
+        folder.rename(old)
+    made.rename(folder)

@@ -1,0 +1,52 @@
+"""Figures of a run: lines of JSON always, TensorBoard's event files where tensorboardX is installed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from moss_jt.errors import ConfigError
+
+PACKAGE = "tensorboardX"
+
+
+class RunLog:
+    """Writes figures into a folder.
+
+    Args:
+        folder: made if it is not there; a run that goes on adds to what it holds.
+        tensorboard: whether to write event files too; None where the package is installed.
+
+    Raises:
+        ConfigError: event files are asked for without the package.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines = (folder / "log.jsonl").open("a", encoding="utf-8")
+        has_package = find_spec(PACKAGE) is not None
+        if tensorboard and not has_package:
+            raise ConfigError(f"--tensorboard needs the package {PACKAGE}: pip install 'moss-jt[train]'")
+        self._writer: Any = None
+        if has_package and tensorboard is not False:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), flush_secs=10)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Note figures of a step."""
+        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+        self._lines.flush()
+        if self._writer is not None:
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._lines.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,119 @@
+"""Adapters in training: low-rank terms over the frozen weights of a folder, which may be quantised and streamed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss_jt.adapter import Adapter, AdapterShape, save_adapter
+from moss_jt.checkpoint import Checkpoint
+from moss_jt.config import FloatType, MossConfig
+from moss_jt.errors import ConfigError
+from moss_jt.finetune.parameters import Parameters
+from moss_jt.finetune.settings import TrainSettings
+from moss_jt.memory import memory_for, resident_memory
+from moss_jt.model import Moss
+from moss_jt.ops_grad import CHUNK_NUMBERS, LossOps
+from moss_jt.plan import make_plan, matrix_sizes, needs_of
+from moss_jt.progress import Progress
+from moss_jt.weights import WeightStore
+
+_FLOAT = 4
+_COPIES_OF_PARAMETERS = 4  # value, gradient and two moments
+_WIDTHS_KEPT = 10  # activations that a block keeps for its gradients, in widths of the model, the MLP's apart
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A frozen model and the terms that are trained.
+
+    Attributes:
+        config: of the model.
+        shape: of the adapter.
+        parameters: its terms.
+        store: the model's weights.
+        recompute: see TrainSettings.
+    """
+
+    config: MossConfig
+    shape: AdapterShape
+    parameters: Parameters
+    store: WeightStore
+    recompute: bool = False
+
+    def network(self) -> Moss[Any]:
+        """The network with its terms."""
+        network: Moss[Any] = Moss(self.config)
+        self.shape.attach(network)
+        return network
+
+    def make_ops(self, variables: Mapping[str, Any]) -> LossOps:
+        """The steps over Vars of the terms."""
+        return LossOps(self.config, variables, self.store, recompute=self.recompute)
+
+    def write(self, folder: Path, *, tokenizer: Path, dtype: FloatType, name: str, progress: Progress) -> None:
+        """Write the adapter; its terms are float32 and the tokenizer is the model's."""
+        template = self.config.template or "fields"
+        save_adapter(folder, Adapter(self.shape, self.parameters.arrays(), template, self.config.name), self.config)
+
+
+def over_folder(
+    checkpoint: Checkpoint,
+    shape: AdapterShape,
+    settings: TrainSettings,
+    *,
+    longest: int,
+    memory: int | None,
+    progress: Progress,
+) -> Adapted:
+    """Begin an adapter: A is random, B zero, so the model is what it was.
+
+    Args:
+        checkpoint: the model's folder.
+        shape: of the adapter.
+        settings: of the run.
+        longest: tokens of the longest sample.
+        memory: of the whole process, bytes; weights that do not fit are read from disk in every pass. None holds all.
+        progress: told about loading.
+
+    Raises:
+        ConfigError: the memory is too little; the least that would do is named.
+        DeviceMemoryError: the system does not give it.
+    """
+    config = checkpoint.config
+    parameters = Parameters(shape.shapes(config))
+    for name, (_, dims) in parameters.slots.items():
+        if name.endswith(".lora_a"):
+            rng = np.random.Generator(np.random.PCG64([settings.seed, zlib.crc32(name.encode())]))
+            spread = np.float32(1.0 / np.sqrt(dims[1]))
+            parameters.array(name)[...] = rng.standard_normal(dims, np.float32) * spread
+    plan = None
+    if memory is not None:
+        sizes = matrix_sizes(config, {name: entry.layout for name, entry in checkpoint.entries.items()})
+        tokens = min(max(settings.pass_tokens, longest), 1 << 20)
+        extra = _COPIES_OF_PARAMETERS * parameters.values.nbytes + 3 * _FLOAT * CHUNK_NUMBERS
+        needs = replace(
+            needs_of(config, sizes, base=resident_memory(), kv="float32"),
+            kv_token_bytes=token_bytes(config, shape, recompute=settings.recompute),
+            positions=tokens,
+        )
+        needs = replace(needs, base=needs.base + extra)
+        try:
+            plan = make_plan(sizes, needs, memory=memory, context=tokens)
+        except ConfigError as error:
+            raise ConfigError(f"{error} Smaller --pass_tokens and --recompute need less.") from error
+    with memory_for("the weights"):
+        store = WeightStore(checkpoint, plan, progress)
+    return Adapted(config, shape, parameters, store, settings.recompute)
+
+
+def token_bytes(config: MossConfig, shape: AdapterShape, *, recompute: bool) -> int:
+    """Memory that a token of a pass takes for activations, about."""
+    of_block = _WIDTHS_KEPT * config.n_embd + 4 * config.inner_dim + 2 * len(shape.targets) * shape.rank
+    blocks = 2 if recompute else config.n_layer
+    return _FLOAT * (blocks * of_block + (config.n_layer if recompute else 2) * config.n_embd)

@@ -1,0 +1,182 @@
+"""One call from options to a trained model: what `moss-jt finetune` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from moss_jt import startup
+from moss_jt.adapter import AdapterShape
+from moss_jt.checkpoint import Checkpoint
+from moss_jt.config import FloatType, MossConfig
+from moss_jt.errors import ConfigError
+from moss_jt.finetune.data import Samples, load_samples
+from moss_jt.finetune.export import check_destination
+from moss_jt.finetune.log import RunLog
+from moss_jt.finetune.lora import over_folder
+from moss_jt.finetune.records import files_of
+from moss_jt.finetune.settings import DataSettings, TrainSettings
+from moss_jt.finetune.start import Student, from_folder, from_nothing, read_shape
+from moss_jt.finetune.trainer import Alone, Job, Log, NoLog, Scalars, Team, Trainer
+from moss_jt.load import native_folder
+from moss_jt.progress import Progress, Quiet
+from moss_jt.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        data_dir: folder of the data (`moss_jt.finetune.records`).
+        output_dir: folder of checkpoints, logs and the trained model.
+        model: folder to start from, native or Hugging Face; None with `init`.
+        init: config.json of a new model.
+        tokenizer: folder of the tokenizer; None for the model's.
+        data, train: how.
+        adapter: train low-rank terms of this shape and leave the model as it is; None trains everything.
+        memory: of the whole process, in bytes, where an adapter is trained; None holds all weights.
+        dtype: of the exported weights.
+        resume: go on from the newest checkpoint.
+        tensorboard: write event files; None if it can be done.
+    """
+
+    data_dir: Path
+    output_dir: Path
+    model: Path | None = None
+    init: Path | None = None
+    tokenizer: Path | None = None
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    adapter: AdapterShape | None = None
+    memory: int | None = None
+    dtype: FloatType = "float16"
+    resume: bool = False
+    tensorboard: bool | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it.
+
+    Attributes:
+        path: the trained model's folder, or the adapter's.
+        steps: that were made in all.
+        figures: the last ones.
+        samples, dropped: training samples, and records that gave none.
+    """
+
+    path: Path
+    steps: int
+    figures: Scalars
+    samples: int
+    dropped: int
+
+
+def finetune(request: Request, *, team: Team | None = None, progress: Progress | None = None) -> Trained:
+    """Train, and write the result to `output_dir/model` or, of an adapter, `output_dir/adapter`.
+
+    Raises:
+        ConfigError: options or data that cannot work.
+        CheckpointError: the model or a checkpoint is broken.
+        DiskError: the disk is full or fails.
+        DeviceMemoryError: the memory is not enough.
+    """
+    team, progress = team or Alone(), progress or Quiet()
+    if team.rank:
+        team.add_up(np.zeros(2, np.float32))  # the first process converts and encodes what the others then find
+    model_dir, tokenizer_dir = _places(request, progress)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    training, validation = _data(request, tokenizer_dir, progress)
+    if not team.rank:
+        team.add_up(np.zeros(2, np.float32))
+    target = request.output_dir / ("model" if request.adapter is None else "adapter")
+    check_destination(target)
+    startup.import_jittor(device="cpu", progress=progress)
+    student = _student(request, model_dir, training, progress)
+    _check_vocabulary(student.config, tokenizer, training)
+    job = Job(student.network(), student.make_ops, student.parameters, training, validation, folder=request.output_dir)
+    log: Log = NoLog() if team.rank else RunLog(request.output_dir / "log", tensorboard=request.tensorboard)
+    trainer = Trainer(job, request.train, team=team, log=log, progress=progress)
+    _begin(trainer, request)
+    figures = trainer.run()
+    if isinstance(log, RunLog):
+        log.close()
+    if not team.rank:
+        name = request.output_dir.name
+        student.write(target, tokenizer=tokenizer_dir, dtype=request.dtype, name=name, progress=progress)
+    return Trained(target, trainer.done, figures, len(training), training.dropped)
+
+
+def _places(request: Request, progress: Progress) -> tuple[Path | None, Path]:
+    """The native folder to start from, if any, and that of the tokenizer."""
+    if (request.model is None) == (request.init is None):
+        raise ConfigError(
+            "give --model_name_or_path to start from a model, or --init with a config.json for a new one."
+        )
+    if request.model is None:
+        if request.tokenizer is None:
+            raise ConfigError("a new model (--init) needs --tokenizer, the folder of its tokenizer.")
+        return None, request.tokenizer
+    folder = native_folder(request.model, progress)
+    return folder, request.tokenizer or folder
+
+
+def _data(request: Request, tokenizer_dir: Path, progress: Progress) -> tuple[Samples, Samples | None]:
+    cache = request.output_dir / "data"
+    training = load_samples(request.data_dir, "train", tokenizer_dir, request.data, cache_dir=cache, progress=progress)
+    if not files_of(request.data_dir, "val"):
+        return training, None
+    found = load_samples(request.data_dir, "val", tokenizer_dir, request.data, cache_dir=cache, progress=progress)
+    return training, found
+
+
+def _student(request: Request, model_dir: Path | None, training: Samples, progress: Progress) -> Student:
+    """What is trained."""
+    settings = request.train
+    if model_dir is None:
+        assert request.init is not None, "one of both was given"
+        return from_nothing(read_shape(request.init), seed=settings.seed, recompute=settings.recompute)
+    checkpoint = Checkpoint.open(model_dir)
+    if request.adapter is None:
+        return from_folder(checkpoint, recompute=settings.recompute)
+    longest = int(training.lengths.max(initial=0))
+    return over_folder(checkpoint, request.adapter, settings, longest=longest, memory=request.memory, progress=progress)
+
+
+def _check_vocabulary(config: MossConfig, tokenizer: Tokenizer, samples: Samples) -> None:
+    """See that every token of the data has a row in the model, and every sample a place.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    largest = int(samples.ids.max(initial=0))
+    if largest >= config.vocab_size:
+        raise ConfigError(
+            f"the data has token {largest}, and the model's vocab_size is {config.vocab_size}. "
+            f"Is {tokenizer.folder} the tokenizer of another model?"
+        )
+    longest = int(samples.lengths.max(initial=0))
+    if longest > config.n_positions:
+        raise ConfigError(
+            f"a sample has {longest} tokens, and the model's n_positions is {config.n_positions}. "
+            f"Give --max_length {config.n_positions} or less."
+        )
+
+
+def _begin(trainer: Trainer, request: Request) -> None:
+    """Go on from a checkpoint if asked; refuse to mix two runs.
+
+    Raises:
+        ConfigError: there are checkpoints of an earlier run, and nobody asked to go on.
+    """
+    from moss_jt.finetune.checkpoint import checkpoints
+
+    if request.resume:
+        trainer.resume()
+    elif found := checkpoints(request.output_dir):
+        raise ConfigError(
+            f"{found[-1]} is the checkpoint of an earlier run. Add --resume to go on, or take another --output_dir."
+        )

@@ -1,0 +1,155 @@
+"""Where training starts: from the weights of a folder, or from a shape with random weights."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moss_jt.checkpoint import Checkpoint, expected_shapes, floats_from_bytes
+from moss_jt.config import FloatType, MossConfig
+from moss_jt.errors import ConfigError
+from moss_jt.finetune.export import Export, export_model
+from moss_jt.finetune.parameters import Parameters
+from moss_jt.layout import PlainLayout, TileLayout
+from moss_jt.memory import memory_for
+from moss_jt.model import Moss
+from moss_jt.ops_grad import LossOps
+from moss_jt.packing import dequantize, unpack
+from moss_jt.progress import Progress
+
+Floats = npt.NDArray[np.float32]
+
+SPREAD = 0.02  # the original's initializer_range
+
+
+class Student(Protocol):
+    """What is trained, and how its result is written."""
+
+    @property
+    def config(self) -> MossConfig:
+        """The model's shape."""
+        ...
+
+    @property
+    def parameters(self) -> Parameters:
+        """What is trained of it."""
+        ...
+
+    def network(self) -> Moss[Any]:
+        """The network to train."""
+        ...
+
+    def make_ops(self, variables: Mapping[str, Any]) -> LossOps:
+        """The steps over Vars of the parameters."""
+        ...
+
+    def write(self, folder: Path, *, tokenizer: Path, dtype: FloatType, name: str, progress: Progress) -> None:
+        """Write the result."""
+        ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model of which everything is trained.
+
+    Attributes:
+        config: its shape.
+        parameters: its values.
+        recompute: see TrainSettings.
+    """
+
+    config: MossConfig
+    parameters: Parameters
+    recompute: bool = False
+
+    def network(self) -> Moss[Any]:
+        """The network to train."""
+        return Moss(self.config)
+
+    def make_ops(self, variables: Mapping[str, Any]) -> LossOps:
+        """The steps over Vars of the parameters."""
+        return LossOps(self.config, variables, recompute=self.recompute)
+
+    def write(self, folder: Path, *, tokenizer: Path, dtype: FloatType, name: str, progress: Progress) -> None:
+        """Write the model as a native folder, for the five-field prompts of the training data."""
+        template = self.config.template or "fields"
+        export = Export(self.config, self.parameters.array, tokenizer, dtype, template, self.config.name or name)
+        export_model(folder, export, progress)
+
+
+def from_folder(checkpoint: Checkpoint, *, recompute: bool = False) -> Whole:
+    """Read all weights of a native folder as float32.
+
+    Raises:
+        ConfigError: the weights are quantised.
+        CheckpointError: a file is broken.
+        DeviceMemoryError: they do not fit into memory.
+    """
+    config = checkpoint.config
+    if config.quantization is not None or config.head_quantization is not None:
+        raise ConfigError(
+            f"{checkpoint.path} is quantised, and codes cannot be trained. Train an adapter with --lora_rank, or give "
+            "the model in floating point."
+        )
+    with memory_for("the weights"):
+        parameters = Parameters(expected_shapes(config))
+    for name in parameters.slots:
+        parameters.array(name)[...] = read_floats(checkpoint, name)
+    return Whole(config, parameters, recompute)
+
+
+def read_floats(checkpoint: Checkpoint, name: str) -> Floats:
+    """A tensor in floating point, float32; codes become the numbers that they stand for."""
+    layout = checkpoint.entries[name].layout
+    if isinstance(layout, PlainLayout):
+        return checkpoint.read_plain(name)
+    if isinstance(layout, TileLayout):
+        return dequantize(unpack(checkpoint.read(name), layout))
+    rows, _ = layout.shape
+    return floats_from_bytes(checkpoint.read(name, nbytes=rows * layout.row_bytes), layout.dtype).reshape(layout.shape)
+
+
+def without_codes(config: MossConfig) -> MossConfig:
+    """The shape of the same model in floating point."""
+    return replace(config, quantization=None, head_quantization=None)
+
+
+def from_nothing(config: MossConfig, *, seed: int, recompute: bool = False) -> Whole:
+    """Random weights: normal with a spread of 0.02, what adds to the residual stream less so the deeper the model is.
+
+    Each tensor depends on its name and the seed alone.
+
+    Source: Radford et al. 2019 (GPT-2), section 2.3.
+    """
+    with memory_for("the weights"):
+        parameters = Parameters(expected_shapes(config))
+    for name, (_, shape) in parameters.slots.items():
+        array = parameters.array(name)
+        if len(shape) == 1:
+            array[...] = 1.0 if name.endswith(".weight") else 0.0
+            continue
+        rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
+        into_residual = name.endswith((".out_proj.weight", ".fc_out.weight"))
+        spread = SPREAD / (2 * config.n_layer) ** 0.5 if into_residual else SPREAD
+        array[...] = rng.standard_normal(shape, np.float32) * np.float32(spread)
+    return Whole(config, parameters, recompute)
+
+
+def read_shape(path: Path) -> MossConfig:
+    """The shape in a config.json, for a new model.
+
+    Raises:
+        ConfigError: the file is missing or broken, or names a quantised model.
+    """
+    config = MossConfig.from_file(path)
+    if config.quantization is not None or config.head_quantization is not None:
+        raise ConfigError(
+            f"{path} is the shape of a quantised model; a new one is trained in floats and quantised later."
+        )
+    return config
