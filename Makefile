@@ -1,7 +1,7 @@
 # Daily words. `make check` is what a change must pass; CI runs its last part, the tests.
 # PYTHON names the interpreter: the checkout's own environment where run.sh made one.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
-CODE = setup.py moss_jt converters kernels cli tests benchmarks docs
+CODE = setup.py moss_jt converters kernels cli tests benchmarks docs examples
 
 .PHONY: help setup check format-check lint types test slow fix docs bench clean
 

@@ -113,6 +113,12 @@ def write_conversations(path: Path, maker: Maker, *, count: int, seed: int) -> N
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def read_records(path: Path, *, count: int) -> list[dict[str, Any]]:
+    """The first conversations of a file."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
+
+
 def as_record(turns: list[Turn], tools: Tools) -> dict[str, Any]:
     """A conversation in the form of the published training data."""
     chat = {f"turn_{number}": _fields(turn) for number, turn in enumerate(turns, 1)}

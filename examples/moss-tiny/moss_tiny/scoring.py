@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moss_jt.config import GenerationConfig
@@ -82,8 +82,6 @@ class Examiner:
         return answer_text(self._model.tokenizer.decode(self._generated(ids, stop_ids), skip_special=True))
 
     def _generated(self, ids: Sequence[int], stop_ids: tuple[int, ...]) -> list[int]:
-        from dataclasses import replace
-
         config = replace(self._config, stop_ids=stop_ids)
         return [token.id for token in generate(self._model, list(ids), config)]
 
