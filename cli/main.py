@@ -49,6 +49,7 @@ COMMANDS = {
     "convert": Entry("convert", "Convert, inspect and verify checkpoints.", "转换、查看和校验权重文件。"),
     "eval-ppl": Entry("eval_ppl", "Tell how well a model foretells a text.", "计算模型在文本上的困惑度。"),
     "finetune": Entry("finetune", "Train a model on conversations or texts.", "用对话或文本训练模型。"),
+    "merge": Entry("merge", "Add an adapter to the weights of its model.", "将适配器合并进模型权重。"),
     "quantize": Entry("quantize", "Make int4 or int8 of a model in floating point.", "将浮点模型量化为 int4 或 int8。"),
 }
 

@@ -130,8 +130,8 @@ class GradientOps:
         weight, bias = self._parameter(name + ".weight"), self._parameter(name + ".bias")
         return nodes.layer_norm(x, weight, bias, self.config.layer_norm_epsilon)
 
-    def linear(self, x: Var, weight: Linear, into: str) -> Var | Unbiased:
-        """(N, K) to (N, M); where there is a bias, it is still to be added. `into` has no meaning here."""
+    def linear(self, x: Var, weight: Linear, into: str) -> Var:
+        """(N, K) to (N, M), `Unbiased` where there is a bias; `into` has no meaning here."""
         y = self._times(x, weight.name + ".weight")
         if weight.low_rank is not None:
             a, b = weight.low_rank
@@ -142,11 +142,11 @@ class GradientOps:
         """Causal attention within each sequence: (N, 3C) to (N, C)."""
         return nodes.attention(qkv, self._starts, self._sincos, self.config)
 
-    def gelu(self, x: Unbiased, name: str) -> Var:
+    def gelu(self, x: Var, name: str) -> Var:
         """gelu_new."""
         return nodes.gelu(x.product, x.bias)
 
-    def residual(self, x: Var, attn: Var, mlp: Unbiased, name: str) -> Var:
+    def residual(self, x: Var, attn: Var, mlp: Var, name: str) -> Var:
         """x + attn + mlp."""
         return nodes.add_all(x, attn, mlp.product, mlp.bias)
 

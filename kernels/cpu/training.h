@@ -60,6 +60,19 @@ static inline void layer_norm(const float* x, const float* weight, const float* 
     }
 }
 
+// y = x turned around: (rows, columns) to (columns, rows), a block at a time.
+static inline void turn_around(const float* x, float* y, int64_t rows, int64_t columns) {
+    constexpr int64_t kBlock = 32;
+#pragma omp parallel for schedule(static) if (rows * columns > kFewNumbers)
+    for (int64_t first = 0; first < columns; first += kBlock)
+        for (int64_t r = 0; r < rows; r += kBlock) {
+            const int64_t last_row = r + kBlock < rows ? r + kBlock : rows;
+            const int64_t last = first + kBlock < columns ? first + kBlock : columns;
+            for (int64_t c = first; c < last; c++)
+                for (int64_t i = r; i < last_row; i++) y[c * rows + i] = x[i * columns + c];
+        }
+}
+
 // The first token of a part.
 static inline int64_t part_start(int64_t part, int64_t tokens) { return part * tokens / kParts; }
 

@@ -21,7 +21,7 @@ typedef float vector_t __attribute__((vector_size(64)));
 constexpr int64_t kLanes = 16, kTileRows = 8;
 #else
 typedef float vector_t __attribute__((vector_size(32)));
-constexpr int64_t kLanes = 8, kTileRows = 4;
+constexpr int64_t kLanes = 8, kTileRows = 6;
 #endif
 constexpr int64_t kTileColumns = 2 * kLanes;
 constexpr int64_t kQueries = 32;

@@ -142,7 +142,7 @@ def _key(files: list[Path], tokenizer_dir: Path, settings: DataSettings) -> str:
 def _read(file: Path) -> Samples | None:
     """What a file holds; None where there is none, or a run was killed while it wrote it."""
     try:
-        with np.load(file, allow_pickle=False) as kept:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as kept:
             return Samples(kept["ids"], kept["labels"], kept["ends"], int(kept["dropped"]))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None

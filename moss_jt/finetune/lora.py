@@ -87,11 +87,11 @@ def over_folder(
     """
     config = checkpoint.config
     parameters = Parameters(shape.shapes(config))
-    for name, (_, dims) in parameters.slots.items():
+    for name, slot in parameters.slots.items():
         if name.endswith(".lora_a"):
             rng = np.random.Generator(np.random.PCG64([settings.seed, zlib.crc32(name.encode())]))
-            spread = np.float32(1.0 / np.sqrt(dims[1]))
-            parameters.array(name)[...] = rng.standard_normal(dims, np.float32) * spread
+            spread = np.float32(1.0 / np.sqrt(slot.shape[1]))
+            parameters.array(name)[...] = rng.standard_normal(slot.shape, np.float32) * spread
     plan = None
     if memory is not None:
         sizes = matrix_sizes(config, {name: entry.layout for name, entry in checkpoint.entries.items()})

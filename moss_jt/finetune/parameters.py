@@ -7,8 +7,9 @@ a checkpoint is a few writes, and processes exchange all gradients at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,8 @@ Floats = npt.NDArray[np.float32]
 _CACHE_LINE = 16  # floats
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class Slot:
     """The place of a tensor in flat memory."""
 
     start: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,8 +20,9 @@ from moss_jt.finetune.log import RunLog
 from moss_jt.finetune.lora import over_folder
 from moss_jt.finetune.records import files_of
 from moss_jt.finetune.settings import DataSettings, TrainSettings
-from moss_jt.finetune.start import Student, from_folder, from_nothing, read_shape
+from moss_jt.finetune.start import Student, Whole, from_folder, from_nothing, read_shape
 from moss_jt.finetune.trainer import Alone, Job, Log, NoLog, Scalars, Team, Trainer
+from moss_jt.finetune.vocabulary import extend_tokenizer, read_tokens, with_rows
 from moss_jt.load import native_folder
 from moss_jt.progress import Progress, Quiet
 from moss_jt.tokenizer import Tokenizer, load_tokenizer
@@ -35,6 +38,7 @@ class Request:
         model: folder to start from, native or Hugging Face; None with `init`.
         init: config.json of a new model.
         tokenizer: folder of the tokenizer; None for the model's.
+        new_tokens: file with a token a line, for which the model gets rows; only where everything is trained.
         data, train: how.
         adapter: train low-rank terms of this shape and leave the model as it is; None trains everything.
         memory: of the whole process, in bytes, where an adapter is trained; None holds all weights.
@@ -48,6 +52,7 @@ class Request:
     model: Path | None = None
     init: Path | None = None
     tokenizer: Path | None = None
+    new_tokens: Path | None = None
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     adapter: AdapterShape | None = None
@@ -88,7 +93,11 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
     if team.rank:
         team.add_up(np.zeros(2, np.float32))  # the first process converts and encodes what the others then find
     model_dir, tokenizer_dir = _places(request, progress)
-    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer, new = load_tokenizer(tokenizer_dir), dict[str, int]()
+    if request.new_tokens is not None:
+        larger = request.output_dir / "tokenizer"
+        new = extend_tokenizer(tokenizer_dir, read_tokens(request.new_tokens), larger)
+        tokenizer_dir = larger
     training, validation = _data(request, tokenizer_dir, progress)
     if not team.rank:
         team.add_up(np.zeros(2, np.float32))
@@ -96,14 +105,15 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
     check_destination(target)
     startup.import_jittor(device="cpu", progress=progress)
     student = _student(request, model_dir, training, progress)
+    if new:
+        assert isinstance(student, Whole), "checked with the places"
+        student = with_rows(student, tokenizer, new)
     _check_vocabulary(student.config, tokenizer, training)
     job = Job(student.network(), student.make_ops, student.parameters, training, validation, folder=request.output_dir)
-    log: Log = NoLog() if team.rank else RunLog(request.output_dir / "log", tensorboard=request.tensorboard)
-    trainer = Trainer(job, request.train, team=team, log=log, progress=progress)
-    _begin(trainer, request)
-    figures = trainer.run()
-    if isinstance(log, RunLog):
-        log.close()
+    with _log(request, team) as log:
+        trainer = Trainer(job, request.train, team=team, log=log, progress=progress)
+        _begin(trainer, request)
+        figures = trainer.run()
     if not team.rank:
         name = request.output_dir.name
         student.write(target, tokenizer=tokenizer_dir, dtype=request.dtype, name=name, progress=progress)
@@ -115,6 +125,10 @@ def _places(request: Request, progress: Progress) -> tuple[Path | None, Path]:
     if (request.model is None) == (request.init is None):
         raise ConfigError(
             "give --model_name_or_path to start from a model, or --init with a config.json for a new one."
+        )
+    if request.new_tokens is not None and request.adapter is not None:
+        raise ConfigError(
+            "--new_tokens needs new rows in the model, and --lora_rank leaves it as it is. Give one of them."
         )
     if request.model is None:
         if request.tokenizer is None:
@@ -144,6 +158,19 @@ def _student(request: Request, model_dir: Path | None, training: Samples, progre
         return from_folder(checkpoint, recompute=settings.recompute)
     longest = int(training.lengths.max(initial=0))
     return over_folder(checkpoint, request.adapter, settings, longest=longest, memory=request.memory, progress=progress)
+
+
+@contextmanager
+def _log(request: Request, team: Team) -> Iterator[Log]:
+    """Where figures go: the first process writes them."""
+    if team.rank:
+        yield NoLog()
+        return
+    log = RunLog(request.output_dir / "log", tensorboard=request.tensorboard)
+    try:
+        yield log
+    finally:
+        log.close()
 
 
 def _check_vocabulary(config: MossConfig, tokenizer: Tokenizer, samples: Samples) -> None:

@@ -129,8 +129,8 @@ def from_nothing(config: MossConfig, *, seed: int, recompute: bool = False) -> W
     """
     with memory_for("the weights"):
         parameters = Parameters(expected_shapes(config))
-    for name, (_, shape) in parameters.slots.items():
-        array = parameters.array(name)
+    for name, slot in parameters.slots.items():
+        array, shape = parameters.array(name), slot.shape
         if len(shape) == 1:
             array[...] = 1.0 if name.endswith(".weight") else 0.0
             continue

@@ -44,11 +44,16 @@ def start_mpi() -> Any:
     variables = {**plan.variables, "use_mpi": "1", "mpicc_path": str(mpicc)}
     try:
         with contained(
-            variables, without=set(FOREIGN_VARIABLES) - {"mpicc_path"}, executable=plan.tools.python, path_front=plan.source
+            variables,
+            without=set(FOREIGN_VARIABLES) - {"mpicc_path", SIZE_VARIABLE},
+            executable=plan.tools.python,
+            path_front=plan.source,
         ):
             extern.setup_mpi()
     except Exception as error:  # Jittor raises RuntimeError and Exception alike
-        raise StartupError(f"Jittor's MPI cannot be built with {mpicc}: {str(error).strip().splitlines()[0]}") from error
+        raise StartupError(
+            f"Jittor's MPI cannot be built with {mpicc}: {str(error).strip().splitlines()[0]}"
+        ) from error
     return extern.mpi
 
 

@@ -32,6 +32,7 @@ DeviceWish = Literal["auto", "cpu", "cuda"]
 FOREIGN_VARIABLES = (
     "DISABLE_MULTIPROCESSING",
     "JT_SAVE_MEM",
+    "OMPI_COMM_WORLD_SIZE",  # with it Jittor takes its MPI for built, which comes later (mpi.py)
     "SKEY",
     "cuda_arch",
     "cuda_archs",

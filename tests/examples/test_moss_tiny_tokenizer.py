@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from moss_tiny.conversations import FORM, Maker
+from moss_tiny.conversations import FIELDS, Maker
 from moss_tiny.pieces import VOCABULARY, train_tokenizer
 
 from moss_jt.template import META_INSTRUCTION, TOOLS, Turn, system_prompt
@@ -46,8 +46,8 @@ def test_digits_signs_and_chinese_characters_stand_alone(tokenizer: Tokenizer) -
 
 def test_the_system_prompt_is_short(tokenizer: Tokenizer) -> None:
     for tools in ((), tuple(TOOLS)):
-        text = system_prompt(FORM, tools)
-        ids = FORM.system_ids(tokenizer, text)
+        text = system_prompt(FIELDS, tools)
+        ids = FIELDS.system_ids(tokenizer, text)
         assert tokenizer.decode(ids) == text
         assert len(ids) == 2 * text.count("\n"), "a piece for each line, and one for its end"
     assert META_INSTRUCTION.splitlines()[0] in pieces(tokenizer, META_INSTRUCTION)
@@ -58,6 +58,6 @@ def test_markers_and_tags_are_single_pieces(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_id == tokenizer.marker("<eom>")
     assert tokenizer.bos_id is not None
     assert tokenizer.vocab_size <= VOCABULARY
-    ids = FORM.whole_turn(tokenizer, Turn("1", moss="2"))
-    assert tokenizer.decode(ids) == FORM.turn_text(Turn("1", moss="2"))
+    ids = FIELDS.whole_turn(tokenizer, Turn("1", moss="2"))
+    assert tokenizer.decode(ids) == FIELDS.turn_text(Turn("1", moss="2"))
     assert len(ids) == 5 * 3 + 2 + 3 + 2, "tag, marker and newline five times; texts of two pieces; three times None"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,9 @@ def kernels(request: pytest.FixtureRequest, compile_kernels: Callable[[str, str]
 def call(function: Any, *arguments: Array | int) -> None:
     """Call a kernel with arrays as addresses and whole numbers as int64; the last of them may be the threads."""
     function.restype = None
-    function(*[a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else ctypes.c_int64(a) for a in arguments])
+    function(
+        *[a.ctypes.data_as(ctypes.c_void_p) if isinstance(a, np.ndarray) else ctypes.c_int64(a) for a in arguments]
+    )
 
 
 def random(*shape: int, seed: int = 0) -> Array:
@@ -92,11 +95,11 @@ def near(got: Array, want: Array, tolerance: float = 2e-5) -> None:
 
 
 def norm_of(x: Array, w: Array, b: Array) -> Array:
-    return (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * w + b
+    return np.asarray((x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * w + b)
 
 
 def gelu_of(x: Array) -> Array:
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 7), (5, 16), (37, 9)])
@@ -199,7 +202,7 @@ def test_attention(kernels: ctypes.CDLL, lengths: list[int], heads: int, width: 
         found.append((out, dqkv))
     assert np.array_equal(found[0][0], found[1][0]) and np.array_equal(found[0][1], found[1][1])
     rng = np.random.default_rng(7)
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
+    for start, end in pairwise(starts):
         one = qkv[start:end].astype(np.float64)
         near(out[start:end], attend_one(one, sincos, heads, width, rotary))
         for _ in range(3):  # the slope along a random direction

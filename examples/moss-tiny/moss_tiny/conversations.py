@@ -1,4 +1,8 @@
-"""Whole conversations in the form of MOSS's training data: system prompt, then turns of five fields."""
+"""Whole conversations: system prompt, then turns.
+
+With tools they are in the five-field form of MOSS's training data; without, mostly in the README's form, which is
+what a chat without tools sends to moss-tiny.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from moss_tiny.sums import Task, draw_following, draw_pair, draw_sum
 from moss_tiny.turns import Answered, Tools, lost_turn, plain_turn, search_turn, task_turn
 from moss_tiny.wordings import LANGUAGES, Language
 
-FORM = Template("fields")
+FIELDS, README = Template("fields"), Template("readme")
 TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
     ((), 40),
     (("calc", "solve"), 30),
@@ -33,7 +37,8 @@ TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conver
 )
 KINDS_PLAIN = {"product": 46, "small": 34, "sum": 5, "equation": 2, "picture": 2, "repeat": 8, "name": 3}
 KINDS_TOOLS = {"product": 12, "small": 10, "sum": 40, "pair": 3, "equation": 22, "picture": 2, "repeat": 6, "name": 2}
-TURNS = (2, 3, 3, 4, 4, 5, 6)  # of a conversation, in tasks; some tasks take two turns
+TURNS = (1, 1, 1, 2, 2, 3)  # of a conversation, in tasks; some tasks take more than one turn
+IN_FIELDS = 0.1  # of conversations without tools, those in the five-field form all the same
 FOLLOWED = 0.35  # of calculations, those that a next question goes on with
 SWITCHED = 0.08  # of turns, those in the other language
 
@@ -63,7 +68,7 @@ class Maker:
         for _ in range(rng.choice(TURNS)):
             spoken = LANGUAGES[LANGUAGES.index(language) - 1] if rng.random() < SWITCHED else language
             turns += self.turns(rng, spoken, tools)
-        return as_record(turns, tools)
+        return as_record(turns, tools, FIELDS if tools or rng.random() < IN_FIELDS else README)
 
     def turns(self, rng: random.Random, language: Language, tools: Tools) -> Iterator[Turn]:
         """The turns of one task."""
@@ -119,17 +124,16 @@ def read_records(path: Path, *, count: int) -> list[dict[str, Any]]:
         return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
 
 
-def as_record(turns: list[Turn], tools: Tools) -> dict[str, Any]:
-    """A conversation in the form of the published training data."""
-    chat = {f"turn_{number}": _fields(turn) for number, turn in enumerate(turns, 1)}
-    return {"meta_instruction": system_prompt(FORM, tools), "num_turns": len(turns), "chat": chat}
+def as_record(turns: list[Turn], tools: Tools, form: Template = FIELDS) -> dict[str, Any]:
+    """A conversation in the form of the published training data; in the README form a turn has two fields."""
+    chat = {f"turn_{number}": _fields(form.turn_text(turn)) for number, turn in enumerate(turns, 1)}
+    return {"meta_instruction": system_prompt(form, tools), "num_turns": len(turns), "chat": chat}
 
 
-def _fields(turn: Turn) -> dict[str, str]:
-    """The five fields of a turn with their tags and markers."""
-    text = FORM.turn_text(turn)
+def _fields(text: str) -> dict[str, str]:
+    """The fields of a turn with their tags and markers."""
     fields = {_KEYS.get(found[1], found[1]): found[0] for found in _FIELD.finditer(text)}
-    assert "".join(fields.values()) == text, f"a turn that is not five fields: {text!r}"
+    assert "".join(fields.values()) == text, f"a turn that is not all fields: {text!r}"
     return fields
 
 

@@ -39,15 +39,15 @@ class Recipe:
         group: inputs that share a scale in int8.
     """
 
-    conversations: int = 24000
+    conversations: int = 60000
     validation: int = 120
     for_tokenizer: int = 6000
     width: int = 256
     layers: int = 4
     heads: int = 8
-    rotary: int = 32
+    rotary: int = 16
     epochs: int = 1
-    batch: int = 8
+    batch: int = 16
     learning_rate: float = 2e-3
     max_length: int = 1024
     group: int = 128
@@ -66,6 +66,7 @@ def make(out: Path, recipe: Recipe, *, until: str = STEPS[-1], say: Say) -> None
         ValueError: the folder was begun with other numbers.
         CalledProcessError: a command of the product failed.
     """
+    out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     _check_recipe(out / "recipe.json", recipe)
     does = {"data": make_data, "tokenizer": make_tokenizer, "train": train, "quantize": quantize, "evaluate": evaluate}
@@ -110,6 +111,7 @@ def shape(recipe: Recipe) -> dict[str, Any]:
         "rotary_dim": recipe.rotary,
         "bos_token_id": 1,
         "eos_token_id": 3,
+        "moss_jt": {"format": "moss-jt", "version": 1, "template": "readme", "name": "moss-tiny"},
     }
 
 

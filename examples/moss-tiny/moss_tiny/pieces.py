@@ -73,7 +73,8 @@ def _prompt_lines() -> list[str]:
     """Every line that MOSS's system prompt may have."""
     form = Template("fields")
     whole = [system_prompt(form), *(system_prompt(form, [tool]) for tool in TOOLS)]
-    return [*META_INSTRUCTION.splitlines(), *(line for text in whole for line in text.splitlines())]
+    lines = [*META_INSTRUCTION.splitlines(), *(line for text in whole for line in text.splitlines())]
+    return [f"{line}\n" for line in lines]
 
 
 def _lines(record: dict[str, Any]) -> Iterable[str]:

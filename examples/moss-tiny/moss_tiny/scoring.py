@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 from moss_jt.config import GenerationConfig
 from moss_jt.errors import ToolError
 from moss_jt.generation import generate
-from moss_jt.template import Template, Turn, answer_text, system_prompt
+from moss_jt.template import answer_text, system_prompt
 from moss_jt.tools.commands import Call
 from moss_jt.tools.wording import NOTHING_RAN
+from moss_tiny.conversations import FIELDS, README
 from moss_tiny.questions import Question
 from moss_tiny.results import Search, calls_of, results_of, value_of
 
 if TYPE_CHECKING:
     from moss_jt.runner import Model
 
-FORM = Template("fields")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _GROUPS = {"tool calls": ("sum", "pair", "following", "equation"), "small talk and documentation": ("small", "product")}
 
@@ -58,19 +58,19 @@ class Examiner:
     def ask(self, question: Question) -> Given:
         """Ask one question, with the tools that it wants on."""
         tokenizer = self._model.tokenizer
-        ids = FORM.system_ids(tokenizer, system_prompt(FORM, question.tools))
+        form = FIELDS if question.tools else README
+        ids = form.system_ids(tokenizer, system_prompt(form, question.tools))
         for turn in question.before:
-            ids += FORM.whole_turn(tokenizer, turn)
+            ids += form.whole_turn(tokenizer, turn)
         if not question.tools:
-            answer = self._said(ids + FORM.open_turn(tokenizer, question.text), FORM.stop_ids(tokenizer))
-            return _judged(question, "", answer)
-        ids += FORM.open_thoughts(tokenizer, question.text)
-        thought = self._generated(ids, FORM.command_stop_ids(tokenizer))
+            return _judged(question, "", self._said(ids + form.open_turn(tokenizer, question.text)))
+        ids += form.open_thoughts(tokenizer, question.text)
+        thought = self._generated(ids, form.command_stop_ids(tokenizer))
         commands = tokenizer.decode(thought, skip_special=True).partition("<|Commands|>:")[2].strip()
         if question.is_task:
             return _judged(question, commands, "")
-        ids += [*thought, *FORM.close_commands(tokenizer, thought, self._results(commands))]
-        return _judged(question, commands, self._said(ids, FORM.stop_ids(tokenizer)))
+        ids += [*thought, *form.close_commands(tokenizer, thought, self._results(commands))]
+        return _judged(question, commands, self._said(ids))
 
     def _results(self, commands: str) -> str:
         try:
@@ -78,8 +78,10 @@ class Examiner:
         except (ToolError, KeyError, ValueError):  # a call that cannot be run
             return NOTHING_RAN
 
-    def _said(self, ids: Sequence[int], stop_ids: tuple[int, ...]) -> str:
-        return answer_text(self._model.tokenizer.decode(self._generated(ids, stop_ids), skip_special=True))
+    def _said(self, ids: Sequence[int]) -> str:
+        """An answer."""
+        generated = self._generated(ids, README.stop_ids(self._model.tokenizer))
+        return answer_text(self._model.tokenizer.decode(generated, skip_special=True))
 
     def _generated(self, ids: Sequence[int], stop_ids: tuple[int, ...]) -> list[int]:
         config = replace(self._config, stop_ids=stop_ids)
