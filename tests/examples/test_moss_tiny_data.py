@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moss_tiny.conversations import FORM, TOOL_SETS, Maker, roughened, write_conversations
+from moss_tiny.conversations import FIELDS, README, TOOL_SETS, Maker, roughened, write_conversations
 from moss_tiny.documentation import Documentation
 from moss_tiny.intents import frames_of, read_intents
 from moss_tiny.numbers import draw, draw_decimal, is_held_back
@@ -28,9 +28,9 @@ from moss_jt.tools.sandbox import Sandbox
 from moss_jt.tools.toolbox import ToolBox
 from moss_jt.tools.wording import joined
 
-COUNT = 500
+COUNT = 900
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
-FIELDS = {
+PARTS = {
     "Human": ("<|Human|>: ", "<eoh>\n"),
     "Inner Thoughts": ("<|Inner Thoughts|>: ", "<eot>\n"),
     "Commands": ("<|Commands|>: ", "<eoc>\n"),
@@ -56,7 +56,8 @@ def turns_of(records: list[dict[str, Any]]) -> Iterator[tuple[set[str], dict[str
     for record in records:
         on = {name for name, tool in TOOLS.items() if f"- {tool.title}: enabled." in record["meta_instruction"]}
         for turn in record["chat"].values():
-            yield on, {name: turn[name].removeprefix(tag).removesuffix(end) for name, (tag, end) in FIELDS.items()}
+            bare = {name: text.removeprefix(PARTS[name][0]).removesuffix(PARTS[name][1]) for name, text in turn.items()}
+            yield on, {"Commands": "None", "Tool Responses": " None", **bare}
 
 
 def plain(text: str) -> str:
@@ -159,17 +160,21 @@ def test_the_same_seed_gives_the_same_file(pages: Documentation, tmp_path: Path)
 
 
 def test_fields_are_those_of_the_training_format(records: list[dict[str, Any]]) -> None:
-    prompts = {system_prompt(FORM, names) for names, _ in TOOL_SETS}
+    prompts = {system_prompt(FIELDS, names) for names, _ in TOOL_SETS}
+    forms: Counter[str] = Counter()
     for record in records:
-        assert record["meta_instruction"] in prompts
+        short = record["meta_instruction"] == system_prompt(README)
+        assert short or record["meta_instruction"] in prompts
+        forms["README" if short else "fields"] += 1
         assert list(record["chat"]) == [f"turn_{number}" for number in range(1, record["num_turns"] + 1)]
         for turn in record["chat"].values():
-            assert list(turn) == list(FIELDS)
-            for name, (tag, end) in FIELDS.items():
-                text = turn[name]
+            assert list(turn) == (["Human", "MOSS"] if short else list(PARTS))
+            for name, text in turn.items():
+                tag, end = PARTS[name]
                 assert text.startswith(tag) and text.endswith(end), text
                 assert len(MARKERS.findall(text)) == 1, text
                 assert len(text) > len(tag) + len(end), text
+    assert min(forms.values()) > COUNT / 5, forms
 
 
 def test_every_turn_says_what_the_tools_say(records: list[dict[str, Any]], pages: Documentation) -> None:
@@ -187,7 +192,7 @@ def test_every_turn_says_what_the_tools_say(records: list[dict[str, Any]], pages
         for number in re.findall(r"<sup><\|(\d)\|></sup>", turn["MOSS"]):
             assert f"<|{number}|>: " in turn["Tool Responses"]
             seen["cited"] += 1
-    assert all(seen[name] > 3 for name in ("Calculate", "Solve", "Search", "Text2Image", "cited")), seen
+    assert all(seen[name] > 2 for name in ("Calculate", "Solve", "Search", "Text2Image", "cited")), seen
 
 
 def test_results_are_those_of_the_toolbox(records: list[dict[str, Any]]) -> None:
