@@ -13,13 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # runs from a checkout, installed or not
-
-from moss_tiny.making import STEPS, Recipe, make, pack
-
 
 def main() -> None:
     """Read the options and go through the steps."""
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]  # in a checkout, installed or not
+    from moss_tiny.making import STEPS, Recipe, make, pack
+
     parser = argparse.ArgumentParser(description="Make moss-tiny from nothing.")
     parser.add_argument("--out", type=Path, default=Path("moss-tiny-build"), help="folder for everything that is made")
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step")

@@ -7,6 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def plain(text: str) -> str:
 def grams(text: str, language: Language) -> set[tuple[str, ...]]:
     """Words, or Chinese characters, and pairs of neighbours."""
     words = re.findall(r"\w+", text.lower()) if language == "en" else list(plain(text))
-    return {*((word,) for word in words), *zip(words, words[1:], strict=False)}
+    return {*((word,) for word in words), *pairwise(words)}
 
 
 def test_every_intent_is_whole() -> None:

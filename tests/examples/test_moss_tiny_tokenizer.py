@@ -29,7 +29,15 @@ def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "text",
-    ["37*489", "3x+5=20", "  two  spaces\n\ttab", "加上 12.5 呢？", "ein Straßenname, 😀 und \u2581", "<eom> <|MOSS|>: <s>", ""],
+    [
+        "37*489",
+        "3x+5=20",
+        "  two  spaces\n\ttab",
+        "加上 12.5 呢？",
+        "ein Straßenname, 😀 und \u2581",
+        "<eom> <|MOSS|>: <s>",
+        "",
+    ],
 )
 def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)

@@ -17,7 +17,7 @@ from typing import Any
 from moss_jt.template import Template, Turn, system_prompt
 from moss_tiny.copying import draw_name, draw_picture, draw_repeat
 from moss_tiny.equations import draw_equation
-from moss_tiny.intents import Intent, read_intents
+from moss_tiny.intents import read_intents
 from moss_tiny.results import Search
 from moss_tiny.sums import Task, draw_following, draw_pair, draw_sum
 from moss_tiny.turns import Answered, Tools, lost_turn, plain_turn, search_turn, task_turn

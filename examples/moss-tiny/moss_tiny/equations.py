@@ -86,9 +86,7 @@ def _legs(rng: random.Random, heads: int, *, held: bool) -> int:
             return legs
 
 
-def _framed(
-    rng: random.Random, frames: str, language: Language, written: str, unknown: str, *, held: bool
-) -> str:
+def _framed(rng: random.Random, frames: str, language: Language, written: str, unknown: str, *, held: bool) -> str:
     """A sentence around a written equation."""
     pattern = rng.choice(wordings(read_blocks("equations.txt")[frames], "ask", language, held=held))
     return fill(pattern, {"q": written, "v": unknown})
