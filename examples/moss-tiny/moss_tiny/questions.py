@@ -85,7 +85,7 @@ def write_questions(path: Path, questions: Sequence[Question]) -> None:
 
 def _talk(rng: random.Random, kind: Kind, count: int, part: Part) -> list[Question]:
     """Questions about intents: as many different ones as there are, in both languages."""
-    pool = [
+    pool: list[tuple[Intent, Language, str]] = [
         (intent, language, text)
         for intent in read_intents()
         if intent.product == (kind == "product")
