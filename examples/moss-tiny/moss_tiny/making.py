@@ -143,16 +143,20 @@ def quantize(out: Path, recipe: Recipe) -> None:
 
 
 def evaluate(out: Path, recipe: Recipe) -> None:
-    """Ask the int8 model the 200 questions; write what it gave and the figures."""
+    """Ask the int8 model the 200 questions in each way of choosing words; write what it gave and the figures."""
     import moss_jt
-    from moss_tiny.scoring import Examiner, shares
+    from moss_jt.config import GenerationConfig
+    from moss_tiny.scoring import GREEDY, Examiner, shares
 
     model = moss_jt.load_model(out / "moss-tiny", device="cpu", compute="fast")
-    examiner = Examiner(model, Documentation(out / "pages").search)
-    given = [examiner.ask(question) for question in make_questions()]
-    lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in given]
-    (out / "answers.jsonl").write_text("".join(lines), "utf-8")
-    figures = {name: f"{right} of {asked}" for name, (right, asked) in shares(given).items()}
+    search = Documentation(out / "pages").search
+    figures: dict[str, dict[str, str]] = {}
+    for way, config in {"greedy": GREEDY, "as in a chat": GenerationConfig(max_new_tokens=120, seed=0)}.items():
+        given = [Examiner(model, search, config).ask(question) for question in make_questions()]
+        figures[way] = {name: f"{right} of {asked}" for name, (right, asked) in shares(given).items()}
+        if config is GREEDY:
+            lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in given]
+            (out / "answers.jsonl").write_text("".join(lines), "utf-8")
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 
 
@@ -160,7 +164,7 @@ def pack(out: Path) -> Path:
     """Put the int8 model into the package, in place of an earlier one."""
     if PACKAGE.exists():
         shutil.rmtree(PACKAGE)
-    shutil.copytree(out / "moss-tiny", PACKAGE)
+    shutil.copytree(out.resolve() / "moss-tiny", PACKAGE)
     for file in sorted(CARD.iterdir()):
         shutil.copy(file, PACKAGE / file.name)
     return PACKAGE

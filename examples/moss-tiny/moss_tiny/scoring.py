@@ -21,6 +21,7 @@ from moss_tiny.results import Search, calls_of, results_of, value_of
 if TYPE_CHECKING:
     from moss_jt.runner import Model
 
+GREEDY = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=120)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _GROUPS = {"tool calls": ("sum", "pair", "following", "equation"), "small talk and documentation": ("small", "product")}
 
@@ -48,12 +49,11 @@ class Examiner:
     Args:
         model: loaded.
         search: what Search finds.
-        config: how it chooses words; greedy by default.
+        config: how it chooses words.
     """
 
-    def __init__(self, model: Model, search: Search, config: GenerationConfig | None = None) -> None:
-        self._model, self._search = model, search
-        self._config = config or GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=120)
+    def __init__(self, model: Model, search: Search, config: GenerationConfig = GREEDY) -> None:
+        self._model, self._search, self._config = model, search, config
 
     def ask(self, question: Question) -> Given:
         """Ask one question, with the tools that it wants on."""
