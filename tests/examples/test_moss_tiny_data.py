@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moss_tiny.conversations import FIELDS, README, TOOL_SETS, Maker, roughened, write_conversations
+from moss_tiny.conversations import FIELDS, README, TOOL_SETS, Maker, write_conversations
 from moss_tiny.documentation import Documentation
 from moss_tiny.intents import frames_of, read_intents
 from moss_tiny.numbers import draw, draw_decimal, is_held_back
 from moss_tiny.questions import COUNTS, Question, make_questions
 from moss_tiny.results import calls_of, results_of
+from moss_tiny.roughness import noisy, reworded, rough, wrapped
 from moss_tiny.scoring import is_same_call
 from moss_tiny.turns import TOOL_OF
 from moss_tiny.wordings import LANGUAGES, Language, expand, read_blocks, texts
@@ -207,11 +208,18 @@ def test_results_are_those_of_the_toolbox(records: list[dict[str, Any]]) -> None
         sandbox.close()
 
 
-def test_roughened_questions_keep_their_letters() -> None:
+def test_rough_questions_keep_what_they_ask() -> None:
     rng = random.Random(4)
     for _ in range(200):
-        assert plain("Where is the model?") in plain(roughened(rng, "Where is the model?", "en"))
-        assert "模型在哪里" in roughened(rng, "模型在哪里？", "zh")
+        assert plain("Where is the model?") in plain(wrapped(rng, "Where is the model?", "en"))
+        assert "模型在哪里" in wrapped(rng, "模型在哪里？", "zh")
+        words = noisy(rng, "one two three", "en").split()
+        assert [word for word in words if word in ("one", "two", "three")] == ["one", "two", "three"]
+        assert len(words) <= 4
+        assert "--memory" in rough(rng, "What does --memory do?", "en")
+        assert rough(rng, "?", "zh")
+    texts = {reworded(rng, "Delete the folder.", "en") for _ in range(200)}
+    assert {"Delete the folder.", "Delete the directory."} < texts
 
 
 def test_the_evaluation_has_200_questions() -> None:

@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ from moss_tiny.copying import draw_name, draw_picture, draw_repeat
 from moss_tiny.equations import draw_equation
 from moss_tiny.intents import read_intents
 from moss_tiny.results import Search
+from moss_tiny.roughness import rough, wrapped
 from moss_tiny.sums import Task, draw_following, draw_pair, draw_sum
 from moss_tiny.turns import Answered, Tools, lost_turn, plain_turn, search_turn, task_turn
 from moss_tiny.wordings import LANGUAGES, Language
 
 FIELDS, README = Template("fields"), Template("readme")
 TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
-    ((), 40),
-    (("calc", "solve"), 30),
+    ((), 46),
+    (("calc", "solve"), 27),
     (("search", "calc", "solve"), 9),
     (("search", "calc", "solve", "draw"), 5),
     (("calc",), 6),
@@ -35,19 +36,15 @@ TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conver
     (("draw",), 2),
     (("calc", "solve", "draw"), 3),
 )
-KINDS_PLAIN = {"product": 46, "small": 34, "sum": 5, "equation": 2, "picture": 2, "repeat": 8, "name": 3}
-KINDS_TOOLS = {"product": 12, "small": 10, "sum": 40, "pair": 3, "equation": 22, "picture": 2, "repeat": 6, "name": 2}
+KINDS_PLAIN = {"product": 46, "small": 34, "sum": 5, "equation": 2, "picture": 2, "repeat": 4, "name": 2}
+KINDS_TOOLS = {"product": 16, "small": 13, "sum": 38, "pair": 4, "equation": 22, "picture": 2, "repeat": 3, "name": 1}
 TURNS = (1, 1, 1, 2, 2, 3)  # of a conversation, in tasks; some tasks take more than one turn
 IN_FIELDS = 0.1  # of conversations without tools, those in the five-field form all the same
-FOLLOWED = 0.35  # of calculations, those that a next question goes on with
+FOLLOWED = 0.45  # of calculations, those that a next question goes on with
 SWITCHED = 0.08  # of turns, those in the other language
 
 _FIELD = re.compile(r"<\|(Human|Inner Thoughts|Commands|Results|MOSS)\|>:.*?<eo[htcrm]>\n", re.DOTALL)
 _KEYS = {"Results": "Tool Responses"}
-_GREETINGS = {
-    "en": ("Hi, ", "Hello, ", "Please, ", "Hey, ", "OK, ", "So, ", "And ", "MOSS, ", "Sorry, ", "Well, "),
-    "zh": ("你好，", "请问，", "那么，", "好的，", "MOSS，", "麻烦问一下，", "嗯，", "还有，", "不好意思，", "对了，"),
-}
 
 
 @dataclass(frozen=True)
@@ -88,26 +85,12 @@ class Maker:
     def _talk(self, rng: random.Random, language: Language, tools: Tools, *, product: bool) -> Turn:
         """A question about the product, or small talk."""
         intent = rng.choice([one for one in read_intents() if one.product == product])
-        question = roughened(rng, intent.question(rng, language), language)
+        question = rough(rng, intent.question(rng, language), language)
         if "search" in tools and product:
             return search_turn(intent, question, language, self.search)
         if "search" in tools and intent.name == "unknown":
             return lost_turn(question, language, self.search)
         return plain_turn(question, intent.say[language], language, tools)
-
-
-def roughened(rng: random.Random, question: str, language: Language) -> str:
-    """A question as people type it: with a word before it, without capitals or the mark at its end."""
-    if rng.random() < 0.12:
-        first = question[0].lower() if question[:2] not in ("I ", "I'", "MO") else question[0]
-        question = rng.choice(_GREETINGS[language]) + first + question[1:]
-    if rng.random() < 0.2:
-        question = question.rstrip("?.!？。！")
-    elif rng.random() < 0.1:
-        question = question.translate({ord("？"): "?", ord("，"): ",", ord("。"): "."})
-    if rng.random() < 0.2:
-        question = question[0].lower() + question[1:]
-    return question or "?"
 
 
 def write_conversations(path: Path, maker: Maker, *, count: int, seed: int) -> None:
@@ -157,8 +140,6 @@ def _first(rng: random.Random, kind: str, language: Language, tools: Tools) -> A
 
 
 def _draw(rng: random.Random, kind: str, language: Language) -> Task:
-    if kind == "sum":
-        return draw_sum(rng, language)
-    if kind == "pair":
-        return draw_pair(rng, language)
-    return draw_equation(rng, language) if kind == "equation" else draw_picture(rng, language)
+    draw = {"sum": draw_sum, "pair": draw_pair, "equation": draw_equation, "picture": draw_picture}[kind]
+    task = draw(rng, language)
+    return replace(task, question=wrapped(rng, task.question, language))

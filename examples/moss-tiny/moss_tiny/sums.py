@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moss_tiny.numbers import draw, draw_decimal
-from moss_tiny.wordings import Block, Language, expand, read_blocks, texts
+from moss_tiny.wordings import Block, Language, choose, read_blocks, texts
 
 KINDS = {  # what is asked for in words, with its weight
     "add": 5,
@@ -87,7 +87,7 @@ def draw_following(rng: random.Random, language: Language, result: str, *, held:
     """A question that goes on with the last result, which is positive: "and times 3?"."""
     block = read_blocks("sums.txt")[rng.choices(list(FOLLOWING), weights=list(FOLLOWING.values()))[0]]
     values = {"r": result, "b": str(draw(rng, held=held, least=2, most=999))}
-    question = rng.choice(wordings(block, "ask", language, held=held))
+    question = choose(rng, wordings(block, "ask", language, held=held))
     return Task(fill(question, values), call(fill(texts(block, "command", language)[0], values)))
 
 
@@ -99,7 +99,7 @@ def draw_expression(rng: random.Random, *, held: bool) -> str:
 
 def frame(rng: random.Random, language: Language, *, held: bool) -> str:
     """A sentence around an expression."""
-    return rng.choice(wordings(read_blocks("sums.txt")["frames"], "ask", language, held=held))
+    return choose(rng, wordings(read_blocks("sums.txt")["frames"], "ask", language, held=held))
 
 
 def wordings(block: Block, key: str, language: Language, *, held: bool) -> tuple[str, ...]:
@@ -132,8 +132,8 @@ def _in_words(rng: random.Random, language: Language, block: Block, *, held: boo
     """A question without a written expression."""
     words = texts(block, "words", language)
     if held or rng.random() >= _FRAMED_SHARE:
-        return rng.choice(wordings(block, "ask", language, held=held))
-    return frame(rng, language, held=False).replace("{e}", rng.choice([w for p in words for w in expand(p)]))
+        return choose(rng, wordings(block, "ask", language, held=held))
+    return frame(rng, language, held=False).replace("{e}", choose(rng, words))
 
 
 def _values(rng: random.Random, *, held: bool) -> dict[str, str]:
