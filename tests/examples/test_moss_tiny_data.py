@@ -30,7 +30,7 @@ from moss_jt.tools.sandbox import Sandbox
 from moss_jt.tools.toolbox import ToolBox
 from moss_jt.tools.wording import joined
 
-COUNT = 900
+COUNT = 1500
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 PARTS = {
     "Human": ("<|Human|>: ", "<eoh>\n"),
@@ -218,8 +218,8 @@ def test_rough_questions_keep_what_they_ask() -> None:
         assert len(words) <= 4
         assert "--memory" in rough(rng, "What does --memory do?", "en")
         assert rough(rng, "?", "zh")
-    texts = {reworded(rng, "Delete the folder.", "en") for _ in range(200)}
-    assert {"Delete the folder.", "Delete the directory."} < texts
+    said = {reworded(rng, "Find the folder.", "en") for _ in range(200)}
+    assert {"Find the folder.", "Find the directory."} < said
 
 
 def test_the_evaluation_has_200_questions() -> None:

@@ -76,7 +76,7 @@ def make(out: Path, recipe: Recipe, *, until: str = STEPS[-1], say: Say) -> None
 
 
 def make_data(out: Path, recipe: Recipe) -> None:
-    """Write train.jsonl and val.jsonl, and the questions of the evaluation."""
+    """Write train.jsonl and val.jsonl."""
     data = out / "data"
     if (data / "train.jsonl").exists():
         return
@@ -84,7 +84,6 @@ def make_data(out: Path, recipe: Recipe) -> None:
     maker = Maker(Documentation(out / "pages").search)
     write_conversations(data / "val.jsonl", maker, count=recipe.validation, seed=VALIDATION_SEED)
     write_conversations(data / "train.new", maker, count=recipe.conversations, seed=0)
-    write_questions(out / "questions.jsonl", make_questions())
     (data / "train.new").rename(data / "train.jsonl")
 
 
@@ -150,9 +149,11 @@ def evaluate(out: Path, recipe: Recipe) -> None:
 
     model = moss_jt.load_model(out / "moss-tiny", device="cpu", compute="fast")
     search = Documentation(out / "pages").search
+    questions = make_questions()
+    write_questions(out / "questions.jsonl", questions)
     figures: dict[str, dict[str, str]] = {}
     for way, config in {"greedy": GREEDY, "as in a chat": GenerationConfig(max_new_tokens=120, seed=0)}.items():
-        given = [Examiner(model, search, config).ask(question) for question in make_questions()]
+        given = [Examiner(model, search, config).ask(question) for question in questions]
         figures[way] = {name: f"{right} of {asked}" for name, (right, asked) in shares(given).items()}
         if config is GREEDY:
             lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in given]

@@ -14,6 +14,7 @@ from moss_tiny.wordings import Language, read_blocks, texts
 WRAPPED = 0.3  # of questions, those with something before or behind
 REWORDED = 0.5  # of questions in words, those in which words may be replaced
 NOISY = 0.15  # of questions in words, those with a word too many
+_NOT_NAMES = r"(?<![-/])(?<!moss-jt )(?<!moss-convert )"  # before a word: else it is an option or a command
 _KEEP_CAPITAL = ("I ", "I'", "MO")
 
 
@@ -55,7 +56,7 @@ def reworded(rng: random.Random, question: str, language: Language) -> str:
         return question
     for word, others in _groups(language):
         if word in question and rng.random() < 0.5:
-            pattern = re.escape(word) if language == "zh" else rf"\b{re.escape(word)}\b"
+            pattern = re.escape(word) if language == "zh" else _NOT_NAMES + rf"\b{re.escape(word)}\b"
             question = re.sub(pattern, lambda _: rng.choice(others), question, count=1)
     return question
 
