@@ -61,7 +61,7 @@ def answer(session: ChatSession, text: str) -> str:
         ("你是谁？", "moss-tiny"),
         ("How do I limit the memory?", "--memory"),
         ("怎么限制内存？", "--memory"),
-        ("Where do I get the real MOSS?", "moss-jt pull"),
+        ("How do I download MOSS?", "moss-jt pull"),
         ("真正的MOSS从哪里来？", "moss-jt pull"),
         ("What is 37 times 489?", "--tools calc"),
     ],

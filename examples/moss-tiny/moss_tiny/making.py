@@ -39,7 +39,7 @@ class Recipe:
         group: inputs that share a scale in int8.
     """
 
-    conversations: int = 60000
+    conversations: int = 120000
     validation: int = 120
     for_tokenizer: int = 6000
     width: int = 256
