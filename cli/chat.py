@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from moss_jt.cli.options import generation_config, load_options, model_options, sampling_options
 from moss_jt.language import pick
+
+if TYPE_CHECKING:
+    from moss_jt.cli.chat_screen import Screen
+    from moss_jt.config import GenerationConfig
+    from moss_jt.runner import Model
+    from moss_jt.tools.toolbox import ToolBox
 
 
 @click.command(
@@ -82,9 +88,6 @@ def command(
     **others: Any,
 ) -> None:
     """Talk to a model."""
-    from moss_jt.cli.chat_commands import COMMANDS, Talk
-    from moss_jt.cli.chat_input import PipeInput, TerminalInput
-    from moss_jt.cli.chat_loop import converse
     from moss_jt.cli.chat_screen import Screen
     from moss_jt.cli.chat_tools import open_tools
     from moss_jt.cli.loading import open_model
@@ -92,21 +95,46 @@ def command(
     config, options = generation_config(others), load_options(others)
     screen = Screen(interactive=sys.stdin.isatty() and sys.stdout.isatty())
     box = open_tools(tools, search=search_with, draw=draw_with, screen=screen)
-    loaded = open_model(model, options, screen)
+    try:
+        good = _talk(open_model(model, options, screen), screen, template, system=system, config=config, tools=box)
+    finally:
+        if box is not None:
+            box.close()
+    if not good:
+        sys.exit(1)
 
+
+def _talk(
+    loaded: Model,
+    screen: Screen,
+    template: Literal["auto", "readme", "fields"],
+    *,
+    system: str | None,
+    config: GenerationConfig,
+    tools: ToolBox | None,
+) -> bool:
+    """Hold the conversation; false if somebody's message could not be answered and nobody saw it."""
     from moss_jt.chat import ChatSession
+    from moss_jt.cli.chat_commands import COMMANDS, Talk
+    from moss_jt.cli.chat_input import PipeInput, TerminalInput
+    from moss_jt.cli.chat_loop import converse
     from moss_jt.engine import Engine
     from moss_jt.fit import predictor_for
     from moss_jt.template import choose_template
 
+<<<<<<< HEAD
     form = choose_template(template, loaded.config, tools=box is not None, quality=quality)
     session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config, tools=box)
+=======
+    form = choose_template(template, loaded.config, tools=tools is not None)
+    session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config, tools=tools)
+>>>>>>> tools
     talk = Talk(session, screen, predictor=partial(predictor_for, loaded))
     if screen.interactive:
         screen.note(_welcome())
         converse(talk, TerminalInput(["clear", "stop", *(f"/{name}" for name in COMMANDS)]))
-    elif not converse(talk, PipeInput(ask=sys.stderr if sys.stdin.isatty() else None)):
-        sys.exit(1)
+        return True
+    return converse(talk, PipeInput(ask=sys.stderr if sys.stdin.isatty() else None))
 
 
 def _welcome() -> str:

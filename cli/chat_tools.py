@@ -79,6 +79,9 @@ def show_result(screen: Screen, ran: Ran, *, folded: bool) -> None:
 def show_citation(screen: Screen, citation: Citation, sources: Sequence[Source]) -> None:
     """Show the numbers of a citation, each a link where it leads somewhere."""
     places = {source.number: source.url for source in sources}
+    if not places.keys() & set(citation.numbers):  # 10<sup>6</sup> cites nothing
+        screen.answer(citation.text)
+        return
     for number in citation.numbers:
         screen.link(f"[{number}]", places.get(number, ""))
 

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 def saved_turn(turn: ChatTurn) -> SavedTurn:
     """What is kept of a turn."""
-    tools = turn.tools and SavedTools(turn.tools.thoughts, turn.tools.commands, turn.tools.results)
-    return SavedTurn(turn.human, turn.answer, turn.reason, turn.passes[-1].generated, tools)
+    saved = None
+    if turn.tools is not None:
+        saved = SavedTools(turn.tools.thoughts, turn.tools.commands, turn.tools.results)
+    return SavedTurn(turn.human, turn.answer, turn.reason, turn.passes[-1].generated, saved)
 
 
 def restored_turn(

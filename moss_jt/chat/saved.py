@@ -145,7 +145,8 @@ def _read_tools(tools: Any, where: str) -> SavedTools | None:
     """Check what a turn says of its tools."""
     if tools is None:
         return None
-    values = [tools.get(key) for key in ("thoughts", "commands", "results")] if isinstance(tools, dict) else [None]
-    if not all(isinstance(value, str) for value in values):
-        raise ConversationError(f'{where}: "tools" must be an object with the texts thoughts, commands and results.')
-    return SavedTools(*values)
+    keys = ("thoughts", "commands", "results")
+    texts = [text for key in keys if isinstance(tools, dict) and isinstance(text := tools.get(key), str)]
+    if len(texts) != len(keys):
+        raise ConversationError(f'{where}: "tools" must be an object with the texts {", ".join(keys)}.')
+    return SavedTools(*texts)

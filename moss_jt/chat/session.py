@@ -388,15 +388,9 @@ class ChatSession:
 
     def _enter_results(self, draft: _Draft, first: Pass, tools: ToolTurn) -> Iterator[ChatEvent]:
         """Begin the second pass; results that leave no room for an answer are cut."""
-        from moss_jt.tools.wording import NOTHING_RAN, shortened
-
-        size, before = self._engine.context_size, draft.dropped
-        tried = (tools.results, *(shortened(tools.results, longest) for longest in (200, SHORT_RESULT)), NOTHING_RAN)
-        for results in tried:
-            passes = (first, Pass(self._results_ids(first, results)))
-            if len(self._system_ids) + len(flat(passes)) + self._room() <= size or results is NOTHING_RAN:
-                break
-        draft.passes, draft.tools, draft.thinking = passes, replace(tools, results=results), False
+        before, results = draft.dropped, self._fitting(first, tools.results)
+        draft.passes = (first, Pass(self._results_ids(first, results)))
+        draft.tools, draft.thinking = replace(tools, results=results), False
         try:
             self._fit(draft)
         except ConversationError as error:  # the thoughts alone fill the context
@@ -404,6 +398,16 @@ class ChatSession:
             yield Notice("full", str(error))
         if draft.dropped > before:
             yield Notice("dropped", window.dropped(draft.dropped - before))
+
+    def _fitting(self, first: Pass, results: str) -> str:
+        """Results as long as they may be if an answer is to have room behind them."""
+        from moss_jt.tools.wording import NOTHING_RAN, shortened
+
+        for text in (results, shortened(results, 200), shortened(results, SHORT_RESULT)):
+            used = len(self._system_ids) + len(first.given) + len(first.generated) + len(self._results_ids(first, text))
+            if used + self._room() <= self._engine.context_size:
+                return text
+        return NOTHING_RAN
 
     def _answer(self, draft: _Draft) -> Iterator[ChatEvent]:
         """The pass of the answer, shown as it comes."""

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moss_jt.errors import ToolError
 
-if TYPE_CHECKING:
-    from mpmath import mpf
-
+Inexact = Any  # an mpf; mpmath has no types
 DIGITS = 50  # of a number that is not exact
 MAX_BITS = 1 << 16  # of a numerator or denominator: 19,700 digits
 MAX_POWER = 1 << 40  # of two, that a number that is not exact may reach
@@ -33,7 +31,7 @@ class Value:
         unit: in which it was given, "" for none.
     """
 
-    number: Fraction | mpf
+    number: Fraction | Inexact
     whole: bool = False
     unit: str = ""
 
@@ -51,7 +49,7 @@ def exact(value: Value) -> Fraction | None:
     return value.number if isinstance(value.number, Fraction) else None
 
 
-def real(value: Value) -> mpf:
+def real(value: Value) -> Inexact:
     """The value in `DIGITS` digits."""
     mp = context()
     if isinstance(value.number, Fraction):

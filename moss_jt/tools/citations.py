@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_CITATION = re.compile(r"<sup>\s*((?:<\|\d{1,3}\|>|\d{1,3})(?:\s*[,，、;]?\s*(?:<\|\d{1,3}\|>|\d{1,3}))*)\s*</sup>")
+_NUMBER = r"(?:<\|\d{1,3}\|>|\d{1,3}(?!\d))"
+_CITATION = re.compile(rf"<sup>\s*({_NUMBER}(?:\s*[,，、;]?\s*{_NUMBER})*)\s*</sup>")
 _BEGUN = re.compile(r"<(?:s(?:u(?:p(?:>[\s\d<|>,，、;/sup]{0,60})?)?)?)?$")
 
 
 @dataclass(frozen=True)
 class Citation:
-    """Numbers of sources at one place of an answer."""
+    """Numbers of sources at one place of an answer, and the text that said so."""
 
     numbers: tuple[int, ...]
+    text: str
 
 
 class CitationStream:
@@ -43,7 +45,7 @@ def _cut(text: str) -> tuple[list[str | Citation], str]:
     for found in _CITATION.finditer(text):
         if found.start() > end:
             parts.append(text[end : found.start()])
-        parts.append(Citation(tuple(int(number) for number in re.findall(r"\d+", found[1]))))
+        parts.append(Citation(tuple(int(number) for number in re.findall(r"\d+", found[1])), found[0]))
         end = found.end()
     return parts, text[end:]
 

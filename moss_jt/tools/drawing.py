@@ -24,10 +24,12 @@ class DrawingBackend(Protocol):
     @property
     def name(self) -> str:
         """The word by which it is chosen."""
+        ...
 
     @property
     def note(self) -> str:
         """What the user should know about its pictures; "" for nothing."""
+        ...
 
     def draw(self, description: str) -> bytes:
         """A picture as the bytes of a PNG or JPEG file.
@@ -35,9 +37,11 @@ class DrawingBackend(Protocol):
         Raises:
             ToolError: there is none.
         """
+        ...
 
     def check(self) -> Status:
         """Whether it can draw."""
+        ...
 
 
 class Placeholder:
@@ -83,11 +87,13 @@ def _keep(content: bytes, folder: Path) -> Path:
     part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-        part.replace(path)
+        try:
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise ToolError(f"the picture cannot be written to {folder}: {error.strerror}.") from error
     return path
 

@@ -19,6 +19,7 @@ from moss_jt.tools.drawing import SECONDS
 from moss_jt.tools.tool import Status
 
 MODEL = "stabilityai/sd-turbo"
+_INSTALL = "pip install 'moss-jt[draw]' transformers"
 _PROGRAM = """
 import json, sys
 wanted = json.load(sys.stdin)
@@ -49,7 +50,7 @@ class Diffusers:
     def draw(self, description: str) -> bytes:
         """Start the process, wait for it, read the picture."""
         if find_spec("diffusers") is None:
-            raise ToolError("the library diffusers is not installed. Run: pip install 'moss-jt[draw]'")
+            raise ToolError(f"the library diffusers is not installed. Run: {_INSTALL}")
         with tempfile.TemporaryDirectory(prefix="moss-jt-") as folder:
             path = Path(folder, "picture.png")
             wanted = {"model": self._model, "description": description, "path": str(path)}
@@ -73,5 +74,5 @@ class Diffusers:
     def check(self) -> Status:
         """Whether it is installed; the model is not loaded."""
         if find_spec("diffusers") is None or find_spec("torch") is None:
-            return Status("off", pick("pip install 'moss-jt[draw]'", "请安装：pip install 'moss-jt[draw]'"))
+            return Status("off", pick(_INSTALL, f"请安装：{_INSTALL}"))
         return Status("ok", pick(f"installed; model {self._model}", f"已安装；模型 {self._model}"))

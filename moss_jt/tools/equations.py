@@ -149,13 +149,11 @@ class _Translator:
 
     def _of(self, tree: Tree) -> Any:
         """The expression of a tree."""
-        if is_constant(tree):
-            return self._constant(tree)
         behind: list[tuple[str, Tree]] = []
-        while isinstance(tree, Both) and not is_constant(tree):
+        while not is_constant(tree) and isinstance(tree, Both):  # a long sum leans to the left: no recursion there
             behind.append((tree.sign, tree.right))
             tree = tree.left
-        found = self._constant(tree) if is_constant(tree) else self._one(tree)
+        found = self._constant(tree) if isinstance(tree, Both) or is_constant(tree) else self._one(tree)
         while behind:
             sign, right = behind.pop()
             found = self._joined(sign, found, self._of(right))
@@ -259,6 +257,8 @@ def _solutions(expressions: list[Any], asked: list[Any], known: Sequence[Any]) -
         raise ToolError(f"SymPy cannot solve this: {error}.") from error
     if not isinstance(found, list) or not found:
         raise ToolError("there is no solution.")
+    if any(value.has(sympy.CRootOf) for solution in found for value in solution.values()):
+        found = _numeric_roots(expressions, unknowns)
     if len(found) > MAX_SOLUTIONS:
         raise ToolError(f"there are more than {MAX_SOLUTIONS} solutions.")
     for solution in found:
@@ -266,7 +266,21 @@ def _solutions(expressions: list[Any], asked: list[Any], known: Sequence[Any]) -
         loose = {symbol for value in solution.values() for symbol in value.free_symbols}
         if missing or (loose and not asked) or loose & set(unknowns):
             raise ToolError("there are more unknowns than equations.")
-    return found
+    return list(found)
+
+
+def _numeric_roots(expressions: list[Any], unknowns: Sequence[Any]) -> list[Solution]:
+    """The roots of a polynomial that no formula gives, in 15 digits.
+
+    Raises:
+        ToolError: there is more than one equation or unknown.
+    """
+    import sympy
+
+    if len(expressions) != 1 or len(unknowns) != 1:
+        raise ToolError("the roots of this system have no formula.")
+    roots = sympy.Poly(sympy.numer(sympy.together(expressions[0])), unknowns[0]).nroots(n=_DIGITS, maxsteps=100)
+    return [{unknowns[0]: root} for root in dict.fromkeys(roots)]
 
 
 def _written(solutions: list[Solution], *, inexact: bool) -> Iterator[str]:

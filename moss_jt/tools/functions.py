@@ -1,5 +1,6 @@
-"""The functions and constants of the calculator, by name; angles are radians, as in Python.
+"""The functions and constants of the calculator, by name.
 
+Angles are radians, as in Python, unless they are written with °.
 A function takes values and gives one. Exact arguments give exact results where that is possible.
 """
 
@@ -55,7 +56,7 @@ def factorial(value: Value) -> Value:
     if n < 0:
         raise ToolError("the factorial of a negative number is not defined.")
     if n > MAX_FACTORIAL:
-        raise ToolError(f"the factorial of {str(n)[:20]} is too large.")
+        raise ToolError(f"a factorial above {MAX_FACTORIAL}! is too large.")
     return make(math.factorial(n), whole=True)
 
 
@@ -63,7 +64,7 @@ def _through(name: str) -> Function:
     """A function of mpmath with one argument."""
 
     def apply(value: Value) -> Value:
-        number = real(value)
+        number = real(value) * context().pi / 180 if value.unit == "°" else real(value)
         if number and context().mag(number) > 200:  # sin(1e300) would need 300 digits of pi; exp(1e60) is no number
             raise ToolError(f"the argument of {name} is too large.")
         return make(getattr(context(), name)(number))

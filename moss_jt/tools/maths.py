@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from moss_jt.errors import ToolError
 from moss_jt.language import pick
-from moss_jt.tools.sandbox import Sandbox
+from moss_jt.tools.sandbox import START_SECONDS, Sandbox
 from moss_jt.tools.tool import Status, Tool
 
 _CALCULATOR = ("2^10 + 1/4", "1024.25")
+_SECONDS = START_SECONDS + 10  # the sandbox has a limit of its own; this one is for a start on a busy machine
 _SOLVER = ("x + y = 35; 2x + 4y = 94", "x = 23\ny = 12")
 
 
@@ -20,7 +21,9 @@ def calculator(box: Sandbox) -> Tool:
         run=lambda *texts: box.ask("calculate", ", ".join(texts)),
         quoted=True,
         broken="No calculation results.",
+        seconds=_SECONDS,
         check=lambda: _try(box, "calculate", *_CALCULATOR),
+        close=box.close,
     )
 
 
@@ -31,7 +34,9 @@ def solver(box: Sandbox) -> Tool:
         title="Equation solver",
         api="Solve(equation)",
         run=lambda *texts: box.ask("solve", ";".join(texts)),
+        seconds=_SECONDS,
         check=lambda: _try(box, "solve", *_SOLVER),
+        close=box.close,
     )
 
 

@@ -10,7 +10,6 @@ then started at once. One answer is computed at a time; threads wait for each ot
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import os
@@ -38,7 +37,24 @@ from moss_jt.tools import worker
 sys.exit(worker.serve(int(sys.argv[2])))
 """
 
-_open: weakref.WeakSet[Sandbox] = weakref.WeakSet()
+
+class _Held:
+    """The process of a sandbox, apart from it, so that it can be ended when the sandbox is gone."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def kill(self) -> None:
+        """End the process, if there is one."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
 
 
 class Sandbox:
@@ -53,14 +69,14 @@ class Sandbox:
         self._seconds = seconds
         self._memory = memory
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._held = _Held()
         self._ready = False
-        _open.add(self)
+        weakref.finalize(self, self._held.kill)  # also when the program ends
 
     @property
     def pid(self) -> int | None:
         """The number of the process, None where there is none."""
-        return self._process.pid if self._process is not None else None
+        return self._held.process.pid if self._held.process is not None else None
 
     def warm(self) -> None:
         """Start the process if it is not there, without waiting until it is ready."""
@@ -81,9 +97,10 @@ class Sandbox:
             try:
                 self._await_ready()
                 return self._exchange(line)
-            except BaseException as error:
-                if not isinstance(error, ToolError) or not self._ready:
-                    self._kill()  # Ctrl-C too: a late answer must not be taken for that of the next question
+            except ToolError:
+                raise
+            except BaseException:
+                self._kill()  # Ctrl-C: a late answer must not be taken for that of the next question
                 raise
 
     def close(self) -> None:
@@ -93,13 +110,13 @@ class Sandbox:
 
     def _start(self) -> None:
         """Start a process unless one is alive."""
-        if self._process is not None and self._process.poll() is None:
+        if self._held.process is not None and self._held.process.poll() is None:
             return
         self._kill()
         root = str(Path(__file__).resolve().parents[2])
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
         try:
-            self._process = subprocess.Popen(
+            self._held.process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, root, str(self._memory)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -124,7 +141,7 @@ class Sandbox:
 
     def _exchange(self, line: bytes) -> str:
         """Send a request and wait for its answer as long as it may take."""
-        process = self._process
+        process = self._held.process
         assert process is not None and process.stdin is not None, "started before"
         reply = b""
         with contextlib.suppress(OSError):  # the process has died since: no reply then
@@ -144,7 +161,7 @@ class Sandbox:
 
     def _read(self, until: float) -> bytes:
         """A line of the process, or what came of it by then."""
-        process = self._process
+        process = self._held.process
         assert process is not None and process.stdout is not None, "started before"
         reply = b""
         with selectors.DefaultSelector() as selector:
@@ -161,20 +178,5 @@ class Sandbox:
         return reply
 
     def _kill(self) -> None:
-        process, self._process, self._ready = self._process, None, False
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-
-def _close_all() -> None:
-    for box in list(_open):
-        box.close()
-
-
-atexit.register(_close_all)
+        self._ready = False
+        self._held.kill()

@@ -12,7 +12,7 @@ from moss_jt.errors import ToolError
 from moss_jt.tools.tool import Hit, Status, Tool
 
 HITS = 3  # of one search; several searches of a turn get fewer each
-LONGEST = 400  # characters of a text, as in the training data
+LONGEST = 390  # characters of a text; with its quotes and escapes it may have 400
 MAX_QUERY = 400
 
 _TAGS = re.compile(r"</?[A-Za-z][^<>]{0,300}>|<!--.*?-->", re.DOTALL)
@@ -26,6 +26,7 @@ class SearchBackend(Protocol):
     @property
     def name(self) -> str:
         """The word by which it is chosen."""
+        ...
 
     def search(self, query: str, count: int) -> Sequence[Hit]:
         """The `count` best hits, the best first.
@@ -33,9 +34,11 @@ class SearchBackend(Protocol):
         Raises:
             ToolError: it cannot be searched now.
         """
+        ...
 
     def check(self) -> Status:
         """Whether it can be searched."""
+        ...
 
 
 def search_tool(backend: SearchBackend) -> Tool:

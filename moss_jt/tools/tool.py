@@ -70,6 +70,7 @@ class Tool:
         broken: what they say where the tool was stopped or fell over; None is the same.
         seconds: that a call may take.
         check: tries the tool, for `moss-jt tools`.
+        close: gives back what it holds.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Tool:
     broken: str | None = None
     seconds: float = 20.0
     check: Callable[[], Status] | None = None
+    close: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or not self.function.isidentifier() or not self.api.endswith(")"):

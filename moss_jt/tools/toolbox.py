@@ -134,6 +134,12 @@ class ToolBox:
         for call in calls:
             yield self._run_one(call, turn)
 
+    def close(self) -> None:
+        """Give back what the tools hold; they start again when they are called."""
+        for tool in self.tools:
+            if tool.close is not None:
+                tool.close()
+
     def find(self, name: str) -> Tool | None:
         """The tool that a call of this name means."""
         return self._by_function.get(name.lower())

@@ -4,8 +4,9 @@
     <|1|>: 'text'               Calculate("f") => 'No result.'  x = 30
     <|2|>: 'text'                                               y = 2
 
-The call is repeated as the model wrote it. Texts of a search are written as Python writes a string; what answers
-the question by itself has its title before it. Text from outside cannot look like a tag or a source's number.
+The call is repeated as the model wrote it. Texts of a search are written as Python writes a string, and cut after 400
+characters of that, so a long one has no closing quote; what answers the question by itself has its title before it.
+Text from outside cannot look like a tag or a source's number.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 NO_RESULT = "No result."
 NOTHING_RAN = "None"  # the Results of a turn with tools in which none was called
+LONGEST_HIT = 400  # characters of a text found by a search, quotes and all
 LONGEST_CALL = 1000  # characters of a call that are repeated
 _TAG_LIKE = re.compile(r"<(?=\||/?eo[htcrm]>)")
 
@@ -64,7 +66,7 @@ def failed(call: Call, tool: Tool | None, *, broken: bool = False) -> str:
 
 def joined(blocks: Iterable[str]) -> str:
     """The Results of a turn."""
-    return "\n".join(blocks) or NOTHING_RAN
+    return "\n".join(blocks).strip() or NOTHING_RAN
 
 
 def shortened(results: str, longest: int) -> str:
@@ -85,4 +87,4 @@ def _repeated(call: Call) -> str:
 
 def _hit(hit: Hit) -> str:
     title = f"{harmless(' '.join(hit.title.split()))}: " if hit.direct and hit.title else ""
-    return f"{title}{harmless(hit.text)!r}"
+    return title + repr(harmless(hit.text))[:LONGEST_HIT]

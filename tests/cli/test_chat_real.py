@@ -180,3 +180,31 @@ def test_ctrl_c_inside_the_engine_leaves_a_conversation_that_goes_on(
     monkeypatch.undo()
     rest = "".join(event.text for event in session.continue_answer() if isinstance(event, TextDelta))
     assert (shown + rest).startswith(whole), "as if nothing had happened"
+
+
+def test_with_tools_the_real_engine_computes_only_the_results(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens are a script; the network, its cache and what is reused of it are real."""
+    from moss_jt.engine import Engine
+    from moss_jt.load import load_model
+    from moss_jt.tools import Tool, ToolBox
+
+    model = load_model(model_folder)
+    tokenizer = model.tokenizer
+    thoughts = [*tokenizer.encode(" hm"), tokenizer.marker("<eot>"), *tokenizer.encode('\n<|Commands|>: Echo("a")')]
+    first = [*thoughts, tokenizer.marker("<eoc>")]
+    script = iter([*first, *tokenizer.encode(" a, it says."), tokenizer.marker("<eom>")])
+    monkeypatch.setattr("moss_jt.sampling.choose", lambda *_: (next(script), -1.0))
+    echo = ToolBox([Tool("echo", "Echo", "Echo(text)", lambda text: text * 3)])
+    session = ChatSession(Engine(model), tokenizer, Template("fields"), system="Be brief.", tools=echo)
+    events = list(session.reply("Say it."))
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    assert session.turns[0].answer == "a, it says."
+    opening = [*tokenizer.encode("Be brief.\n<|Human|>: Say it."), 0, *tokenizer.encode("\n<|Inner Thoughts|>:")]
+    assert finished.stats.reused_tokens == len(opening) + len(first) - 1, (
+        "all but the end marker, which nobody had read"
+    )
+    results = [*tokenizer.encode('\n<|Results|>:\nEcho("a") =>\naaa\n'), 0, *tokenizer.encode("\n<|MOSS|>:")]
+    assert finished.stats.prompt_tokens - finished.stats.reused_tokens == 1 + len(results)

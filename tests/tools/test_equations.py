@@ -1,0 +1,88 @@
+"""Solve: lines as in the training data, roots that hold, and what cannot be solved."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+
+from moss_jt.errors import ToolError
+from moss_jt.tools.equations import solve
+
+SOLVED = {
+    "x+y=35;2x+4y=94": "x = 23\ny = 12",
+    "x+y=15, 2x+4y=34": "x = 13\ny = 2",
+    "x+y=15，2x+4y=34": "x = 13\ny = 2",
+    "x+y=15；2x+4y=34;": "x = 13\ny = 2",
+    "x/4=(120-x)/5": "x = 160/3",
+    "12x = 3*21x": "x = 0",
+    "(x + 5)^2 = 169": "x_0 = -18\nx_1 = 8",
+    "x^2=15": "x_0 = -sqrt(15)\nx_1 = sqrt(15)",
+    "x²=16": "x_0 = -4\nx_1 = 4",
+    "x^2+4=0": "x_0 = -2*I\nx_1 = 2*I",
+    "(4/3)x - x = 64": "x = 192.000000000000",
+    "x+14=(37-x)*0.25": "x = -3.80000000000000",
+    "x+2x=180/1": "x = 60.0000000000000",
+    "60=x+x/5": "x = 50",
+    "24a+24b+24c=1;9b+9c=1;18a+18c=1": "a = -5/72\nb = -1/72\nc = 1/8",
+    "y=(5/4)*(x-y);y-40=(1/10)*(x-y+40)": "x = 86.0869565217391\ny = 47.8260869565217",
+    "24*pi = 2*pi*r": "r = 12.0000000000000",
+    "5*(x^2)*sqrt(5)/4=25": "x_0 = -2.99069756244244\nx_1 = 2.99069756244244",
+    "2t + 6t + t = 1, t": "t = 1/9",
+    "a*x=b; x": "x = b/a",
+    "6*a^2=216;a^3": "a_0 = -6\na_1 = 6",
+    "x^2-5x+6": "x_0 = 2\nx_1 = 3",
+    "(x-1)(x-2)=0": "x_0 = 1\nx_1 = 2",
+    "2(x+1)=8": "x = 3",
+    "x(x-3)=0": "x_0 = 0\nx_1 = 3",
+    "x+y=7;xy=12": "x_0 = 3\ny_0 = 4\nx_1 = 4\ny_1 = 3",
+    "total_cost = 62 + 9*3": "total_cost = 89",
+    "人数*3=36": "人数 = 12",
+    "|x-2|=3": "x_0 = -1\nx_1 = 5",
+    "sqrt(x)=3": "x = 9",
+    "2^x=8": "x = 3",
+    "ln(x)=0": "x = 1",
+    "x==5": "x = 5",
+    "3! * x = 12": "x = 2",
+}
+
+
+@pytest.mark.parametrize("equations", SOLVED)
+def test_solved_in_the_words_of_the_data(equations: str) -> None:
+    assert solve(equations) == SOLVED[equations]
+
+
+UNSOLVED = {
+    "": "there are 0 equations",
+    "l*w=72": "more unknowns than equations",
+    "4x + 10 = y;6x = z": "more unknowns",
+    "x=x": "nothing depends on an unknown",
+    "1=2": "nothing depends on an unknown",
+    "x=x+1": "nothing depends|no solution",
+    "x+y=1;x+y=2": "no solution",
+    "x": "there is no equation",
+    "x!=6": "factorial of an unknown",
+    "x//2=3": "// of an unknown",
+    "f(x,2)=3": "2 arguments",
+    "foo(x)=3": "no function 'foo'",
+    "x^1000=2": "a power above",
+    "x/0=1": "division by zero",
+    "det(randMatrix(5,7))": "no function",
+    ";".join(f"x{n}=1" for n in range(20)): "there are 20 equations",
+}
+
+
+@pytest.mark.parametrize("equations", UNSOLVED)
+def test_unsolved_with_a_reason(equations: str) -> None:
+    with pytest.raises(ToolError, match=UNSOLVED[equations]):
+        solve(equations)
+
+
+@pytest.mark.parametrize("equation", ["x^3-3x+1=0", "x^5-x-1=0", "x^3+x=1", "x^4-10x^2+1=0", "cos(x)=0.5", "x^2+x+1=0"])
+def test_every_root_holds(equation: str) -> None:
+    """Put back into the equation, by SymPy's own reader of text."""
+    left, _, right = equation.replace("^", "**").replace("3x", "3*x").replace("10x", "10*x").partition("=")
+    difference = sympy.sympify(f"({left}) - ({right})")
+    roots = [line.split(" = ")[1] for line in solve(equation).split("\n")]
+    assert roots
+    for root in roots:
+        assert abs(sympy.N(difference.subs(sympy.Symbol("x"), sympy.sympify(root)), 20)) < 1e-12
