@@ -140,6 +140,8 @@ def _open(values: dict[str, Any], longest: int, screen: Screen, times: dict[str,
     times["start_s"] = round(time.perf_counter() - began, 2)
     began = time.perf_counter()
     if config is not None:
+        if options.pop("adapter") is not None:
+            raise click.UsageError(pick("--adapter is for --model.", "--adapter 需与 --model 同用。"))
         model = synthetic_model(config, **options, progress=progress)
     else:
         assert folder is not None, "one of the two was given"

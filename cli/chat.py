@@ -96,7 +96,8 @@ def command(
     screen = Screen(interactive=sys.stdin.isatty() and sys.stdout.isatty())
     box = open_tools(tools, search=search_with, draw=draw_with, screen=screen)
     try:
-        good = _talk(open_model(model, options, screen), screen, template, system=system, config=config, tools=box)
+        loaded = open_model(model, options, screen)
+        good = _talk(loaded, screen, template, system=system, config=config, tools=box, quality=quality)
     finally:
         if box is not None:
             box.close()
@@ -112,6 +113,7 @@ def _talk(
     system: str | None,
     config: GenerationConfig,
     tools: ToolBox | None,
+    quality: int | None,
 ) -> bool:
     """Hold the conversation; false if somebody's message could not be answered and nobody saw it."""
     from moss_jt.chat import ChatSession
@@ -122,13 +124,8 @@ def _talk(
     from moss_jt.fit import predictor_for
     from moss_jt.template import choose_template
 
-<<<<<<< HEAD
-    form = choose_template(template, loaded.config, tools=box is not None, quality=quality)
-    session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config, tools=box)
-=======
-    form = choose_template(template, loaded.config, tools=tools is not None)
+    form = choose_template(template, loaded.config, tools=tools is not None, quality=quality)
     session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config, tools=tools)
->>>>>>> tools
     talk = Talk(session, screen, predictor=partial(predictor_for, loaded))
     if screen.interactive:
         screen.note(_welcome())

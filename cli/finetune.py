@@ -179,7 +179,12 @@ TRAIN = (
     help=pick("Of the trained model's weights.", "训练后模型的权重类型。"),
 )
 @click.option("--resume", is_flag=True, help=pick("Go on from the newest checkpoint.", "从最新的检查点继续。"))
-@click.option("--log_dir", hidden=True)
+@click.option(
+    "--log_dir",
+    type=FOLDER,
+    metavar="DIR",
+    help=pick("Folder of the logs. [default: OUTPUT/log]", "日志目录。[默认：OUTPUT/log]"),
+)
 @click.option(
     "--tensorboard/--no-tensorboard",
     default=None,
@@ -241,6 +246,7 @@ def _request(values: dict[str, Any]) -> Request:
         memory=parse_size(memory) if memory is not None else None,
         dtype=DTYPES[given["dtype"]],
         resume=given["resume"],
+        log_dir=given.get("log_dir"),
         tensorboard=given.get("tensorboard"),
     )
 

@@ -207,9 +207,13 @@ def training_in_place(source: str, inputs: list[Any], outputs: list[Any], data: 
 
 
 def run_training(source: str, inputs: list[Any], outputs: list[Any], data: Mapping[str, float]) -> None:
-    """Run a kernel of training now; `outputs` are written in place."""
-    for var in training_in_place(source, inputs, outputs, data):
-        var.sync()
+    """Run a kernel of training now; `outputs` are written in place.
+
+    Without gradients: else Jittor would keep a node for each call, for as long as the outputs live.
+    """
+    with computing():
+        for var in training_in_place(source, inputs, outputs, data):
+            var.sync()
 
 
 def run(source: str, inputs: list[Any], outputs: list[Any], data: Mapping[str, float]) -> None:

@@ -37,9 +37,19 @@ _TURN_AROUND = _SIZES + "moss_training::turn_around(in0_p, out0_p, tokens, width
 _TAKE_ROWS = "moss_training::take_rows(in0_p, in1_p, out0_p, in1_shape0, in0_shape1);"
 _TAKE_ROWS_BACK = _SIZES + "moss_training::take_rows_back(in0_p, in1_p, out0_p, tokens, width, out0_shape0);"
 _HEADS = 'const moss_training::Heads s{(int64_t)data["heads"], (int64_t)data["width"], (int64_t)data["rotary"]};'
-_ATTEND = _HEADS + "moss_training::attend(s, in0_p, in1_p, in2_p, out0_p, out1_p, in1_shape0 - 1);"
+_ATTEND = (
+    _HEADS
+    + """
+    const moss_training::Sequences all{in1_p, in1_shape0 - 1, (int64_t)data["shared"]};
+    moss_training::attend(s, all, in0_p, in2_p, out0_p, out1_p);
+"""
+)
 _ATTEND_BACK = (
-    _HEADS + "moss_training::attend_back(s, in0_p, in1_p, in2_p, in3_p, in4_p, in5_p, out0_p, in4_shape0 - 1);"
+    _HEADS
+    + """
+    const moss_training::Sequences all{in4_p, in4_shape0 - 1, (int64_t)data["shared"]};
+    moss_training::attend_back(s, all, {in0_p, in1_p, in2_p, in3_p, in5_p, out0_p});
+"""
 )
 _CROSS_ENTROPY = """
     moss_training::cross_entropy(out0_p, in0_p, in1_p, in2_p, out1_p, out2_p, out0_shape0, out0_shape1);
@@ -76,11 +86,17 @@ def node(forward: Forward, backward: Backward, *inputs: Var) -> Var:
 def multiply(a: Var, b: Var, turn_a: bool = False, turn_b: bool = False) -> Var:
     """The product of two matrices, each taken as it lies or turned around; no gradients."""
     jt = startup.import_jittor(device="cpu")
+    if turn_a and not turn_b and b.shape[1] < a.shape[1]:  # the narrower one is turned, and the result back
+        return _turned(multiply(b, a, turn_a=True))
     if turn_a:  # by ourselves: oneDNN takes more than twice as long for a product with a matrix turned around
-        a = training_node(_TURN_AROUND, [[a.shape[1], a.shape[0]]], [a])[0]
+        a = _turned(a)
     if jt.mkl_ops is not None:
         return jt.mkl_ops.mkl_matmul(a, b, False, turn_b)
     return jt.nn.matmul_transpose(a, b) if turn_b else jt.matmul(a, b)
+
+
+def _turned(x: Var) -> Var:
+    return training_node(_TURN_AROUND, [[x.shape[1], x.shape[0]]], [x])[0]
 
 
 def linear(x: Var, weight: Var) -> Var:
@@ -164,7 +180,7 @@ def take_rows(table: Var, ids: npt.NDArray[np.int32]) -> Var:
     return node(forward, backward, table)
 
 
-def attention(qkv: Var, starts: Var, sincos: Var, config: MossConfig) -> Var:
+def attention(qkv: Var, starts: Var, sincos: Var, config: MossConfig, *, shared: int = 0) -> Var:
     """Causal attention within each sequence: (T, 3C) to (T, C).
 
     Args:
@@ -172,8 +188,9 @@ def attention(qkv: Var, starts: Var, sincos: Var, config: MossConfig) -> Var:
         starts: where each sequence begins, and T, int32.
         sincos: of all positions, as `moss_jt.ops.rotary_table`.
         config: the model's shape.
+        shared: length of the first sequence, where all others go on after it; else 0.
     """
-    data = {"heads": config.n_head, "width": config.head_dim, "rotary": config.rotary_dim}
+    data = {"heads": config.n_head, "width": config.head_dim, "rotary": config.rotary_dim, "shared": shared}
 
     def forward(qkv: Var) -> tuple[Var, Any]:
         tokens = qkv.shape[0]

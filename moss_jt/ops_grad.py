@@ -2,7 +2,7 @@
 
 No cache, nothing in place. What is trained is given as Vars; what is not may stay in a store, quantised or
 streamed, and gradients pass through it (`moss_jt.frozen`). The tokens of a batch are whole sequences from
-position 0, one after the other, of any lengths: there is no padding.
+position 0, one after the other, of any lengths: there is no padding. Or the first is what all others begin with.
 """
 
 from __future__ import annotations
@@ -61,22 +61,31 @@ class GradientOps:
         self._frozen = None if store is None else FrozenProducts(store)
         self._sincos = self._jt.array(rotary_table(config)).stop_grad()
         self._starts: Var = None
+        self._shared = 0
         self.on_layer: Callable[[int], None] | None = None
 
     def begin(self, batch: Batch) -> None:
         """Take up a batch.
 
         Raises:
-            ShapeError: a sequence does not start at position 0, or is torn apart.
+            ShapeError: a sequence starts elsewhere, or is torn apart.
         """
         starts = np.flatnonzero(np.diff(batch.slots, prepend=-1)).astype(np.int32)
         ends = np.append(starts, np.int32(batch.size))
         lengths = np.diff(ends)
-        whole = np.array_equal(batch.positions, np.arange(batch.size) - np.repeat(starts, lengths))
-        if not whole or len(np.unique(batch.slots[starts])) != len(starts):
-            raise ShapeError("training takes whole sequences, each from position 0 on and one after the other.")
-        if lengths.max() > self.config.n_positions:
-            raise ShapeError(f"a sequence has {lengths.max()} tokens, more than n_positions {self.config.n_positions}.")
+        firsts = batch.positions[starts]
+        shared = int(firsts.max())
+        whole = np.array_equal(batch.positions, np.arange(batch.size) - np.repeat(starts - firsts, lengths))
+        goes_on = not shared or (shared == lengths[0] and not firsts[0] and (firsts[1:] == shared).all())
+        if not (whole and goes_on) or len(np.unique(batch.slots[starts])) != len(starts):
+            raise ShapeError(
+                "training takes whole sequences one after the other, from position 0 on, or all from the end of the first on."
+            )
+        if (firsts + lengths).max() > self.config.n_positions:
+            raise ShapeError(
+                f"a sequence has {(firsts + lengths).max()} tokens, more than n_positions {self.config.n_positions}."
+            )
+        self._shared = shared
         if self.store is not None:
             self.store.begin_pass()
         self._starts = self._jt.array(ends)
@@ -140,7 +149,7 @@ class GradientOps:
 
     def attention(self, qkv: Var, layer: int) -> Var:
         """Causal attention within each sequence: (N, 3C) to (N, C)."""
-        return nodes.attention(qkv, self._starts, self._sincos, self.config)
+        return nodes.attention(qkv, self._starts, self._sincos, self.config, shared=self._shared)
 
     def gelu(self, x: Var, name: str) -> Var:
         """gelu_new."""

@@ -177,6 +177,7 @@ def test_encoded_data_is_kept_and_known_again(golden: Path, tmp_path: Path) -> N
         ('{"chat": ', "train.jsonl:1 is not JSON"),
         ('{"plain_text": ""}', r'holds plain_text; wanted is a conversation with "chat", or a "text"'),
         ('{"chat": []}', r'"chat" must be an object of turns'),
+        ('{"chat": {}, "num_turns": 1}', "there is no turn_1, and num_turns says that there is"),
         ('{"chat": {"turn_1": {"Robot": ""}}}', "has the field 'Robot'; a turn has Human"),
         ('{"chat": {"turn_1": {"Human": 3}}}', "'Human' is 3; it must be text"),
     ],
@@ -202,7 +203,7 @@ def test_passes_hold_every_token_that_counts() -> None:
     samples = numbered([10, 3, 25, 8, 8, 40])
     numbers = [5, 0, 1, 3, 4, 2]
     passes = list(passes_of(samples, numbers, 20))
-    assert all(one.batch.size <= 20 or one.batch.slots.max() == 0 for one in passes)
+    assert all(one.batch.size <= 20 or len(np.unique(one.batch.slots)) == 1 for one in passes)
     assert sum(one.learned for one in passes) == learned_tokens(samples, np.array(numbers))
     seen = []
     for one in passes:
@@ -210,6 +211,19 @@ def test_passes_hold_every_token_that_counts() -> None:
         assert (one.batch.ids[one.batch.wanted] + 1 == one.labels).all()
         seen += [int(one.batch.ids[one.batch.slots == slot][0]) // 100 for slot in np.unique(one.batch.slots)]
     assert seen == numbers
+
+
+def test_what_samples_begin_with_stands_once() -> None:
+    head = np.arange(20, dtype=np.int32)
+    made = [Sample(np.append(head, tail).astype(np.int32), ((0, 15),)) for tail in ([50, 51, 52], [50, 60], [70])]
+    (one,) = passes_of(join(made), [0, 1, 2], 38)
+    assert one.batch.slots.tolist() == [0] * 14 + [1] * 8 + [2] * 7 + [3] * 6
+    assert one.batch.positions.tolist() == [*range(14), *range(14, 22), *range(14, 21), *range(14, 20)]
+    assert one.batch.ids[14:22].tolist() == [*range(14, 20), 50, 51]
+    assert one.labels[:8].tolist() == [15, 16, 17, 18, 19, 50, 51, 52], "a learned token is never shared"
+    assert one.tokens == 23 + 22 + 21
+    cut = list(passes_of(join(made), [0, 1, 2], 37))
+    assert [single.learned for single in cut] == [15, 6]
 
 
 def test_records_that_teach_nothing_are_dropped() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -33,6 +37,8 @@ from moss_jt.template import Template, answer_text
 from moss_jt.tokenizer import load_tokenizer
 
 Array = npt.NDArray[Any]
+
+ROOT = Path(__file__).parent.parent
 
 TOKENIZER = "tokenizer/c-addedtoken-specials"
 SHAPE = {
@@ -111,25 +117,34 @@ def test_training_goes_on_from_a_folder(request_of: Make) -> None:
     assert np.abs(weights[0].small(name) - weights[1].small(name)).max() < 1e-4
 
 
-def test_going_on_after_a_stop_gives_the_same_model(request_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+KILLED = """
+import os, pickle, signal, sys
+from moss_jt.finetune import checkpoint
+from moss_jt.finetune.run import finetune
+done = checkpoint._force_to_disk
+def force(path):
+    if path.parent.name.startswith(".step-00000004"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    done(path)
+checkpoint._force_to_disk = force
+finetune(pickle.load(sys.stdin.buffer))
+"""
+
+
+def test_going_on_after_a_kill_gives_the_same_model(request_of: Make) -> None:
     whole = finetune(request_of("whole"))
-    real = checkpoint.save
-
-    def killed(*arguments: Any, **options: Any) -> Path:
-        path = real(*arguments, **options)
-        if path.name.endswith("04"):
-            raise KeyboardInterrupt
-        return path
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(request_of("cut"))
+    command = [sys.executable, "-c", KILLED]
+    given = pickle.dumps(request_of("cut"))
+    killed = subprocess.run(command, input=given, cwd=ROOT, capture_output=True, timeout=300, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    folder = whole.path.parent.with_name("cut")
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step-00000002"], "killed while it wrote the next"
     with pytest.raises(ConfigError, match="is the checkpoint of an earlier run"):
         finetune(request_of("cut"))
     again = finetune(request_of("cut", resume=True))
     assert again.figures["loss"] == whole.figures["loss"] and again.figures["val_loss"] == whole.figures["val_loss"]
     assert np.array_equal(logits(again.path), logits(whole.path))
+    assert not list(folder.glob(".step-*"))
 
 
 def test_every_figure_is_where_tensorboard_looks(request_of: Make) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from moss_jt.config import MossConfig
 from moss_jt.errors import CheckpointError, ConfigError
-from moss_jt.finetune import checkpoint
+from moss_jt.finetune import batches, checkpoint
 from moss_jt.finetune.data import Samples, join
 from moss_jt.finetune.encoding import Sample
 from moss_jt.finetune.optimizer import AdamW, is_decayed
@@ -131,6 +131,21 @@ def test_cutting_a_step_up_changes_only_the_rounding(changes: dict[str, Any], ji
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
 
 
+def test_a_shared_beginning_changes_only_the_rounding(jittor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    head = rng.integers(0, TINY.vocab_size, 20)
+    tails = [rng.integers(0, TINY.vocab_size, rng.integers(3, 30)) for _ in range(22)]
+    data = join([Sample(np.append(head, tail).astype(np.int32), ((0, 20),)) for tail in tails])
+    once, each = trainer(SETTINGS, samples=data), trainer(SETTINGS, samples=data)
+    for _ in range(4):
+        got = once.step()
+        with monkeypatch.context() as patched:
+            patched.setattr(batches, "common", lambda *_: 0)
+            want = each.step()
+        assert got["loss"] == pytest.approx(want["loss"], abs=1e-5)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+
+
 def test_layers_stay_as_they_are_until_they_thaw(jittor: Any) -> None:
     run = trainer(replace(SETTINGS, unfreeze_every=2, warmup=0.0))
     before = {name: values.copy() for name, values in run.job.parameters.arrays().items()}
@@ -158,3 +173,14 @@ def test_gradient_norm_and_clipping(jittor: Any) -> None:
     chosen = [slot.of(parameters.gradients).ravel() for slot in parameters.slots.values()]
     want = np.sqrt(sum(float((part.astype(np.float64) ** 2).sum()) for part in chosen))
     assert AdamW(parameters, SETTINGS).gradient_norm(parameters.slots) == pytest.approx(want, rel=1e-12)
+
+
+def test_steps_leave_nothing_behind(jittor: Any) -> None:
+    """The optimizer's calls once left a node each in Jittor's graph, 45 KB a step."""
+    run = trainer(SETTINGS)
+    for _ in range(2):
+        run.step()
+    before = jittor.liveness_info()
+    for _ in range(5):
+        run.step()
+    assert jittor.liveness_info() == before

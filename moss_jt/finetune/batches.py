@@ -1,4 +1,4 @@
-"""Which samples a step takes, and how they are laid out: flat, one after the other, without padding.
+"""Which samples a step takes, and how they are laid out: flat, without padding, what they have in common once.
 
 The order of an epoch depends on the seed and the epoch alone, so a run can go on anywhere, and every process
 knows what the others compute.
@@ -24,12 +24,14 @@ class Pass:
     """Samples that are computed at once.
 
     Attributes:
-        batch: all their tokens; wanted are those that a learned token follows.
+        batch: their tokens, those that all samples begin with once; wanted are those that a learned token follows.
         labels: what follows the wanted tokens, (R,) int32.
+        tokens: of the samples, each counted by itself.
     """
 
     batch: Batch
     labels: Ids
+    tokens: int
 
     @property
     def learned(self) -> int:
@@ -64,30 +66,53 @@ def passes_of(samples: Samples, numbers: Sequence[int] | npt.NDArray[np.int64], 
     """Cut samples into passes of at most `pass_tokens` tokens, in order; a longer sample is one by itself."""
     lengths = samples.lengths
     taken: list[int] = []
-    size = 0
-    for number in numbers:
-        if taken and size + lengths[number] > pass_tokens:
+    shared = total = 0  # tokens in common; all tokens, each sample counted by itself
+    for number in map(int, numbers):
+        length = int(lengths[number])
+        together = common(samples, taken[0], number, shared) if taken else length
+        if taken and total + length - len(taken) * together > pass_tokens:
             yield make_pass(samples, taken)
-            taken, size = [], 0
-        taken.append(int(number))
-        size += int(lengths[number])
+            taken, together, total = [], length, 0
+        taken.append(number)
+        shared, total = together, total + length
     if taken:
         yield make_pass(samples, taken)
 
 
+def common(samples: Samples, one: int, other: int, most: int) -> int:
+    """How many tokens, at most `most`, two samples have in common at their beginning, before any learned one."""
+    (ids, labels), (more, more_labels) = samples.sample(one), samples.sample(other)
+    count = min(most, len(ids) - 1, len(more) - 1)
+    differs = (ids[:count] != more[:count]) | (labels[1 : count + 1] >= 0) | (more_labels[1 : count + 1] >= 0)
+    return int(differs.argmax()) if differs.any() else count
+
+
 def make_pass(samples: Samples, numbers: Sequence[int]) -> Pass:
-    """Lay samples out one after the other; what comes after the last learned token is left away."""
-    parts: list[tuple[Ids, Ids]] = []
+    """Lay samples out one after the other; what comes after the last learned token is left away.
+
+    What all of them begin with stands once, in front, and the samples go on after it: conversations with MOSS begin
+    with the same thousand characters.
+    """
+    shared = len(samples.sample(numbers[0])[0])
+    for number in numbers[1:]:
+        shared = common(samples, numbers[0], number, shared)
+    shared = shared if len(numbers) > 1 else 0
+    ids, follow, lengths = [samples.sample(numbers[0])[0][:shared]], [np.full(shared, NOT_LEARNED, np.int32)], [shared]
     for number in numbers:
-        ids, labels = samples.sample(number)
+        tokens, labels = samples.sample(number)
         end = int(np.flatnonzero(labels[1:] != NOT_LEARNED)[-1]) + 1
-        parts.append((ids[:end], labels[1 : end + 1]))
-    lengths = [len(ids) for ids, _ in parts]
-    follow = np.concatenate([labels for _, labels in parts])
-    wanted = np.flatnonzero(follow != NOT_LEARNED).astype(np.int32)
-    slots = np.repeat(np.arange(len(parts), dtype=np.int32), lengths)
-    positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-    return Pass(Batch(np.concatenate([ids for ids, _ in parts]), slots, positions, wanted), follow[wanted])
+        ids.append(tokens[shared:end])
+        follow.append(labels[shared + 1 : end + 1])
+        lengths.append(end - shared)
+    slots = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    starts = [0, *[shared] * len(numbers)]
+    positions = np.concatenate(
+        [np.arange(first, first + n, dtype=np.int32) for first, n in zip(starts, lengths, strict=True)]
+    )
+    after = np.concatenate(follow)
+    wanted = np.flatnonzero(after != NOT_LEARNED).astype(np.int32)
+    total = sum(len(samples.sample(number)[0]) for number in numbers)
+    return Pass(Batch(np.concatenate(ids), slots, positions, wanted), after[wanted], total)
 
 
 def learned_tokens(samples: Samples, numbers: npt.NDArray[np.int64]) -> int:

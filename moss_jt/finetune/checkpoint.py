@@ -48,7 +48,8 @@ def save(folder: Path, parameters: Parameters, state: State, *, keep: int) -> Pa
     target = folder / f"step-{state.step:08d}"
     scratch = folder / f".{target.name}.{os.getpid()}"
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for unfinished in folder.glob(".step-*"):  # of a run that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         scratch.mkdir(parents=True)
         save_file(_copies(parameters, parameters.values), scratch / _WEIGHTS)
         first, second = (_copies(parameters, flat) for flat in parameters.moments)

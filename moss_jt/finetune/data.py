@@ -114,7 +114,8 @@ def load_samples(
 
 
 def _encode(files: list[Path], tokenizer_dir: Path, settings: DataSettings, progress: Progress) -> Samples:
-    encoder = Encoder(load_tokenizer(tokenizer_dir, strip_around_added=settings.original), settings)
+    strips = settings.original and not _is_sentencepiece(tokenizer_dir)  # which has no such habit
+    encoder = Encoder(load_tokenizer(tokenizer_dir, strip_around_added=strips), settings)
     made: list[Sample | None] = []
     progress.begin(pick("Encoding the data", "编码数据"), sum(file.stat().st_size for file in files), "B")
     try:
@@ -125,6 +126,10 @@ def _encode(files: list[Path], tokenizer_dir: Path, settings: DataSettings, prog
     finally:
         progress.end()
     return join(made)
+
+
+def _is_sentencepiece(folder: Path) -> bool:
+    return (folder / "tokenizer.model").is_file() and not (folder / "vocab.json").is_file()
 
 
 def _key(files: list[Path], tokenizer_dir: Path, settings: DataSettings) -> str:

@@ -128,7 +128,9 @@ class Encoder:
     def _unlearned(self, field: str, count: int) -> list[Span]:
         """What of a field of `count` tokens is not learned."""
         if field == "Tool Responses":
-            tag = _TAG_TOKENS if self.settings.original else min(self._results_tag, count)
+            if self.settings.original:
+                return [(_TAG_TOKENS, count - _END_TOKENS)]
+            tag = min(self._results_tag, count)
             return [(tag, max(tag, count - _END_TOKENS))]
         if field == "Human" and not self.settings.original:
             return [(0, count)]
@@ -147,10 +149,17 @@ class Encoder:
 
 
 def _turns(record: Record, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The turns in order, as many as num_turns says."""
     chat = record["chat"]
     if not isinstance(chat, dict) or not all(isinstance(turn, dict) for turn in chat.values()):
         raise ConfigError(f'{place}: "chat" must be an object of turns, {{"turn_1": {{…}}, …}}.')
-    yield from chat.items()
+    count = record.get("num_turns", len(chat))
+    if isinstance(count, bool) or not isinstance(count, int | str) or not str(count).isdecimal():
+        raise ConfigError(f'{place}: "num_turns" is {count!r}; it must be a whole number.')
+    for name in (f"turn_{number}" for number in range(1, int(count) + 1)):
+        if name not in chat:
+            raise ConfigError(f"{place}: there is no {name}, and num_turns says that there is.")
+        yield name, chat[name]
 
 
 def _text(values: Mapping[str, Any], key: str, place: str, default: str | None = None) -> str:

@@ -25,7 +25,7 @@ from moss_jt.weights import WeightStore
 
 _FLOAT = 4
 _COPIES_OF_PARAMETERS = 4  # value, gradient and two moments
-_WIDTHS_KEPT = 10  # activations that a block keeps for its gradients, in widths of the model, the MLP's apart
+_WIDTHS_KEPT = 12  # activations that a block keeps for its gradients, in widths of the model, the MLP's apart
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def over_folder(
     plan = None
     if memory is not None:
         sizes = matrix_sizes(config, {name: entry.layout for name, entry in checkpoint.entries.items()})
-        tokens = min(max(settings.pass_tokens, longest), 1 << 20)
+        step = longest * settings.batch_size * settings.accumulation
+        tokens = min(max(settings.pass_tokens, longest), step)
         extra = _COPIES_OF_PARAMETERS * parameters.values.nbytes + 3 * _FLOAT * CHUNK_NUMBERS
         needs = replace(
             needs_of(config, sizes, base=resident_memory(), kv="float32"),
@@ -113,7 +114,7 @@ def over_folder(
 
 
 def token_bytes(config: MossConfig, shape: AdapterShape, *, recompute: bool) -> int:
-    """Memory that a token of a pass takes for activations, about."""
+    """Memory that a token of a pass takes, about: activations that are kept, and as much for their gradients."""
     of_block = _WIDTHS_KEPT * config.n_embd + 4 * config.inner_dim + 2 * len(shape.targets) * shape.rank
     blocks = 2 if recompute else config.n_layer
-    return _FLOAT * (blocks * of_block + (config.n_layer if recompute else 2) * config.n_embd)
+    return 2 * _FLOAT * (blocks * of_block + (config.n_layer if recompute else 2) * config.n_embd)

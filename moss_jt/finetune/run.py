@@ -44,6 +44,7 @@ class Request:
         memory: of the whole process, in bytes, where an adapter is trained; None holds all weights.
         dtype: of the exported weights.
         resume: go on from the newest checkpoint.
+        log_dir: folder of the logs; None for `output_dir/log`.
         tensorboard: write event files; None if it can be done.
     """
 
@@ -59,6 +60,7 @@ class Request:
     memory: int | None = None
     dtype: FloatType = "float16"
     resume: bool = False
+    log_dir: Path | None = None
     tensorboard: bool | None = None
 
 
@@ -108,7 +110,8 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
     if new:
         assert isinstance(student, Whole), "checked with the places"
         student = with_rows(student, tokenizer, new)
-    _check_vocabulary(student.config, tokenizer, training)
+    for samples in (training, validation):
+        _check_fits(student.config, tokenizer, samples)
     job = Job(student.network(), student.make_ops, student.parameters, training, validation, folder=request.output_dir)
     with _log(request, team) as log:
         trainer = Trainer(job, request.train, team=team, log=log, progress=progress)
@@ -166,19 +169,21 @@ def _log(request: Request, team: Team) -> Iterator[Log]:
     if team.rank:
         yield NoLog()
         return
-    log = RunLog(request.output_dir / "log", tensorboard=request.tensorboard)
+    log = RunLog(request.log_dir or request.output_dir / "log", tensorboard=request.tensorboard)
     try:
         yield log
     finally:
         log.close()
 
 
-def _check_vocabulary(config: MossConfig, tokenizer: Tokenizer, samples: Samples) -> None:
+def _check_fits(config: MossConfig, tokenizer: Tokenizer, samples: Samples | None) -> None:
     """See that every token of the data has a row in the model, and every sample a place.
 
     Raises:
         ConfigError: one has not.
     """
+    if samples is None:
+        return
     largest = int(samples.ids.max(initial=0))
     if largest >= config.vocab_size:
         raise ConfigError(

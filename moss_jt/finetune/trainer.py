@@ -95,7 +95,7 @@ class Sums:
     Attributes:
         loss: summed with the tokens' weights.
         right: tokens foretold rightly.
-        tokens: computed, learned or not.
+        tokens: of the samples, learned or not.
     """
 
     loss: float = 0.0
@@ -192,7 +192,7 @@ class Trainer:
         for one in passes:
             self._pass(one, np.full(one.learned, 1.0 / total, np.float32), flat)
             score = self.ops.score
-            loss, right, tokens = loss + score.loss, right + score.right, tokens + one.batch.size
+            loss, right, tokens = loss + score.loss, right + score.right, tokens + one.tokens
         self.team.add_up(flat)
         return self._shared(Sums(loss, right, tokens))
 

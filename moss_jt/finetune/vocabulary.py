@@ -7,6 +7,7 @@ knew; training does the rest.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,9 @@ def extend_tokenizer(source: Path, tokens: Sequence[str], target: Path) -> dict[
     added: dict[str, int] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     wanted = [token for token in tokens if token not in added]
     new = {token: tokenizer.vocab_size + place for place, token in enumerate(wanted)}
-    file.write_text(json.dumps({**added, **new}, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    scratch = file.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps({**added, **new}, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    scratch.replace(file)
     load_tokenizer(target)  # refuses what cannot be a token
     return new
 

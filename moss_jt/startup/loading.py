@@ -96,10 +96,14 @@ def _keep_small_numbers(jittor: Any) -> None:
 def _set_threads(plan: Plan) -> None:
     """Tell OpenMP directly: another library may have loaded it before our variables were set."""
     wanted = plan.variables.get("OMP_NUM_THREADS")
-    if wanted is None:
-        return
+    if wanted is not None:
+        set_threads(int(wanted))
+
+
+def set_threads(count: int) -> None:
+    """How many threads a kernel takes from now on, in this thread of Python."""
     try:
         openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD)
     except OSError:
         return
-    openmp.omp_set_num_threads(ctypes.c_int(int(wanted)))
+    openmp.omp_set_num_threads(ctypes.c_int(count))

