@@ -57,7 +57,7 @@ def reworded(rng: random.Random, question: str, language: Language) -> str:
     for word, others in _groups(language):
         if word in question and rng.random() < 0.5:
             pattern = re.escape(word) if language == "zh" else _NOT_NAMES + rf"\b{re.escape(word)}\b"
-            question = re.sub(pattern, lambda _: rng.choice(others), question, count=1)
+            question = re.sub(pattern, rng.choice(others), question, count=1)
     return question
 
 
