@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         "例如：moss-jt chat --model fnlp/moss-moon-003-sft-int4",
     )
 )
-@model_options(model_required=False)
+@model_options(embedded=True)
 @click.option(
     "--template",
     type=click.Choice(["auto", "readme", "fields"]),

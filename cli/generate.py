@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         "例如：moss-jt generate --model DIR --ids 1,2,3 --greedy --json",
     )
 )
-@model_options(model_required=True)
+@model_options(embedded=True)
 @click.option(
     "--prompt", metavar="TEXT", help=pick("The prompt; - reads it from stdin.", "提示词；- 表示从 stdin 读取。")
 )
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help=pick("Print one JSON object.", "输出一个 JSON 对象。"))
 def command(
     *,
-    model: str,
+    model: str | None,
     prompt: str | None,
     ids: str | None,
     markers: bool,

@@ -16,11 +16,9 @@ from moss_jt.memory import require_room_to_start
 if TYPE_CHECKING:
     from moss_jt.runner import Model
 
-PRACTICE_MODEL = "synth-tiny"
-
 
 def open_model(name: str | None, options: Mapping[str, Any], screen: Screen) -> Model:
-    """Load a model by folder or name, the practice model if None, and say what was loaded.
+    """Load a model by folder or name, the one that comes with the package if None, and say what was loaded.
 
     Args:
         options: for `load_model`, from `moss_jt.cli.options.load_options`.
@@ -39,7 +37,7 @@ def open_model(name: str | None, options: Mapping[str, Any], screen: Screen) -> 
         model = load_model(folder, **options, progress=progress)
     finally:
         progress.end()
-    screen.note(_what_is_loaded(model, name or PRACTICE_MODEL, time.monotonic() - began))
+    screen.note(_what_is_loaded(model, name or paths.EMBEDDED_MODEL, time.monotonic() - began))
     licence = _licence(model.path)
     if licence:
         screen.note(pick(f"Licence of the weights: {licence}.", f"权重许可：{licence}。"))
@@ -47,35 +45,27 @@ def open_model(name: str | None, options: Mapping[str, Any], screen: Screen) -> 
 
 
 def find_model(name: str | None, screen: Screen) -> Path:
-    """The folder of a model by folder or name, the practice model's if None.
+    """The folder of a model by folder or name, that of the model that comes along if None.
 
     Raises:
         MossError: there is no such model.
     """
     from moss_jt.hub import resolve_model
 
-    return _practice_model(screen) if name is None else resolve_model(name, progress=screen.progress())
+    return _embedded_model(screen) if name is None else resolve_model(name, progress=screen.progress())
 
 
-def _practice_model(screen: Screen) -> Path:
-    """The folder of a small model of random weights, made at the first call."""
-    from moss_jt.checkpoint import is_native
-
-    folder = paths.models_dir() / PRACTICE_MODEL
-    if not is_native(folder):
-        from moss_jt.converters.synth import preset_config, synthesize
-        from moss_jt.load import writing_own_folder
-
-        with writing_own_folder():
-            synthesize(preset_config("tiny"), folder, resume=True, progress=screen.progress())
+def _embedded_model(screen: Screen) -> Path:
+    """The folder of the small model that comes with the package, and a word on what it is."""
     screen.note(
         pick(
-            "No --model was given: this is a tiny model of random weights, and its answers are random. "
-            "For a real one: moss-jt pull fnlp/moss-moon-003-sft-int4",
-            "未指定 --model：当前是随机权重的微型模型，回答是随机的。获取真实模型：moss-jt pull fnlp/moss-moon-003-sft-int4",
+            "No --model was given: this is moss-tiny, a model of a few million parameters that comes with moss-jt. "
+            "It knows moss-jt and little else. The real MOSS: moss-jt pull fnlp/moss-moon-003-sft-int4",
+            "未指定 --model：当前是随 moss-jt 附带的 moss-tiny，只有几百万参数，只了解 moss-jt。"
+            "获取真正的 MOSS：moss-jt pull fnlp/moss-moon-003-sft-int4",
         )
     )
-    return folder
+    return paths.embedded_model()
 
 
 def _what_is_loaded(model: Model, name: str, seconds: float) -> str:

@@ -18,8 +18,14 @@ LOADING = ("adapter", "device", "compute", "memory", "vram", "host_share", "kv",
 SAMPLING = ("greedy", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens")
 
 
-def model_options(*, model_required: bool, context: bool = True) -> Callable[[F], F]:
-    """Add --model and the options of `load_options`; without `context` a command has a --context of its own."""
+def model_options(*, model_required: bool = False, embedded: bool = False, context: bool = True) -> Callable[[F], F]:
+    """Add --model and the options of `load_options`.
+
+    Args:
+        model_required: there is no command without a model.
+        embedded: without a model the one that comes with the package is taken.
+        context: False for a command with a --context of its own.
+    """
     options = (
         click.option(
             "--model",
@@ -28,7 +34,8 @@ def model_options(*, model_required: bool, context: bool = True) -> Callable[[F]
             help=pick(
                 "Folder of a model, native or Hugging Face, or the name of a stored one.",
                 "模型目录（本程序格式或 Hugging Face 格式），或已保存模型的名称。",
-            ),
+            )
+            + (pick(" [default: moss-tiny, which comes along]", "[默认：附带的 moss-tiny]") if embedded else ""),
         ),
         click.option(
             "--adapter",

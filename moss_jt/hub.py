@@ -28,10 +28,10 @@ NATIVE_FOLDER = "native"  # in the folder of an unfinished pull: the result
 
 
 def resolve_model(name_or_path: str | os.PathLike[str], *, progress: Progress | None = None) -> Path:
-    """Find the folder of a model: a folder as it is, or a stored model by its name.
+    """Find the folder of a model: a folder as it is, a stored model by its name, or the one that comes with us.
 
     Args:
-        name_or_path: a path, or a name as `moss-jt models list` shows it.
+        name_or_path: a path, a name as `moss-jt models list` shows it, or "moss-tiny".
         progress: not used as long as nothing is fetched here.
 
     Raises:
@@ -45,6 +45,8 @@ def resolve_model(name_or_path: str | os.PathLike[str], *, progress: Progress | 
         raise HubError(f"{text} cannot be looked at: {error.strerror}. Check the path and its permissions.") from error
     if is_folder:
         return folder
+    if text == paths.EMBEDDED_MODEL and not exists:
+        return paths.embedded_model()
     if exists:
         raise HubError(f"{text} is a file; what is wanted is the folder that holds config.json and the weights.")
     if not stored.is_model_name(text):

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 HOME_VARIABLE = "MOSS_JT_HOME"
+EMBEDDED_MODEL = "moss-tiny"  # the name of the model that comes with the package
 
 
 def expand(text: str) -> Path:
@@ -46,3 +47,8 @@ def models_dir() -> Path:
 def state_dir() -> Path:
     """Small things to keep: the line history, calibrations."""
     return home() / "state"
+
+
+def embedded_model() -> Path:
+    """The folder of the small model that comes with the package, to be read only."""
+    return Path(__file__).parent / "tiny"

@@ -75,6 +75,13 @@ def test_wheel_holds_everything_and_nothing_else(wheel: Path, source: Path) -> N
     assert any(name.startswith("moss_jt/kernels/cpu/") and name.endswith(".h") for name in packed)
 
 
+def test_wheel_holds_the_small_model_in_less_than_12_mb(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {info.filename: info.compress_size for info in archive.infolist() if "moss_jt/tiny/" in info.filename}
+    assert {"moss_jt/tiny/config.json", "moss_jt/tiny/tokenizer.model", "moss_jt/tiny/LICENSE"} <= set(packed)
+    assert sum(packed.values()) < 12_000_000
+
+
 def test_wheel_gives_one_top_level_name(wheel: Path) -> None:
     assert read_metadata(wheel, "top_level.txt").split() == ["moss_jt"]
     assert "py3-none-any" in wheel.name

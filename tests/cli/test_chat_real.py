@@ -98,14 +98,17 @@ def test_second_turn_computes_only_what_is_new(chat: Terminal) -> None:
     assert prompt - reused == 1 + closing + opening, "the last token of the answer, the end of the turn, the new one"
 
 
-def test_without_a_model_it_says_that_answers_are_random() -> None:
-    done = moss_jt("chat", "--greedy", "--max-new-tokens", "20", typed="hi\nstop\n")
+def test_without_a_model_moss_tiny_answers_in_both_languages() -> None:
+    done = moss_jt("chat", "--greedy", typed="Who are you?\n你是谁？\nstop\n")
     assert done.returncode == 0, done.stderr
-    assert "this is a tiny model of random weights, and its answers are random" in done.stderr
-    assert done.stdout.strip()
+    assert "this is moss-tiny" in done.stderr
+    assert "moss-jt pull fnlp/moss-moon-003-sft-int4" in done.stderr, "how to get the real one"
+    english, chinese = done.stdout.strip().splitlines()
+    assert "moss-tiny" in english and "moss-tiny" in chinese
+    assert english.isascii() and re.search("[\u4e00-\u9fff]", chinese)
     assert "\x1b" not in done.stdout + done.stderr
     again = moss_jt("chat", "--lang", "zh", typed="")
-    assert "回答是随机的" in again.stderr
+    assert "当前是随 moss-jt 附带的 moss-tiny" in again.stderr
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -1,0 +1,145 @@
+"""Whole conversations: system prompt, then turns.
+
+With tools they are in the five-field form of MOSS's training data; without, mostly in the README's form, which is
+what a chat without tools sends to moss-tiny.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moss_jt.template import Template, Turn, system_prompt
+from moss_tiny.copying import draw_name, draw_picture, draw_repeat
+from moss_tiny.equations import draw_equation
+from moss_tiny.intents import read_intents
+from moss_tiny.results import Search
+from moss_tiny.roughness import rough, wrapped
+from moss_tiny.sums import Task, draw_following, draw_pair, draw_sum
+from moss_tiny.turns import Answered, Tools, lost_turn, plain_turn, search_turn, task_turn
+from moss_tiny.wordings import LANGUAGES, Language
+
+FIELDS, README = Template("fields"), Template("readme")
+TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
+    ((), 46),
+    (("calc", "solve"), 27),
+    (("search", "calc", "solve"), 9),
+    (("search", "calc", "solve", "draw"), 5),
+    (("calc",), 6),
+    (("solve",), 3),
+    (("search",), 2),
+    (("draw",), 2),
+    (("calc", "solve", "draw"), 3),
+)
+KINDS_PLAIN = {"product": 46, "small": 34, "sum": 5, "equation": 2, "picture": 2, "repeat": 4, "name": 2}
+KINDS_TOOLS = {"product": 16, "small": 13, "sum": 38, "pair": 4, "equation": 22, "picture": 2, "repeat": 3, "name": 1}
+TURNS = (1, 1, 1, 2, 2, 3)  # of a conversation, in tasks; some tasks take more than one turn
+IN_FIELDS = 0.1  # of conversations without tools, those in the five-field form all the same
+FOLLOWED = 0.45  # of calculations, those that a next question goes on with
+SWITCHED = 0.08  # of turns, those in the other language
+
+_FIELD = re.compile(r"<\|(Human|Inner Thoughts|Commands|Results|MOSS)\|>:.*?<eo[htcrm]>\n", re.DOTALL)
+_KEYS = {"Results": "Tool Responses"}
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Draws conversations.
+
+    Attributes:
+        search: what Search finds in the product's documentation.
+    """
+
+    search: Search
+
+    def conversation(self, rng: random.Random) -> dict[str, Any]:
+        """One conversation as a record of the training data."""
+        tools = rng.choices([names for names, _ in TOOL_SETS], weights=[weight for _, weight in TOOL_SETS])[0]
+        language = rng.choice(LANGUAGES)
+        turns: list[Turn] = []
+        for _ in range(rng.choice(TURNS)):
+            spoken = LANGUAGES[LANGUAGES.index(language) - 1] if rng.random() < SWITCHED else language
+            turns += self.turns(rng, spoken, tools)
+        return as_record(turns, tools, FIELDS if tools or rng.random() < IN_FIELDS else README)
+
+    def turns(self, rng: random.Random, language: Language, tools: Tools) -> Iterator[Turn]:
+        """The turns of one task."""
+        kinds = KINDS_TOOLS if {"calc", "solve"} & set(tools) else KINDS_PLAIN
+        kind = rng.choices(list(kinds), weights=list(kinds.values()))[0]
+        if kind in ("product", "small"):
+            yield self._talk(rng, language, tools, product=kind == "product")
+        elif kind == "repeat":
+            question, answer = draw_repeat(rng, language)
+            yield plain_turn(question, answer, language, tools)
+        elif kind == "name":
+            for question, answer in draw_name(rng, language):
+                yield plain_turn(question, answer, language, tools)
+        else:
+            yield from _tasks(rng, kind, language, tools)
+
+    def _talk(self, rng: random.Random, language: Language, tools: Tools, *, product: bool) -> Turn:
+        """A question about the product, or small talk."""
+        intent = rng.choice([one for one in read_intents() if one.product == product])
+        question = rough(rng, intent.question(rng, language), language)
+        if "search" in tools and product:
+            return search_turn(intent, question, language, self.search)
+        if "search" in tools and intent.name == "unknown":
+            return lost_turn(question, language, self.search)
+        return plain_turn(question, intent.say[language], language, tools)
+
+
+def write_conversations(path: Path, maker: Maker, *, count: int, seed: int) -> None:
+    """Write conversations, one a line; the same seed gives the same file."""
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            record = maker.conversation(random.Random(f"{seed}/{number}"))
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_records(path: Path, *, count: int) -> list[dict[str, Any]]:
+    """The first conversations of a file."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
+
+
+def as_record(turns: list[Turn], tools: Tools, form: Template = FIELDS) -> dict[str, Any]:
+    """A conversation in the form of the published training data; in the README form a turn has two fields."""
+    chat = {f"turn_{number}": _fields(form.turn_text(turn)) for number, turn in enumerate(turns, 1)}
+    return {"meta_instruction": system_prompt(form, tools), "num_turns": len(turns), "chat": chat}
+
+
+def _fields(text: str) -> dict[str, str]:
+    """The fields of a turn with their tags and markers."""
+    fields = {_KEYS.get(found[1], found[1]): found[0] for found in _FIELD.finditer(text)}
+    assert "".join(fields.values()) == text, f"a turn that is not all fields: {text!r}"
+    return fields
+
+
+def _tasks(rng: random.Random, kind: str, language: Language, tools: Tools) -> Iterator[Turn]:
+    """A task for a tool, and perhaps questions that go on with its result."""
+    answered = _first(rng, kind, language, tools)
+    yield answered.turn
+    while answered.number is not None and rng.random() < FOLLOWED:
+        following = task_turn(draw_following(rng, language, answered.number), language, tools)
+        if following is not None:
+            answered = following
+            yield answered.turn
+
+
+def _first(rng: random.Random, kind: str, language: Language, tools: Tools) -> Answered:
+    """A task whose result can be said; others are drawn again."""
+    while True:
+        answered = task_turn(_draw(rng, kind, language), language, tools)
+        if answered is not None:
+            return answered
+
+
+def _draw(rng: random.Random, kind: str, language: Language) -> Task:
+    draw = {"sum": draw_sum, "pair": draw_pair, "equation": draw_equation, "picture": draw_picture}[kind]
+    task = draw(rng, language)
+    return replace(task, question=wrapped(rng, task.question, language))

@@ -1,0 +1,183 @@
+"""The steps from nothing to moss-tiny. A step that is done leaves its result, and is not done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moss_tiny.conversations import Maker, read_records, write_conversations
+from moss_tiny.documentation import ROOT, Documentation
+from moss_tiny.pieces import VOCABULARY, train_tokenizer
+from moss_tiny.questions import make_questions, write_questions
+
+STEPS = ("data", "tokenizer", "train", "quantize", "evaluate")
+PACKAGE = ROOT / "moss_jt" / "tiny"
+CARD = Path(__file__).parent.parent / "card"  # LICENSE and MODEL_CARD.md, which go with the weights
+VALIDATION_SEED = 1  # that of the training data is 0
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of moss-tiny; the defaults are those of the model that ships.
+
+    Attributes:
+        conversations: to train on.
+        validation: conversations for the validation loss.
+        for_tokenizer: of the conversations, those that the tokenizer is trained on.
+        width, layers, heads, rotary: the shape.
+        epochs: times through the conversations.
+        batch: conversations of a step.
+        learning_rate: the highest.
+        max_length: tokens of a conversation at most.
+        group: inputs that share a scale in int8.
+    """
+
+    conversations: int = 120000
+    validation: int = 120
+    for_tokenizer: int = 6000
+    width: int = 256
+    layers: int = 4
+    heads: int = 8
+    rotary: int = 16
+    epochs: int = 1
+    batch: int = 16
+    learning_rate: float = 2e-3
+    max_length: int = 1024
+    group: int = 128
+
+
+def make(out: Path, recipe: Recipe, *, until: str = STEPS[-1], say: Say) -> None:
+    """Go through the steps.
+
+    Args:
+        out: folder for what is made.
+        recipe: the numbers; what was made with others must be removed first.
+        until: the last step.
+        say: told what is being done.
+
+    Raises:
+        ValueError: the folder was begun with other numbers.
+        CalledProcessError: a command of the product failed.
+    """
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    _check_recipe(out / "recipe.json", recipe)
+    does = {"data": make_data, "tokenizer": make_tokenizer, "train": train, "quantize": quantize, "evaluate": evaluate}
+    for step in STEPS[: STEPS.index(until) + 1]:
+        say(f"moss-tiny: {step}")
+        does[step](out, recipe)
+
+
+def make_data(out: Path, recipe: Recipe) -> None:
+    """Write train.jsonl and val.jsonl."""
+    data = out / "data"
+    if (data / "train.jsonl").exists():
+        return
+    data.mkdir(exist_ok=True)
+    maker = Maker(Documentation(out / "pages").search)
+    write_conversations(data / "val.jsonl", maker, count=recipe.validation, seed=VALIDATION_SEED)
+    write_conversations(data / "train.new", maker, count=recipe.conversations, seed=0)
+    (data / "train.new").rename(data / "train.jsonl")
+
+
+def make_tokenizer(out: Path, recipe: Recipe) -> None:
+    """Train the tokenizer on the first conversations, and write the shape of the model beside it."""
+    folder = out / "tokenizer"
+    if (folder / "tokenizer.model").exists():
+        return
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(shape(recipe), indent=1) + "\n", "utf-8")
+    train_tokenizer(folder, read_records(out / "data" / "train.jsonl", count=recipe.for_tokenizer))
+
+
+def shape(recipe: Recipe) -> dict[str, Any]:
+    """The config.json of the model before training."""
+    return {
+        "model_type": "moss",
+        "architectures": ["MossForCausalLM"],
+        "vocab_size": VOCABULARY,
+        "n_positions": 2048,
+        "n_embd": recipe.width,
+        "n_layer": recipe.layers,
+        "n_head": recipe.heads,
+        "rotary_dim": recipe.rotary,
+        "bos_token_id": 1,
+        "eos_token_id": 3,
+        "moss_jt": {"format": "moss-jt", "version": 1, "template": "readme", "name": "moss-tiny"},
+    }
+
+
+def train(out: Path, recipe: Recipe) -> None:
+    """Train with `moss-jt finetune`, from the newest checkpoint if there is one."""
+    if (out / "run" / "model").exists():
+        return
+    options: dict[str, object] = {
+        "init": out / "tokenizer" / "config.json",
+        "tokenizer": out / "tokenizer",
+        "data_dir": out / "data",
+        "output_dir": out / "run",
+        "n_epochs": recipe.epochs,
+        "batch_size": recipe.batch,
+        "learning_rate": recipe.learning_rate,
+        "max_length": recipe.max_length,
+        "eval_step": 250,
+        "save_step": 250,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    _moss_jt("finetune", *words, "--no-tensorboard", "--resume")
+
+
+def quantize(out: Path, recipe: Recipe) -> None:
+    """Make int8 of the trained model, its head too."""
+    if not (out / "moss-tiny").exists():
+        options = ("--bits", "8", "--group", str(recipe.group), "--head", "int8", "--resume")
+        _moss_jt("quantize", str(out / "run" / "model"), str(out / "moss-tiny"), *options)
+
+
+def evaluate(out: Path, recipe: Recipe) -> None:
+    """Ask the int8 model the 200 questions in each way of choosing words; write what it gave and the figures."""
+    import moss_jt
+    from moss_jt.config import GenerationConfig
+    from moss_tiny.scoring import GREEDY, Examiner, shares
+
+    model = moss_jt.load_model(out / "moss-tiny", device="cpu", compute="fast")
+    search = Documentation(out / "pages").search
+    questions = make_questions()
+    write_questions(out / "questions.jsonl", questions)
+    figures: dict[str, dict[str, str]] = {}
+    for way, config in {"greedy": GREEDY, "as in a chat": GenerationConfig(max_new_tokens=120, seed=0)}.items():
+        given = [Examiner(model, search, config).ask(question) for question in questions]
+        figures[way] = {name: f"{right} of {asked}" for name, (right, asked) in shares(given).items()}
+        if config is GREEDY:
+            lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in given]
+            (out / "answers.jsonl").write_text("".join(lines), "utf-8")
+    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+
+
+def pack(out: Path) -> Path:
+    """Put the int8 model into the package, in place of an earlier one."""
+    if PACKAGE.exists():
+        shutil.rmtree(PACKAGE)
+    shutil.copytree(out.resolve() / "moss-tiny", PACKAGE)
+    for file in sorted(CARD.iterdir()):
+        shutil.copy(file, PACKAGE / file.name)
+    return PACKAGE
+
+
+def _check_recipe(path: Path, recipe: Recipe) -> None:
+    values = json.dumps(asdict(recipe), indent=1) + "\n"
+    if path.exists() and path.read_text("utf-8") != values:
+        raise ValueError(f"{path.parent} was begun with other numbers; take another --out, or remove it.")
+    path.write_text(values, "utf-8")
+
+
+def _moss_jt(*words: str) -> None:
+    """Run a command of the product from the checkout."""
+    subprocess.run([sys.executable, "-m", "moss_jt.cli", *words], check=True, cwd=ROOT)

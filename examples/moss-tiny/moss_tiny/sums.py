@@ -1,0 +1,159 @@
+"""Calculations: a question and the expression that the calculator must be given.
+
+Wordings come from text/sums.txt, numbers from `numbers`. Everything is drawn either for training or, with `held`,
+for the evaluation, and the two share neither wordings nor numbers from 10 on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moss_tiny.numbers import draw, draw_decimal
+from moss_tiny.wordings import Block, Language, choose, read_blocks, texts
+
+KINDS = {  # what is asked for in words, with its weight
+    "add": 5,
+    "subtract": 6,
+    "multiply": 6,
+    "divide": 6,
+    "percent": 4,
+    "power": 2,
+    "square": 2,
+    "cube": 1,
+    "root": 2,
+    "factorial": 1,
+}
+FOLLOWING = {"and-add": 3, "and-subtract": 3, "and-multiply": 4, "and-divide": 3, "and-square": 1, "and-root": 1}
+SHAPES = {  # of written expressions, with their weight
+    "{a}+{b}": 5,
+    "{a}-{b}": 5,
+    "{a}*{b}": 6,
+    "{a}/{b}": 5,
+    "{a}+{b}+{c}": 1,
+    "{a}*{b}+{c}": 1,
+    "{a}+{b}*{c}": 1,
+    "({a}+{b})*{c}": 1,
+    "({a}-{b})*{c}": 1,
+    "({a}+{b})/{c}": 1,
+    "{a}*({b}-{c})": 1,
+    "{a}*({b}+{c})": 1,
+    "{a}-{b}-{c}": 1,
+    "{a}^{n}": 1,
+}
+LARGEST = {"percent": 99, "power": 99, "square": 999, "cube": 99}  # of the first number, else results grow long
+_WRITTEN_SHARE = 0.45  # of questions with a written expression rather than words
+_FRAMED_SHARE = 0.65  # of questions in words, those that are "What is …?"
+_TIMES = ("*", "*", "×", "x")
+_OVER = ("/", "/", "÷")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question for a tool.
+
+    Attributes:
+        question: what the user says.
+        command: the call that answers it, `Calculate("37*489")`.
+    """
+
+    question: str
+    command: str
+
+
+def draw_sum(rng: random.Random, language: Language, *, held: bool = False) -> Task:
+    """A calculation."""
+    if rng.random() < _WRITTEN_SHARE:
+        expression = draw_expression(rng, held=held)
+        question = fill(frame(rng, language, held=held), {"e": spelled(rng, expression)})
+        return Task(question, call(expression))
+    kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
+    block = read_blocks("sums.txt")[kind]
+    values = _values(rng, held=held) | _limited(rng, kind, held=held)
+    expression = fill(texts(block, "command", language)[0], values)
+    return Task(fill(_in_words(rng, language, block, held=held), values), call(expression))
+
+
+def draw_pair(rng: random.Random, language: Language, *, held: bool = False) -> Task:
+    """Two calculations in one question."""
+    first, second = (draw_expression(rng, held=held) for _ in range(2))
+    both = {"en": "{e} and {f}", "zh": rng.choice(("{e}和{f}", "{e}以及{f}"))}[language]
+    question = fill(frame(rng, language, held=held).replace("{e}", both), {"e": first, "f": second})
+    return Task(question, f"{call(first)}, {call(second)}")
+
+
+def draw_following(rng: random.Random, language: Language, result: str, *, held: bool = False) -> Task:
+    """A question that goes on with the last result, which is positive: "and times 3?"."""
+    block = read_blocks("sums.txt")[rng.choices(list(FOLLOWING), weights=list(FOLLOWING.values()))[0]]
+    values = {"r": result, "b": str(draw(rng, held=held, least=2, most=999))}
+    question = choose(rng, wordings(block, "ask", language, held=held))
+    return Task(fill(question, values), call(fill(texts(block, "command", language)[0], values)))
+
+
+def draw_expression(rng: random.Random, *, held: bool) -> str:
+    """An expression as the calculator takes it, without spaces."""
+    shape = rng.choices(list(SHAPES), weights=list(SHAPES.values()))[0]
+    return fill(shape, _values(rng, held=held) | _limited(rng, "power" if "^" in shape else "", held=held))
+
+
+def frame(rng: random.Random, language: Language, *, held: bool) -> str:
+    """A sentence around an expression."""
+    return choose(rng, wordings(read_blocks("sums.txt")["frames"], "ask", language, held=held))
+
+
+def wordings(block: Block, key: str, language: Language, *, held: bool) -> tuple[str, ...]:
+    """The texts of a block for training, or those that are held back."""
+    return texts(block, "held" if held else key, language)
+
+
+def spelled(rng: random.Random, expression: str) -> str:
+    """An expression as people write it: other signs, spaces."""
+    text = expression.replace("*", rng.choice(_TIMES)).replace("/", rng.choice(_OVER))
+    if rng.random() < 0.4:
+        for sign in "+-*×x/÷":
+            text = text.replace(sign, f" {sign} ")
+    return text
+
+
+def call(expression: str) -> str:
+    """The call of the calculator."""
+    return f'Calculate("{expression}")'
+
+
+def fill(pattern: str, values: Mapping[str, str]) -> str:
+    """Put values in the places {a}, {b}, …"""
+    for name, value in values.items():
+        pattern = pattern.replace("{" + name + "}", value)
+    return pattern
+
+
+def _in_words(rng: random.Random, language: Language, block: Block, *, held: bool) -> str:
+    """A question without a written expression."""
+    words = texts(block, "words", language)
+    if held or rng.random() >= _FRAMED_SHARE:
+        return choose(rng, wordings(block, "ask", language, held=held))
+    return frame(rng, language, held=False).replace("{e}", choose(rng, words))
+
+
+def _values(rng: random.Random, *, held: bool) -> dict[str, str]:
+    """Numbers for every place that a pattern may have; quotients often come out whole."""
+    kind = rng.random()
+    if kind < 0.12:
+        a, b = draw_decimal(rng, held=held), draw_decimal(rng, held=held)
+    elif kind < 0.2:
+        a, b = draw_decimal(rng, held=held), str(draw(rng, held=held, most=999))
+    else:
+        a, b = str(draw(rng, held=held)), str(draw(rng, held=held, most=9999))
+    return {
+        "a": a,
+        "b": b,
+        "c": str(draw(rng, held=held, most=999)),
+        "n": str(rng.randint(2, 9)),
+        "f": str(rng.choice((10, 17)) if held else rng.choice((3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 18))),
+    }
+
+
+def _limited(rng: random.Random, kind: str, *, held: bool) -> dict[str, str]:
+    """A first number in bounds, for kinds that have any."""
+    return {"a": str(draw(rng, held=held, least=2, most=LARGEST[kind]))} if kind in LARGEST else {}

@@ -1,0 +1,259 @@
+"""The laws of moss-tiny's data: nothing of the evaluation is trained on, and every turn says what the tools say."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from moss_tiny.conversations import FIELDS, README, TOOL_SETS, Maker, write_conversations
+from moss_tiny.documentation import Documentation
+from moss_tiny.intents import frames_of, read_intents
+from moss_tiny.numbers import draw, draw_decimal, is_held_back
+from moss_tiny.questions import COUNTS, Question, make_questions
+from moss_tiny.results import calls_of, results_of
+from moss_tiny.roughness import noisy, reworded, rough, wrapped
+from moss_tiny.scoring import is_same_call
+from moss_tiny.turns import TOOL_OF
+from moss_tiny.wordings import LANGUAGES, Language, expand, read_blocks, texts
+
+from moss_jt.template import TOOLS, system_prompt
+from moss_jt.tools.backends import moss_tools
+from moss_jt.tools.commands import parse_commands
+from moss_jt.tools.sandbox import Sandbox
+from moss_jt.tools.toolbox import ToolBox
+from moss_jt.tools.wording import joined
+
+COUNT = 1500
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+PARTS = {
+    "Human": ("<|Human|>: ", "<eoh>\n"),
+    "Inner Thoughts": ("<|Inner Thoughts|>: ", "<eot>\n"),
+    "Commands": ("<|Commands|>: ", "<eoc>\n"),
+    "Tool Responses": ("<|Results|>:", "<eor>\n"),
+    "MOSS": ("<|MOSS|>: ", "<eom>\n"),
+}
+MARKERS = re.compile(r"<eo[htcrm]>")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Documentation:
+    return Documentation(tmp_path_factory.mktemp("pages"))
+
+
+@pytest.fixture(scope="module")
+def records(pages: Documentation) -> list[dict[str, Any]]:
+    maker = Maker(pages.search)
+    return [maker.conversation(random.Random(f"a test/{number}")) for number in range(COUNT)]
+
+
+def turns_of(records: list[dict[str, Any]]) -> Iterator[tuple[set[str], dict[str, str]]]:
+    """Every turn as bare texts, with the tools that are on."""
+    for record in records:
+        on = {name for name, tool in TOOLS.items() if f"- {tool.title}: enabled." in record["meta_instruction"]}
+        for turn in record["chat"].values():
+            bare = {name: text.removeprefix(PARTS[name][0]).removesuffix(PARTS[name][1]) for name, text in turn.items()}
+            yield on, {"Commands": "None", "Tool Responses": " None", **bare}
+
+
+def plain(text: str) -> str:
+    """A text without case and signs."""
+    return "".join(char for char in text.lower() if char.isalnum())
+
+
+def grams(text: str, language: Language) -> set[tuple[str, ...]]:
+    """Words, or Chinese characters, and pairs of neighbours."""
+    words = re.findall(r"\w+", text.lower()) if language == "en" else list(plain(text))
+    return {*((word,) for word in words), *pairwise(words)}
+
+
+def test_every_intent_is_whole() -> None:
+    intents = read_intents()
+    assert len(intents) > 60
+    assert len({intent.name for intent in intents}) == len(intents)
+    assert set(read_blocks("paraphrases.txt")) <= {intent.name for intent in intents}
+    for intent in intents:
+        for language in LANGUAGES:
+            assert intent.fact[language].lower() in intent.say[language].lower(), intent.name
+            assert intent.held[language] and (intent.ask[language] or intent.do[language]), intent.name
+
+
+def test_a_question_has_one_meaning() -> None:
+    meanings: dict[str, set[str]] = {}
+    for intent in read_intents():
+        for language in LANGUAGES:
+            for pattern in (*intent.ask[language], *intent.held[language]):
+                for text in expand(pattern):
+                    meanings.setdefault(plain(text), set()).add(intent.name)
+    assert [text for text, names in meanings.items() if len(names) > 1] == []
+
+
+def test_held_back_questions_are_far_from_those_that_are_trained() -> None:
+    for language in LANGUAGES:
+        asked = [
+            (grams(text, language), text)
+            for intent in read_intents()
+            for pattern in intent.ask[language]
+            for text in expand(pattern)
+        ]
+        for intent in read_intents():
+            for held in (text for pattern in intent.held[language] for text in expand(pattern)):
+                mine = grams(held, language)
+                near, text = max((len(mine & other) / len(mine | other), text) for other, text in asked)
+                assert near < 0.7, f"{held!r} is held back, and {text!r} is trained"
+
+
+def held_wordings() -> Iterator[re.Pattern[str]]:
+    """Everything that is held back, as patterns: questions, frames, wordings of tasks."""
+    for intent in read_intents():
+        for language in LANGUAGES:
+            for pattern in intent.held[language]:
+                yield from (re.compile(re.escape(text), re.IGNORECASE) for text in expand(pattern))
+    for kind in ("do", "what"):
+        for language in LANGUAGES:
+            for frame in frames_of(kind, language, held=True):
+                yield re.compile(re.escape(frame).replace(r"\{\}", ".+"), re.IGNORECASE)
+    for name in ("sums.txt", "equations.txt"):
+        for block in read_blocks(name).values():
+            for language in LANGUAGES:
+                for text in texts(block, "held", language):
+                    yield re.compile(re.sub(r"\\{[a-z]\\}", ".+", re.escape(text)), re.IGNORECASE)
+
+
+def test_no_held_back_wording_is_trained(records: list[dict[str, Any]]) -> None:
+    asked = [turn["Human"] for _, turn in turns_of(records)]
+    held = list(held_wordings())
+    assert len(held) > 400
+    found = [(text, pattern.pattern) for text in asked for pattern in held if pattern.fullmatch(text)]
+    assert found == []
+
+
+def test_numbers_of_training_and_evaluation_share_none(records: list[dict[str, Any]]) -> None:
+    trained = [
+        number
+        for _, turn in turns_of(records)
+        if any(call.name in ("Calculate", "Solve") for call in calls_of(turn["Commands"]))
+        for number in NUMBER.findall(turn["Human"])
+    ]
+    assert len(trained) > 500
+    assert [number for number in trained if is_held_back(number)] == []
+    tasks = [question for question in make_questions() if question.is_task]
+    asked = [number for question in tasks for number in NUMBER.findall(question.text)]
+    assert [number for number in asked if len(number) > 1 and not is_held_back(number)] == []
+    rng = random.Random(3)
+    for held in (False, True):
+        drawn = [str(draw(rng, held=held)) for _ in range(300)] + [draw_decimal(rng, held=held) for _ in range(100)]
+        assert {is_held_back(number) for number in drawn if len(number) > 1} == {held}
+
+
+def test_the_same_seed_gives_the_same_file(pages: Documentation, tmp_path: Path) -> None:
+    maker = Maker(pages.search)
+    for name, seed in (("one", 5), ("two", 5), ("other", 6)):
+        write_conversations(tmp_path / name, maker, count=20, seed=seed)
+    one, two, other = ((tmp_path / name).read_bytes() for name in ("one", "two", "other"))
+    assert one == two != other
+    assert len([json.loads(line) for line in one.splitlines()]) == 20
+
+
+def test_fields_are_those_of_the_training_format(records: list[dict[str, Any]]) -> None:
+    prompts = {system_prompt(FIELDS, names) for names, _ in TOOL_SETS}
+    forms: Counter[str] = Counter()
+    for record in records:
+        short = record["meta_instruction"] == system_prompt(README)
+        assert short or record["meta_instruction"] in prompts
+        forms["README" if short else "fields"] += 1
+        assert list(record["chat"]) == [f"turn_{number}" for number in range(1, record["num_turns"] + 1)]
+        for turn in record["chat"].values():
+            assert list(turn) == (["Human", "MOSS"] if short else list(PARTS))
+            for name, text in turn.items():
+                tag, end = PARTS[name]
+                assert text.startswith(tag) and text.endswith(end), text
+                assert len(MARKERS.findall(text)) == 1, text
+                assert len(text) > len(tag) + len(end), text
+    assert min(forms.values()) > COUNT / 5, forms
+
+
+def test_every_turn_says_what_the_tools_say(records: list[dict[str, Any]], pages: Documentation) -> None:
+    seen: Counter[str] = Counter()
+    for on, turn in turns_of(records):
+        if turn["Commands"] == "None":
+            assert turn["Tool Responses"].strip() == "None"
+            continue
+        understood = parse_commands(turn["Commands"])
+        assert not understood.skipped and understood.calls, turn["Commands"]
+        assert ", ".join(call.text for call in understood.calls) == turn["Commands"]
+        assert {TOOL_OF[call.name] for call in understood.calls} <= on, f"{turn['Commands']} with {on}"
+        assert turn["Tool Responses"].strip("\n ") == results_of(turn["Commands"], pages.search)
+        seen.update(call.name for call in understood.calls)
+        for number in re.findall(r"<sup><\|(\d)\|></sup>", turn["MOSS"]):
+            assert f"<|{number}|>: " in turn["Tool Responses"]
+            seen["cited"] += 1
+    assert all(seen[name] > 2 for name in ("Calculate", "Solve", "Search", "Text2Image", "cited")), seen
+
+
+def test_results_are_those_of_the_toolbox(records: list[dict[str, Any]]) -> None:
+    sandbox = Sandbox()
+    box = ToolBox([tool for name, tool in moss_tools(box=sandbox).items() if name in ("calc", "solve")])
+    turns = [turn for _, turn in turns_of(records) if turn["Commands"].startswith(("Calculate", "Solve"))]
+    try:
+        for turn in turns[:12]:
+            assert joined(ran.block for ran in box.run(turn["Commands"])) == turn["Tool Responses"].strip("\n ")
+    finally:
+        sandbox.close()
+
+
+def test_rough_questions_keep_what_they_ask() -> None:
+    rng = random.Random(4)
+    for _ in range(200):
+        assert plain("Where is the model?") in plain(wrapped(rng, "Where is the model?", "en"))
+        assert "模型在哪里" in wrapped(rng, "模型在哪里？", "zh")
+        words = noisy(rng, "one two three", "en").split()
+        assert [word for word in words if word in ("one", "two", "three")] == ["one", "two", "three"]
+        assert len(words) <= 4
+        assert "--memory" in rough(rng, "What does --memory do?", "en")
+        assert rough(rng, "?", "zh")
+    said = {reworded(rng, "Find the folder.", "en") for _ in range(200)}
+    assert {"Find the folder.", "Find the directory."} < said
+
+
+def test_the_evaluation_has_200_questions() -> None:
+    questions = make_questions()
+    assert Counter(question.kind for question in questions) == COUNTS
+    assert sum(COUNTS.values()) == 200
+    assert questions == make_questions(), "always the same"
+    assert {question.language for question in questions} == set(LANGUAGES)
+    assert len({question.text for question in questions}) == 200
+
+    def talk(found: list[Question]) -> set[str]:
+        return {question.text for question in found if not question.is_task}
+
+    assert talk(questions).isdisjoint(talk(make_questions("trial")))
+
+
+@pytest.mark.parametrize(
+    ("commands", "wanted", "same"),
+    [
+        ('Calculate("37*489")', 'Calculate("37*489")', True),
+        ('Calculate("37 * 489")', 'Calculate("37*489")', True),
+        ('Calculate("489*37")', 'Calculate("37*489")', True),
+        ('Calculate("489-37")', 'Calculate("37-489")', False),
+        ('Calculate("37*498")', 'Calculate("37*489")', False),
+        ('Calculate("18093")', 'Calculate("37*489")', False),
+        ('Calculate("37*489"), Calculate("1+1")', 'Calculate("37*489")', False),
+        ("None", 'Calculate("37*489")', False),
+        ("", 'Solve("x=1")', False),
+        ('Solve("x-y=4;x+y=10")', 'Solve("x+y=10;x-y=4")', True),
+        ('Solve("x+y=10, x - y = 4")', 'Solve("x+y=10;x-y=4")', True),
+        ('Solve("x+y=10;x-y=5")', 'Solve("x+y=10;x-y=4")', False),
+        ('Calculate("x+1=2")', 'Solve("x+1=2")', False),
+        ('Calculate("1/0")', 'Calculate("0/1")', False),
+    ],
+)
+def test_scorer_knows_the_same_call(commands: str, wanted: str, same: bool) -> None:
+    assert is_same_call(commands, wanted) is same
