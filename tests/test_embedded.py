@@ -91,3 +91,33 @@ def test_it_calls_the_calculator_and_the_solver(jittor: ModuleType) -> None:
         assert "x = 5" in answer(session, "解方程3x+5=20")
     finally:
         sandbox.close()
+
+
+def test_it_calls_tools_in_both_languages(jittor: ModuleType) -> None:
+    """Calculations, equations, and two calls in a turn; a search that finds nothing, since nothing is indexed here."""
+    from moss_jt.engine import Engine
+    from moss_jt.load import load_model
+
+    model = load_model(FOLDER, compute="fast", device="cpu")
+    sandbox = Sandbox()
+    try:
+        box = ToolBox([tool for name, tool in moss_tools(box=sandbox).items() if name != "draw"])
+        form = choose_template("auto", model.config, tools=True)
+        for asked, commands, told in (
+            ("What is 37 times 489?", 'Calculate("37*489")', "18093"),
+            ("37乘以489等于多少？", 'Calculate("37*489")', "18093"),
+            ("Solve 3x+5=20", 'Solve("3x+5=20")', "x = 5"),
+            ("解方程3x+5=20", 'Solve("3x+5=20")', "x = 5"),
+            ("Calculate 12+7 and 30*4", 'Calculate("12+7"), Calculate("30*4")', "19"),
+            ("12+7和30*4等于多少？", 'Calculate("12+7"), Calculate("30*4")', "120"),
+            ("How do I convert weights?", 'Search("convert back")', "found nothing"),
+            ("怎么限制内存？", 'Search("限制内存")', "--memory"),
+        ):
+            session = ChatSession(Engine(model), model.tokenizer, form, config=GREEDY, tools=box)
+            said = answer(session, asked)
+            tools = session.turns[-1].tools
+            assert tools is not None and tools.commands == commands
+            assert told in said, (asked, said)
+            assert ("No result." in tools.results) == commands.startswith("Search")
+    finally:
+        sandbox.close()
