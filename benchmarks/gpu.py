@@ -33,6 +33,7 @@ import gpu_model
 import gpu_peers
 import numpy as np
 from gpu_model import Stage
+from gpu_peers import PAST_CACHES, SHAPES
 
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import Bits
@@ -51,9 +52,7 @@ from moss_jt.startup.gpu import ask_driver
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 MODELS = ("tiny-fp/safetensors-fp16", "tiny-fp-h8/bin-single", "tiny-int4/g32-actorder", "tiny-int8/g128")
-SHAPES = {"qkv": (18432, 6144), "out": (6144, 6144), "fc_in": (24576, 6144), "fc_out": (6144, 24576)}
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
-PAST_CACHES = 512 << 20
 ALLOWED: dict[Compute, float] = {
     "exact": 1e-3,
     "fast": 0.25,

@@ -166,25 +166,27 @@ class DeviceWeights:
         progress = Quiet() if progress is None else progress
         total = sum(matrix.size.bytes_of(matrix.goal) for matrix in self._matrices.values())
         progress.begin(pick("filling the device", "填充显存"), total, "B")
-        for turn, batch in enumerate(_batched(wanted, _READS)):
-            copied = done[turn % 2]
-            if copied is not None:
-                self._device.wait(copied)
-            parts = []
-            for (matrix, at), buffer in zip(batch, staging[turn % 2], strict=False):
-                nbytes = min(_READ_AT_ONCE, matrix.size.bytes_of(matrix.goal) - at)
-                parts.append((matrix.size.name, at, buffer[:nbytes]))
-            self._store.fill(parts)
-            progress.advance(sum(len(values) for _, _, values in parts))
-            for (matrix, at), (_, _, values) in zip(batch, parts, strict=True):
-                target = self.arena.after(matrix.offset + at)
-                self._device.write(target, values, stream="copy", stays=pinned)
-            done[turn % 2] = self._device.record("copy")
-        for event in done:
-            if event is not None:
-                self._device.wait(event)
-                self._device.follow("compute", event)
-        progress.end()
+        try:
+            for turn, batch in enumerate(_batched(wanted, _READS)):
+                copied = done[turn % 2]
+                if copied is not None:
+                    self._device.wait(copied)
+                parts = []
+                for (matrix, at), buffer in zip(batch, staging[turn % 2], strict=False):
+                    nbytes = min(_READ_AT_ONCE, matrix.size.bytes_of(matrix.goal) - at)
+                    parts.append((matrix.size.name, at, buffer[:nbytes]))
+                self._store.fill(parts)
+                progress.advance(sum(len(values) for _, _, values in parts))
+                for (matrix, at), (_, _, values) in zip(batch, parts, strict=True):
+                    target = self.arena.after(matrix.offset + at)
+                    self._device.write(target, values, stream="copy", stays=pinned)
+                done[turn % 2] = self._device.record("copy")
+            for event in done:
+                if event is not None:
+                    self._device.wait(event)
+                    self._device.follow("compute", event)
+        finally:
+            progress.end()
 
     def hold(self, rows: Mapping[str, int]) -> None:
         """Hold this many rows of each matrix from now on: fewer at once, more as they pass by. Only between passes.
