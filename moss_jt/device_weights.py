@@ -152,6 +152,7 @@ class DeviceWeights:
         try:
             self._fill(wanted, staging, pinned=pinned, progress=progress)
         finally:
+            self._device.wait(self._device.record("copy"))  # also where it broke off: nobody reads `staging` any more
             if pinned:
                 self._device.unpin(staging)
         for matrix in self._matrices.values():
