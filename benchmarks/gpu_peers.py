@@ -53,7 +53,7 @@ def products(open_device: Callable[[], Device]) -> Results:
 
 
 class Ours:
-    """Our rounded int4 product over copies of a matrix that no cache holds all of."""
+    """Our int4 product, inputs rounded to half, over copies of a matrix that no cache holds all of."""
 
     def __init__(self, device: Device, shape: tuple[int, int], tokens: int) -> None:
         layout = TileLayout(shape, 4, GROUP)
@@ -65,22 +65,22 @@ class Ours:
             device.write(self._blob.after(copy * nbytes), some)
         x = device.allocate(4 * tokens * shape[1], "measuring")
         device.write(x, np.random.default_rng(1).standard_normal(tokens * shape[1]).astype(np.float32))
-        codes = device.allocate(tokens * layout.padded_in, "measuring")
+        codes = device.allocate(2 * tokens * layout.padded_in, "measuring")
         steps, sums = (device.allocate(4 * tokens * blocks, "measuring") for _ in range(2))
         y = device.allocate(4 * tokens * shape[0], "measuring")
         self._rounding = (x, None, codes, steps, sums, tokens, shape[1], layout.padded_in, GROUP, ROUND_BLOCK, 0, 0)
         where = (layout.tile_bytes, layout.code_bytes, layout.code_bytes + layout.scale_bytes, layout.padded_in, GROUP)
         self._rest = (codes, steps, sums, None, y, tokens, shape[0], 0, *where, ROUND_BLOCK, shape[0], 0)
         self._grids = ((-(-blocks // 8), tokens), (layout.n_tiles,))
-        self._kernel = f"linear_int4_{8 if tokens <= 8 else 16}"
+        self._kernel = f"halves_int4_{8 if tokens <= 8 else 16}"
 
     def seconds(self) -> float:
-        """Of one product, rounding its inputs included, since those of the others are not rounded."""
+        """Of one product, rounding its inputs included, since the others take halves as they are."""
         device = self._device
         device.wait(device.record("compute"))
         began = time.perf_counter()
         for copy in range(self._copies):
-            device.launch("rounding", "round_activations", self._grids[0], 256, self._rounding)
+            device.launch("rounding", "halve_activations", self._grids[0], 256, self._rounding)
             place = self._blob.after(copy * self._nbytes)
             device.launch("linear_rounded", self._kernel, self._grids[1], 256, (place, *self._rest))
         device.wait(device.record("compute"))

@@ -61,8 +61,9 @@ def model_options(*, model_required: bool = False, embedded: bool = False, conte
             default="fast",
             show_default=True,
             help=pick(
-                "fast rounds the inputs of int4 and int8 weights to int8; exact computes in float32.",
-                "fast：int4/int8 权重的输入舍入为 int8；exact：全程 float32。",
+                "fast rounds the inputs of int4 and int8 weights, to int8 on the CPU and to half on a CUDA device; exact "
+                "computes in float32.",
+                "fast：int4/int8 权重的输入在 CPU 上舍入为 int8，在 CUDA 设备上舍入为 float16；exact：全程 float32。",
             ),
         ),
         click.option(

@@ -49,6 +49,30 @@ MOSS_INLINE void multiply_bytes(i32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2
                 : "r"(a[half + 2 * low]), "r"(b[low]));
 #endif
 }
+
+// d += a * b: a is 16 x 16, b 16 x 8, in pairs of halves; d 16 x 8 in float. Of lane (row, column):
+//   a[0], a[1]  of row `row` and `row + 8`, k = 2 * column and the next; a[2], a[3] the same from 8 more
+//   b[0], b[1]  of column `row` from k = 2 * column on, and from 8 more
+//   d           as in multiply_bytes
+MOSS_INLINE void multiply_halves(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+#pragma unroll
+    for (i32 part = 0; part < 2; part++)
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[2 * part]), "r"(a[2 * part + 1]), "r"(b[part]));
+#endif
+}
+
+MOSS_INLINE u32 subtract_halves(u32 a, u32 b) {  // two of them
+    u32 difference;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+    return difference;
+}
 #endif
 
 MOSS_INLINE i32 least(i32 a, i32 b) { return a < b ? a : b; }

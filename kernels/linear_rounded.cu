@@ -1,11 +1,13 @@
-// y = x W^T + bias, W in int4 or int8 tiles (moss_jt/layout.py), x rounded to int8 (rounding.cu):
+// y = x W^T + bias, W in int4 or int8 tiles (moss_jt/layout.py), x rounded to int8 or to half (rounding.cu):
 //
-//   y[t, n] = sum over blocks of float(sum of code * x - zero * sum of x) * (scale * step)
+//   int8: y[t, n] = sum over blocks of float(sum of code * x - zero * sum of x) * (scale * step)
+//   half: y[t, n] = sum over blocks of (sum of (code - zero) * x) * (scale * step)
 //
 // The codes as they lie in a tile are the left side of a tensor core's product of bytes: four bytes of a row belong
-// to neighbouring inputs. A lane reads 8 bytes, which are two rows of one chunk, so the rows of the product are not
-// in the order of the tile: row r of the product is row 2r, row r + 8 is row 2r + 1. Tokens are its columns, and 8
-// of them cost what one costs.
+// to neighbouring inputs. For halves they become halves: a code in the low bits of 1024.0 makes 1024 + code, and the zero
+// point is taken off with the 1024, exactly. A lane reads 8 bytes, which are two rows of one chunk, so the rows of the
+// product are not in the order of the tile: row r of the product is row 2r, row r + 8 is row 2r + 1. Tokens are its
+// columns, and 8 of them cost what one costs.
 //
 // The blocks fall into kWarps classes, by their number; those of a class are added up in their order, and then the
 // classes. For up to 16 tokens a warp takes a class of one tile; for more it takes all, one after the other. So the bits
@@ -51,39 +53,6 @@ struct Weights {
     }
 };
 
-// The sums of code * x of a block, for 8 tokens.
-template <i32 BITS>
-MOSS_INLINE void multiply_block(const Weights<BITS>& w, const i8* x, const Block& b, i32 column, i32 (&sum)[4]) {
-    const i32 inputs = 32 / BITS, end = b.start + b.size;
-    if (BITS == 4) {
-#pragma unroll
-        for (i32 step = 0; step < Weights<BITS>::kSteps; step++) {
-            const i32 at = b.start + (4 * step + column) * inputs;
-            const u32 low = 0x0f0f0f0fu;
-            const u32 left[4] = {w.words[step].x & low, w.words[step].y & low, w.words[step].x >> 4 & low,
-                                 w.words[step].y >> 4 & low};
-            Pair here = {0, 0};
-            if (x && at < end) here = load_pair((const u8*)(x + at));
-            const u32 right[2] = {here.x, here.y};
-            multiply_bytes(sum, left, right);
-        }
-    } else {
-#pragma unroll
-        for (i32 step = 0; step < Weights<BITS>::kSteps; step += 2) {
-            const i32 at = b.start + (4 * step + column) * inputs, later = at + 4 * inputs;
-            const u32 left[4] = {w.words[step].x, w.words[step].y, w.words[step + 1].x, w.words[step + 1].y};
-            const u32 right[2] = {x && at < end ? *(const u32*)(x + at) : 0,
-                                  x && later < end ? *(const u32*)(x + later) : 0};
-            multiply_bytes(sum, left, right);
-        }
-    }
-}
-
-// What a block adds to the total of a row and a token.
-MOSS_INLINE float part_of(i32 sum, i32 zero, float scale, i32 sum_of_x, float step) {
-    return __fmul_rn((float)(sum - zero * sum_of_x), __fmul_rn(scale, step));
-}
-
 // Scales and zero points of a lane's two rows.
 template <i32 BITS>
 struct Steps {
@@ -95,9 +64,96 @@ struct Steps {
           zero{(i32)(w.zeros & 0xffu) + 1, (i32)(w.zeros >> 8 & 0xffu) + 1} {}
 };
 
+// What the two ways to round x do with a block: the sums of a lane for 8 tokens, and what a sum adds to the total.
+// `x` are the block's codes of the lane's token, null for none.
+template <i32 BITS>
+struct Bytes {
+    static constexpr i32 kEach = 1;                         // bytes of an input
+    static constexpr i32 kStride = BITS == 4 ? 160 : 144;  // bytes from token to token: no two lanes meet in a bank
+    typedef i32 Sum;
+
+    static __device__ void multiply(const Weights<BITS>& w, const Steps<BITS>&, const u8* x, i32 size, i32 column,
+                                    Sum (&sum)[4]) {
+        constexpr i32 kInputs = 32 / BITS;
+        if (BITS == 4) {
+#pragma unroll
+            for (i32 step = 0; step < Weights<BITS>::kSteps; step++) {
+                const i32 at = (4 * step + column) * kInputs;
+                const u32 low = 0x0f0f0f0fu;
+                const u32 left[4] = {w.words[step].x & low, w.words[step].y & low, w.words[step].x >> 4 & low,
+                                     w.words[step].y >> 4 & low};
+                Pair here = {0, 0};
+                if (x && at < size) here = load_pair(x + at);
+                const u32 right[2] = {here.x, here.y};
+                multiply_bytes(sum, left, right);
+            }
+        } else {
+#pragma unroll
+            for (i32 step = 0; step < Weights<BITS>::kSteps; step += 2) {
+                const i32 at = (4 * step + column) * kInputs, later = at + 4 * kInputs;
+                const u32 left[4] = {w.words[step].x, w.words[step].y, w.words[step + 1].x, w.words[step + 1].y};
+                const u32 right[2] = {x && at < size ? *(const u32*)(x + at) : 0,
+                                      x && later < size ? *(const u32*)(x + later) : 0};
+                multiply_bytes(sum, left, right);
+            }
+        }
+    }
+
+    static __device__ float part(Sum sum, i32 zero, float scale, i32 sum_of_x, float step) {
+        return __fmul_rn((float)(sum - zero * sum_of_x), __fmul_rn(scale, step));
+    }
+};
+
+template <i32 BITS>
+struct Halves {
+    static constexpr i32 kEach = 2;
+    static constexpr i32 kStride = BITS == 4 ? 320 : 288;
+    static constexpr u32 kBase = 0x64006400u;  // 1024.0, twice
+    typedef float Sum;
+
+    // Four codes of a word as halves: the first and the third, the second and the fourth.
+    static __device__ Pair widen(u32 word, i32 half, u32 offset) {
+        const u32 first = BITS == 4 ? word >> 4 * half & 0x000f000fu | kBase : __byte_perm(word, kBase, 0x5250);
+        const u32 second = BITS == 4 ? word >> (8 + 4 * half) & 0x000f000fu | kBase : __byte_perm(word, kBase, 0x5351);
+        return {subtract_halves(first, offset), subtract_halves(second, offset)};
+    }
+
+    static __device__ void load_inputs(const u8* from, Pair (&inputs)[2]) {  // as many as a word has codes
+        if (BITS == 4) {
+            const uint4 words = *(const uint4*)from;
+            inputs[0] = {words.x, words.y};
+            inputs[1] = {words.z, words.w};
+        } else {
+            inputs[0] = load_pair(from);
+        }
+    }
+
+    static __device__ void multiply(const Weights<BITS>& w, const Steps<BITS>& s, const u8* x, i32 size, i32 column,
+                                    Sum (&sum)[4]) {
+        constexpr i32 kInputs = 32 / BITS;
+        const u32 offset[2] = {kBase + (u32)s.zero[0] * 0x00010001u, kBase + (u32)s.zero[1] * 0x00010001u};
+#pragma unroll
+        for (i32 step = 0; step < Weights<BITS>::kSteps; step++) {
+            const i32 at = (4 * step + column) * kInputs;
+            Pair here[2] = {};
+            if (x && at < size) load_inputs(x + 2 * at, here);
+#pragma unroll
+            for (i32 half = 0; half < kInputs / 4; half++) {
+                const Pair upper = widen(w.words[step].x, half, offset[0]), lower = widen(w.words[step].y, half, offset[1]);
+                const u32 left[4] = {upper.x, lower.x, upper.y, lower.y}, right[2] = {here[half].x, here[half].y};
+                multiply_halves(sum, left, right);
+            }
+        }
+    }
+
+    static __device__ float part(Sum sum, i32, float scale, i32, float step) {
+        return __fmul_rn(sum, __fmul_rn(scale, step));
+    }
+};
+
 // Few tokens. Grid: tiles. Thread block: kWarps warps.
-template <i32 BITS, i32 EIGHTS>
-MOSS_INLINE void linear_few(const u8* blob, const i8* codes, const float* steps, const i32* sums, const float* bias,
+template <i32 BITS, template <i32> class Inputs, i32 EIGHTS>
+MOSS_INLINE void linear_few(const u8* blob, const u8* codes, const float* steps, const i32* sums, const float* bias,
                             float* y, i32 tokens, i32 rows, i32 first, i32 tile_bytes, i32 scales_at, i32 zeros_at,
                             const Blocks& blocks, i32 y_stride, i32 add) {
     const i32 warp = (i32)threadIdx.x / kWarp, lane = (i32)threadIdx.x % kWarp, row = lane / 4, column = lane % 4;
@@ -114,13 +170,15 @@ MOSS_INLINE void linear_few(const u8* blob, const i8* codes, const float* steps,
 #pragma unroll
         for (i32 eight = 0; eight < EIGHTS; eight++) {
             const i32 token = 8 * eight + row;
-            i32 sum[4] = {};
-            multiply_block<BITS>(now, token < tokens ? codes + (i64)token * blocks.padded_in : nullptr, b, column, sum);
+            const u8* x = codes + ((i64)token * blocks.padded_in + b.start) * Inputs<BITS>::kEach;
+            typename Inputs<BITS>::Sum sum[4] = {};
+            Inputs<BITS>::multiply(now, w, token < tokens ? x : nullptr, b.size, column, sum);
 #pragma unroll
             for (i32 i = 0; i < 4; i++) {
                 const i32 of = least(8 * eight + 2 * column + i % 2, tokens - 1);
                 const i64 at = (i64)index * tokens + of;
-                total[eight][i] += part_of(sum[i], w.zero[i / 2], w.scale[i / 2], sums[at], steps[at]);
+                const i32 sum_of_x = Inputs<BITS>::kEach == 1 ? sums[at] : 0;
+                total[eight][i] += Inputs<BITS>::part(sum[i], w.zero[i / 2], w.scale[i / 2], sum_of_x, steps[at]);
             }
         }
     }
@@ -144,12 +202,12 @@ MOSS_INLINE void linear_few(const u8* blob, const i8* codes, const float* steps,
 constexpr i32 kManyEights = 8, kMany = 8 * kManyEights;  // tokens of a thread block
 
 // Many tokens. Grid: (tiles / kWarps, tokens / kMany). Thread block: kWarps warps, a tile each; they share the codes of x.
-template <i32 BITS>
-MOSS_INLINE void linear_many(const u8* blob, const i8* codes, const float* steps, const i32* sums, const float* bias,
+template <i32 BITS, template <i32> class Inputs>
+MOSS_INLINE void linear_many(const u8* blob, const u8* codes, const float* steps, const i32* sums, const float* bias,
                              float* y, i32 tokens, i32 rows, i32 first, i32 tile_bytes, i32 scales_at, i32 zeros_at,
                              const Blocks& blocks, i32 y_stride, i32 add) {
-    constexpr i32 kStride = BITS == 4 ? 160 : 144;  // bytes from token to token: no two lanes meet in a bank
-    __shared__ __align__(16) i8 near_codes[2][kMany * kStride];
+    constexpr i32 kStride = Inputs<BITS>::kStride, kEach = Inputs<BITS>::kEach;
+    __shared__ __align__(16) u8 near_codes[2][kMany * kStride];
     __shared__ float near_steps[2][kMany];
     __shared__ i32 near_sums[2][kMany];
     const i32 warp = (i32)threadIdx.x / kWarp, lane = (i32)threadIdx.x % kWarp, row = lane / 4, column = lane % 4;
@@ -160,17 +218,17 @@ MOSS_INLINE void linear_many(const u8* blob, const i8* codes, const float* steps
 
     const auto fetch = [&](i32 index, i32 to) {
         const Block b = blocks.at(index);
-        constexpr i32 kWords = 32;  // of a block of 128 codes
+        constexpr i32 kWords = 32 * kEach;  // of a block of 128 codes
         for (i32 i = (i32)threadIdx.x; i < kMany * kWords; i += kWarps * kWarp) {
             const i32 token = i / kWords, at = i % kWords * 4;
-            const bool is_there = token < here && at < b.size;
-            const i8* from = codes + (i64)(start + token) * blocks.padded_in + b.start + at;
+            const bool is_there = token < here && at < b.size * kEach;
+            const u8* from = codes + ((i64)(start + token) * blocks.padded_in + b.start) * kEach + at;
             *(u32*)(near_codes[to] + token * kStride + at) = is_there ? *(const u32*)from : 0;
         }
         for (i32 token = (i32)threadIdx.x; token < kMany; token += kWarps * kWarp) {
             const i64 at = (i64)index * tokens + start + token;
             near_steps[to][token] = token < here ? steps[at] : 0.0f;
-            near_sums[to][token] = token < here ? sums[at] : 0;
+            near_sums[to][token] = kEach == 1 && token < here ? sums[at] : 0;
         }
     };
     const auto after = [&](i32 index) {  // block by block of a class, then the next class; -1 at the end
@@ -192,16 +250,16 @@ MOSS_INLINE void linear_many(const u8* blob, const i8* codes, const float* steps
             fetch(later, side ^ 1);
         }
         const Steps<BITS> w(now);
-        Block b = blocks.at(index);
-        b.start = 0;  // in what is near
+        const i32 size = blocks.at(index).size;
 #pragma unroll
         for (i32 eight = 0; eight < kManyEights; eight++) {
-            i32 sum[4] = {};
-            multiply_block<BITS>(now, near_codes[side] + (8 * eight + row) * kStride, b, column, sum);
+            typename Inputs<BITS>::Sum sum[4] = {};
+            Inputs<BITS>::multiply(now, w, near_codes[side] + (8 * eight + row) * kStride, size, column, sum);
 #pragma unroll
             for (i32 i = 0; i < 4; i++) {
                 const i32 of = 8 * eight + 2 * column + i % 2;
-                part[eight][i] += part_of(sum[i], w.zero[i / 2], w.scale[i / 2], near_sums[side][of], near_steps[side][of]);
+                part[eight][i] += Inputs<BITS>::part(sum[i], w.zero[i / 2], w.scale[i / 2], near_sums[side][of],
+                                                     near_steps[side][of]);
             }
         }
         if (later < 0 || later % kWarps != index % kWarps) {  // the class is through
@@ -231,15 +289,21 @@ MOSS_INLINE void linear_many(const u8* blob, const i8* codes, const float* steps
 // blob: from the first tile on. y, (T, y_stride), and bias: of the whole matrix; rows [first, first + rows) are made.
 #define MOSS_LINEAR(name, CALL)                                                                                        \
     MOSS_KERNEL(name)                                                                                                  \
-    (const u8* blob, const i8* codes, const float* steps, const i32* sums, const float* bias, float* y, i32 tokens,    \
+    (const u8* blob, const u8* codes, const float* steps, const i32* sums, const float* bias, float* y, i32 tokens,    \
      i32 rows, i32 first, i32 tile_bytes, i32 scales_at, i32 zeros_at, i32 padded_in, i32 padded_group, i32 block,     \
      i32 y_stride, i32 add) {                                                                                          \
         CALL(blob, codes, steps, sums, bias, y, tokens, rows, first, tile_bytes, scales_at, zeros_at,                  \
              Blocks{padded_in, padded_group, block}, y_stride, add);                                                   \
     }
-MOSS_LINEAR(linear_int4_8, (linear_few<4, 1>))
-MOSS_LINEAR(linear_int4_16, (linear_few<4, 2>))
-MOSS_LINEAR(linear_int4_many, (linear_many<4>))
-MOSS_LINEAR(linear_int8_8, (linear_few<8, 1>))
-MOSS_LINEAR(linear_int8_16, (linear_few<8, 2>))
-MOSS_LINEAR(linear_int8_many, (linear_many<8>))
+MOSS_LINEAR(bytes_int4_8, (linear_few<4, Bytes, 1>))
+MOSS_LINEAR(bytes_int4_16, (linear_few<4, Bytes, 2>))
+MOSS_LINEAR(bytes_int4_many, (linear_many<4, Bytes>))
+MOSS_LINEAR(bytes_int8_8, (linear_few<8, Bytes, 1>))
+MOSS_LINEAR(bytes_int8_16, (linear_few<8, Bytes, 2>))
+MOSS_LINEAR(bytes_int8_many, (linear_many<8, Bytes>))
+MOSS_LINEAR(halves_int4_8, (linear_few<4, Halves, 1>))
+MOSS_LINEAR(halves_int4_16, (linear_few<4, Halves, 2>))
+MOSS_LINEAR(halves_int4_many, (linear_many<4, Halves>))
+MOSS_LINEAR(halves_int8_8, (linear_few<8, Halves, 1>))
+MOSS_LINEAR(halves_int8_16, (linear_few<8, Halves, 2>))
+MOSS_LINEAR(halves_int8_many, (linear_many<8, Halves>))

@@ -28,12 +28,16 @@ from moss_jt.placement import TwoPlans, fill
 from moss_jt.plan import make_plan, matrix_sizes
 from moss_jt.synthetic import EMBEDDING, layouts_of, synthetic_store
 from moss_jt.weights import WeightStore, widen
-from moss_jt.workspace import device_needs
+from moss_jt.workspace import Inputs, device_needs
 
 Floats = npt.NDArray[np.float32]
 Product = Callable[[npt.NDArray[Any], str], npt.NDArray[Any]]
 
-ALLOWED = {False: 2e-3, True: 3e-2}  # of the largest logit; rounded inputs may fall to the other side of a step
+ALLOWED: dict[Inputs, float] = {  # of the largest logit; inputs rounded to int8 may fall to the other side of a step
+    "float32": 2e-3,
+    "float16": 5e-3,
+    "int8": 3e-2,
+}
 _CONFIG = MossConfig(
     vocab_size=320, n_positions=64, n_embd=256, n_layer=1, n_head=4, rotary_dim=32, dtype="float16", name="check"
 )
@@ -52,26 +56,27 @@ def check_device(device: Device) -> None:
             quantization = Quantization(4 if bits == 4 else 8, 128)
             config = replace(config, quantization=quantization, head_quantization=quantization)
         store = synthetic_store(config, threads=1)
-        for rounding in (False, True) if bits < 16 else (False,):
-            off = _difference(device, config, store, rounding=rounding)
-            if not off <= ALLOWED[rounding]:
+        every: tuple[Inputs, ...] = ("float32", "float16", "int8") if bits < 16 else ("float32",)
+        for inputs in every:
+            off = _difference(device, config, store, inputs)
+            if not off <= ALLOWED[inputs]:
                 raise KernelError(
-                    f"{device.name} computes wrong: with {bits}-bit weights and {'rounded' if rounding else 'exact'} inputs "
-                    f"a small network is off by {off:.2g} of its largest logit. `moss-jt doctor` looks at driver and CUDA."
+                    f"{device.name} computes wrong: with {bits}-bit weights and inputs in {inputs} a small network is off "
+                    f"by {off:.2g} of its largest logit. `moss-jt doctor` looks at driver and CUDA."
                 )
 
 
-def _difference(device: Device, config: MossConfig, store: WeightStore, *, rounding: bool) -> float:
+def _difference(device: Device, config: MossConfig, store: WeightStore, inputs: Inputs) -> float:
     """The largest error, in parts of the largest logit."""
     ids = np.arange(_PROMPT + 1, dtype=np.int32) * 7 % config.vocab_size
-    want = _expected(config, store, ids, rounding=rounding)
-    found = _computed(device, config, store, ids, rounding=rounding)
+    want = _expected(config, store, ids, rounding=inputs == "int8")
+    found = _computed(device, config, store, ids, inputs)
     return float(np.abs(found - want).max() / np.abs(want).max())
 
 
-def _computed(device: Device, config: MossConfig, store: WeightStore, ids: Floats | Any, *, rounding: bool) -> Floats:
+def _computed(device: Device, config: MossConfig, store: WeightStore, ids: Floats | Any, inputs: Inputs) -> Floats:
     """Logits of a prompt and of the token after it, on the device."""
-    kv: KVType = "float16" if rounding else "float32"
+    kv: KVType = "float32" if inputs == "float32" else "float16"
     layouts = {size.name: store.layout(size.name) for size in matrix_sizes(config, layouts_of(config))}
     sizes = matrix_sizes(config, layouts)
     needs = device_needs(config, sizes, layouts, base=device.own_bytes, kv=kv, margin=0)
@@ -79,7 +84,7 @@ def _computed(device: Device, config: MossConfig, store: WeightStore, ids: Float
         plan = make_plan(sizes, needs, memory=needs.fixed + 4 * sum(size.nbytes for size in sizes), context=64)
         space = fill(config, store, device, sizes, plans=TwoPlans(plan, None, {}), kv=kv).space
         cache = space.cache(slots=1, tokens=64)
-        ops, network = DeviceOps(space, cache, rounding=rounding), Moss[Any](config)
+        ops, network = DeviceOps(space, cache, inputs=inputs), Moss[Any](config)
         parts = []
         for start, count in ((0, _PROMPT), (_PROMPT, 1)):
             cache.reserve(0, count)

@@ -23,7 +23,7 @@ from moss_jt.kv_layout import STEP_CHANNELS
 from moss_jt.layout import TileLayout
 from moss_jt.ops import LOGIT_ROWS, ROUND_BLOCK, STRETCH, Linear
 from moss_jt.shortlist import FOUND, Shortlist, Wish, read_found
-from moss_jt.workspace import DeviceBuffer, Workspace, blocks_of
+from moss_jt.workspace import DeviceBuffer, Inputs, Workspace, blocks_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -32,6 +32,10 @@ _WARP, _ROUND_WARPS, _PRODUCT_WARPS, _MANY = 32, 8, 8, 64
 _TOGETHER, _EXACT_THREADS, _ROW_WARPS = 4, 256, 8
 _ATTEND_THREADS, _SMALL_THREADS, _SHORTLIST_THREADS = 128, 256, 1024
 _FEW = (8, 16)  # tokens for which there are products of their own
+_ROUNDED: dict[Inputs, tuple[str, str]] = {  # who rounds inputs, and whose products take them
+    "float16": ("halve_activations", "halves"),
+    "int8": ("round_activations", "bytes"),
+}
 _KV_KIND = {"float32": 0, "float16": 1, "int8": 2}
 _LAYERS_AHEAD = 2  # queued before the device has done them, where weights are streamed: Ctrl-C waits for these
 
@@ -61,7 +65,7 @@ class DeviceOps:
     Args:
         space: buffers and weights, shared by all caches of a model.
         kv: the cache, its blocks from the pool of `space`.
-        rounding: whether products with int4 and int8 matrices round their inputs to int8.
+        inputs: what products with int4 and int8 matrices make of theirs: they stay float32, or are rounded.
 
     Attributes:
         capacity: T at most, new tokens of one pass.
@@ -72,14 +76,14 @@ class DeviceOps:
         ShapeError: heads that the kernels cannot take.
     """
 
-    def __init__(self, space: Workspace, kv: KVCache, *, rounding: bool = False) -> None:
+    def __init__(self, space: Workspace, kv: KVCache, *, inputs: Inputs = "float32") -> None:
         config = space.config
         if config.head_dim > 1024:
             raise ShapeError(f"heads are {config.head_dim} wide; the CUDA kernels take up to 1024.")
         assert STEP_CHANNELS == _WARP, "a warp keeps the channels that share a step"
         assert isinstance(kv.blocks, DeviceBlocks), "the cache is not on the device"
         self.config, self.device, self.store, self.cache = config, space.device, space.store, kv
-        self.space, self.capacity, self.rounding, self.buffers = space, space.capacity, rounding, space.buffers
+        self.space, self.capacity, self.inputs, self.buffers = space, space.capacity, inputs, space.buffers
         self.observe: Callable[[str, Floats], None] | None = None
         self.on_layer: Callable[[int], None] | None = None
         self._blocks = kv.blocks
@@ -124,7 +128,7 @@ class DeviceOps:
         """A block of the network: queued step by step, then captured, then replayed as long as nothing has changed."""
         if self.observe is not None or not self._weights.is_whole:
             return compute(x)
-        state = (self._tokens, self._stretches, self._weights.version, self.rounding)
+        state = (self._tokens, self._stretches, self._weights.version, self.inputs)
         known = self._captured.get(name)
         if known is None or known.state != state:
             result = compute(x)
@@ -280,7 +284,7 @@ class DeviceOps:
         layout, perm = self.store.layout(name), self.store.perm(name)
         if isinstance(layout, TileLayout):
             tiles = _Tiles(name, layout, None if perm is None else self.space.small(name), bias)
-            multiply = self._multiply_rounded if self.rounding else self._multiply_exact
+            multiply = self._multiply_exact if self.inputs == "float32" else self._multiply_rounded
             return multiply(x, tiles, y)
         for piece in self._weights.pieces(name):
             self._rows_product(
@@ -322,10 +326,11 @@ class DeviceOps:
         grid: tuple[int, ...] = (-(-blocks_of(layout) // _ROUND_WARPS), tokens)
         sizes = (tokens, x.width, layout.padded_in, layout.padded_group, ROUND_BLOCK, int(tiles.order is not None), 0)
         arguments = (x.place, tiles.order, *rounded, *sizes)
-        self.device.launch("rounding", "round_activations", grid, _ROUND_WARPS * _WARP, arguments)
+        how, product_name = _ROUNDED[self.inputs]
+        self.device.launch("rounding", how, grid, _ROUND_WARPS * _WARP, arguments)
         first = None if share is None else share.first_row(tiles.name, self._weights.held_rows(tiles.name), tokens)
         few = next((size for size in _FEW if tokens <= size), None)
-        kernel = f"linear_int{layout.bits}_{'many' if few is None else few}"
+        kernel = f"{product_name}_int{layout.bits}_{'many' if few is None else few}"
         for piece in self._weights.pieces(tiles.name, first):
             blocks = -(-piece.count // 16)
             grid = (blocks,) if few is not None else (-(-blocks // _PRODUCT_WARPS), -(-tokens // _MANY))

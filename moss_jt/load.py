@@ -66,7 +66,8 @@ def load_model(
         path: a native folder, or a Hugging Face folder of a MOSS model.
         device: "cpu", "cuda", "cuda:1", or "auto": a CUDA device where one can be used, else the CPU. It must compute a
             small network correctly first. Or an open device, which stays the caller's.
-        compute: "exact" computes in float32; "fast" rounds the inputs of int4 and int8 matrices to int8.
+        compute: "exact" computes in float32; "fast" rounds the inputs of int4 and int8 matrices, to int8 on the CPU, to
+            half on a device.
         memory: what the whole process may take, in bytes or like "6GiB"; None for what is free, less a reserve.
             What does not fit is read from disk in every pass. Results do not depend on it.
         vram: what the process may take on the device, in the same way. What does not fit is kept in main memory and

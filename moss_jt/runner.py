@@ -82,7 +82,7 @@ class Runner:
             self.buffer_bytes = buffer_bytes(config, capacity, slots)
         else:
             self.cache = space.cache(slots=slots, tokens=tokens)
-            self._ops = DeviceOps(space, self.cache, rounding=rounding)
+            self._ops = DeviceOps(space, self.cache, inputs=space.inputs(rounding=rounding))
             self.buffer_bytes = 0  # all caches of a model share them
         self.network: Moss[Any] = Moss(config)
         if adapter is not None:

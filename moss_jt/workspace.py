@@ -7,7 +7,7 @@ the plan; what is left then is the arena, whose start belongs to the caches and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from moss_jt.weights import WeightStore
 
 _ALIGNMENT = 256  # of what is taken from the slab
 
+Inputs = Literal["float32", "float16", "int8"]  # of products with matrices in int4 and int8
 Layouts = Mapping[str, RowsLayout | TileLayout]
 Terms = Mapping[str, npt.NDArray[np.float32]]
 
@@ -43,7 +44,7 @@ def workspace_bytes(config: MossConfig, layouts: Layouts, capacity: int, rank: i
         "positions": 4,
         "middle": 4 * rank,
         "table": 4 * per_sequence,
-        "codes": max(_padded_in(layout) for layout in layouts.values()),
+        "codes": 2 * max(_padded_in(layout) for layout in layouts.values()),
         "steps": 4 * blocks,
         "sums": 4 * blocks,
     }
@@ -191,6 +192,13 @@ class Workspace:
         place = slab.take(values.nbytes, "norms and biases")
         self.device.write(place, values)
         return place
+
+    def inputs(self, *, rounding: bool) -> Inputs:
+        """How fast compute rounds the inputs of products: to half, but to int8 where the host, which can do no other
+        fast, has a share of them. So a row has the same arithmetic wherever it is computed."""
+        if not rounding:
+            return "float32"
+        return "float16" if self.share is None else "int8"
 
     def leave_to_host(self, share: float) -> None:
         """Leave this share of what would be copied, 0 to 1, to the host's processor, for few tokens."""

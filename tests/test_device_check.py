@@ -26,10 +26,11 @@ def test_a_device_that_computes_right(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("kernel", "words"),
     [
-        ("attend", "with 4-bit weights and exact inputs"),
-        ("linear_int8_8", "with 8-bit weights and rounded inputs"),
-        ("linear_int4_many", "with 4-bit weights and rounded inputs"),
-        ("rows_float16", "with 16-bit weights and exact inputs"),
+        ("attend", "with 4-bit weights and inputs in float32"),
+        ("halves_int8_8", "with 8-bit weights and inputs in float16"),
+        ("bytes_int8_8", "with 8-bit weights and inputs in int8"),
+        ("bytes_int4_many", "with 4-bit weights and inputs in int8"),
+        ("rows_float16", "with 16-bit weights and inputs in float32"),
     ],
 )
 def test_a_kernel_that_does_nothing_is_found(

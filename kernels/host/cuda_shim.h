@@ -260,7 +260,44 @@ static inline unsigned short float_to_half(float value) {
     return (unsigned short)(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
+    const unsigned long long both = (unsigned long long)b << 32 | a;
+    unsigned picked = 0;
+    for (int i = 0; i < 4; i++) picked |= (unsigned)(both >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+    return picked;
+}
+
 // See kernels/cuda.h.
+static inline unsigned subtract_halves(unsigned a, unsigned b) {
+    unsigned difference = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const float left = half_to_float((unsigned short)(a >> shift)), right = half_to_float((unsigned short)(b >> shift));
+        difference |= (unsigned)float_to_half(left - right) << shift;
+    }
+    return difference;
+}
+
+static inline void multiply_halves(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    unsigned shown[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    struct Sums {
+        float of[4];
+    };
+    const Sums sums = shim::exchange(shown, 6, [](const shim::Exchange& all, int lane) {
+        Sums s = {};
+        for (int i = 0; i < 4; i++) {
+            const int row = lane / 4, high = i / 2, column = lane % 4 * 2 + i % 2;
+            for (int k = 0; k < 16; k++) {
+                const int part = k % 8 / 2, shift = k % 2 * 16, later = k / 8;
+                const unsigned left = all.words[row * 4 + part][high + 2 * later] >> shift & 0xffffu;
+                const unsigned right = all.words[column * 4 + part][4 + later] >> shift & 0xffffu;
+                s.of[i] += half_to_float((unsigned short)left) * half_to_float((unsigned short)right);
+            }
+        }
+        return s;
+    });
+    for (int i = 0; i < 4; i++) d[i] += sums.of[i];
+}
+
 static inline void multiply_bytes(int (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     unsigned shown[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
     struct Sums {

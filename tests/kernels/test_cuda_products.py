@@ -1,9 +1,9 @@
-"""CUDA kernels on the host: activations rounded as on the CPU to the bit, products as the reference has them."""
+"""CUDA kernels on the host: activations rounded as on the CPU to the bit, or to half; products as the reference has them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,15 +47,26 @@ def exact(folder: Path) -> Kernels:
     return kernels_of("linear_exact", folder)
 
 
+Way = Literal["bytes", "halves"]  # how inputs are rounded
+ENTRY: dict[Way, str] = {"bytes": "round_activations", "halves": "halve_activations"}
+
+
 class Rounded:
     """Activations as the kernel rounds them."""
 
     def __init__(
-        self, kernels: Kernels, x: Array, layout: TileLayout, perm: Array | None = None, *, gelu: bool = False
+        self,
+        kernels: Kernels,
+        x: Array,
+        layout: TileLayout,
+        perm: Array | None = None,
+        *,
+        gelu: bool = False,
+        way: Way = "bytes",
     ) -> None:
         blocks = len(reference.rounding_blocks(layout, ROUND_BLOCK))
         tokens = len(x)
-        self.codes = np.zeros((tokens, layout.padded_in), np.int8)
+        self.codes: Array = np.zeros((tokens, layout.padded_in), np.int8 if way == "bytes" else np.float16)
         self.steps = np.zeros((blocks, tokens), np.float32)
         self.sums = np.zeros((blocks, tokens), np.int32)
         order = np.zeros(1, np.int32) if perm is None else perm
@@ -70,7 +81,7 @@ class Rounded:
             *sizes,
             int(gelu),
         ]
-        kernels.launch("round_activations", grid, 32 * WARPS, arguments)
+        kernels.launch(ENTRY[way], grid, 32 * WARPS, arguments)
 
 
 def some_layout(k: int, bits: int, group: int) -> TileLayout:
@@ -94,13 +105,36 @@ def test_rounding_gives_the_bits_of_the_cpu(rounding: Kernels, k: int, bits: int
     assert np.array_equal(found.sums, np.array(sums))
 
 
+IN_PLACE = np.array([0, 2, 1, 3])  # of four halves: the two in the middle change places
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-44, 1e-30, 1e-6, 7e4, 3e38])
+@pytest.mark.parametrize(("k", "bits", "group"), [(8, 4, 8), (520, 4, 200), (132, 8, 64), (384, 4, 384)])
+def test_halves_keep_eleven_bits_of_the_largest(rounding: Kernels, k: int, bits: int, group: int, size: float) -> None:
+    x = (np.random.default_rng(k).uniform(-1, 1, size=(3, k)) * size).astype(np.float32)
+    x[0, k // 2], x[1, : min(k, 64)] = 0, 0
+    layout = some_layout(k, bits, group)
+    found = Rounded(rounding, x, layout, way="halves")
+    codes = found.codes.reshape(3, -1, 4)[:, :, IN_PLACE].reshape(3, -1).astype(np.float64)
+    assert np.isfinite(codes).all() and np.abs(codes).max() <= 2**15
+    for number, (_, start, length) in enumerate(reference.rounding_blocks(layout, ROUND_BLOCK)):
+        run = slice(start, start + length)
+        kept, step = codes[:, run] * found.steps[number][:, None], found.steps[number].astype(np.float64)
+        assert (np.frexp(step)[0] == 0.5).all(), "powers of two: nothing else is rounded"
+        real = np.zeros((3, length))
+        real[:, : max(0, min(length, k - start))] = x[:, start : start + length]
+        assert (np.abs(kept - real) <= np.maximum(np.abs(real) * 2.0**-11, step[:, None] * 2.0**-24)).all()
+        assert (np.abs(real).max(axis=1) < 2**15 * step).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_spoils_its_block_only(rounding: Kernels, bad: float) -> None:
+@pytest.mark.parametrize("way", ["bytes", "halves"])
+def test_what_is_not_finite_spoils_its_block_only(rounding: Kernels, way: Way, bad: float) -> None:
     x = np.ones((2, 256), np.float32)
     x[1, 130] = bad
-    found = Rounded(rounding, x, some_layout(256, 4, 128))
+    found = Rounded(rounding, x, some_layout(256, 4, 128), way=way)
     assert np.isnan(found.steps).tolist() == [[False, False], [False, True]]
-    assert (found.codes[1, 128:] == 0).all() and (found.codes[0] == 127).all()
+    assert (found.codes[1, 128:] == 0).all() and (found.codes[0] == (127 if way == "bytes" else 2**14)).all()
 
 
 def test_gelu_comes_before_rounding(rounding: Kernels) -> None:
@@ -151,12 +185,13 @@ class Product:
         x: Array,
         y: Array,
         *,
+        way: Way = "bytes",
         cut: int | None = None,
         **options: Any,
     ) -> None:
         """Into y (T, wide), in pieces of `cut` tiles."""
         layout, tokens = self.layout, len(x)
-        rounded = Rounded(rounding, x, layout, self.perm if layout.permuted else None)
+        rounded = Rounded(rounding, x, layout, self.perm if layout.permuted else None, way=way)
         size = 8 if tokens <= 8 else 16 if tokens <= 16 else "many"
         cut = layout.n_tiles if cut is None else cut
         for tile in range(0, layout.n_tiles, cut):
@@ -168,7 +203,7 @@ class Product:
             inputs = [piece, rounded.codes, rounded.steps, rounded.sums, self.bias if options.get("bias") else None]
             grid = (-(-count // WARPS), -(-tokens // MANY)) if size == "many" else (count,)
             rest = (y, *sizes, y.shape[1], int(options.get("add", False)))
-            products.launch(f"linear_int{layout.bits}_{size}", grid, 32 * WARPS, [*inputs, *rest])
+            products.launch(f"{way}_int{layout.bits}_{size}", grid, 32 * WARPS, [*inputs, *rest])
 
 
 CASES = [
@@ -201,35 +236,58 @@ def test_products(rounding: Kernels, products: Kernels, case: Tiles, tokens: int
     )
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16, 17, 65])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products_of_halves(rounding: Kernels, products: Kernels, case: Tiles, tokens: int) -> None:
+    """Against the weights in float64; inputs lose their twelfth bit, and one of them is far larger than the others."""
+    product, n = Product(case), case.n
+    x = np.random.default_rng(tokens).normal(size=(tokens, case.k)).astype(np.float32)
+    x[tokens // 2, case.k // 3] = 3e5  # more than a half can hold
+    weights = dequantize(product.matrix).astype(np.float64)
+    y = np.full((tokens, n + 3), 7, np.float32)
+    product.run(rounding, products, x, y, way="halves")
+    assert (y[:, n:] == 7).all(), "what lies beside the result is left alone"
+    allowed = 2.0**-11 * (np.abs(x).astype(np.float64) @ np.abs(weights).T) + 1e-6
+    off = np.abs(y[:, :n] - x.astype(np.float64) @ weights.T)
+    assert (off <= allowed).all(), f"{(off / allowed).max()} of what is allowed"
+    usual = np.sqrt((x.astype(np.float64) ** 2) @ (weights**2).T) * 2.0**-11
+    assert (off <= 4 * usual + 1e-6).all(), "errors of single inputs go both ways"
+
+
+@pytest.mark.parametrize("way", ["bytes", "halves"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_cut_the_company_and_the_place_change_no_bit(rounding: Kernels, products: Kernels, bits: Bits) -> None:
+def test_the_cut_the_company_and_the_place_change_no_bit(
+    rounding: Kernels, products: Kernels, bits: Bits, way: Way
+) -> None:
     """In pieces; one token alone, among nine, and among seventy."""
     product = Product(Tiles(70, 1408, bits, 128))
     x = np.random.default_rng(1).normal(size=(70, 1408)).astype(np.float32)
     whole = np.zeros((70, 70), np.float32)
-    product.run(rounding, products, x, whole)
+    product.run(rounding, products, x, whole, way=way)
     for tokens, cut in ((70, 2), (9, None), (9, 1), (1, None), (1, 3)):
         y = np.zeros((tokens, 70), np.float32)
-        product.run(rounding, products, x[60 : 60 + tokens] if tokens < 70 else x, y, cut=cut)
+        product.run(rounding, products, x[60 : 60 + tokens] if tokens < 70 else x, y, cut=cut, way=way)
         assert np.array_equal(y, whole[60 : 60 + tokens] if tokens < 70 else whole), (tokens, cut)
 
 
+@pytest.mark.parametrize("way", ["bytes", "halves"])
 @pytest.mark.parametrize("tokens", [2, 18])
-def test_bias_and_sum(rounding: Kernels, products: Kernels, tokens: int) -> None:
+def test_bias_and_sum(rounding: Kernels, products: Kernels, tokens: int, way: Way) -> None:
     product = Product(Tiles(35, 256, 8, 128))
     x = np.random.default_rng(2).normal(size=(tokens, 256)).astype(np.float32)
     plain, full = np.zeros((tokens, 35), np.float32), np.full((tokens, 35), 3, np.float32)
-    product.run(rounding, products, x, plain)
-    product.run(rounding, products, x, full, bias=True, add=True, cut=1)
+    product.run(rounding, products, x, plain, way=way)
+    product.run(rounding, products, x, full, bias=True, add=True, cut=1, way=way)
     np.testing.assert_allclose(full, plain + product.bias + 3, rtol=1e-6, atol=1e-6)
 
 
-def test_a_token_that_is_not_finite_stays_alone(rounding: Kernels, products: Kernels) -> None:
+@pytest.mark.parametrize("way", ["bytes", "halves"])
+def test_a_token_that_is_not_finite_stays_alone(rounding: Kernels, products: Kernels, way: Way) -> None:
     product = Product(Tiles(16, 256, 4, 128))
     x = np.ones((3, 256), np.float32)
     x[1, 7] = np.nan
     y = np.zeros((3, 16), np.float32)
-    product.run(rounding, products, x, y)
+    product.run(rounding, products, x, y, way=way)
     assert np.isnan(y).all(axis=1).tolist() == [False, True, False]
     assert not np.isnan(y[[0, 2]]).any()
 
