@@ -26,9 +26,9 @@ from moss_tiny.wordings import LANGUAGES, Language
 
 FIELDS, README = Template("fields"), Template("readme")
 TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
-    ((), 46),
-    (("calc", "solve"), 27),
-    (("search", "calc", "solve"), 9),
+    ((), 43),
+    (("calc", "solve"), 25),
+    (("search", "calc", "solve"), 14),
     (("search", "calc", "solve", "draw"), 5),
     (("calc",), 6),
     (("solve",), 3),

@@ -9,7 +9,7 @@ from functools import cache
 
 from moss_tiny.wordings import LANGUAGES, Block, Language, choose, expand, read_blocks, texts
 
-FRAME_SHARE = 0.55  # of the questions of an intent with phrases, those made of a phrase and a frame
+FRAME_SHARE = 0.3  # of the questions of an intent with phrases, those made of a phrase and a frame
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,9 @@ class Recipe:
         group: inputs that share a scale in int8.
     """
 
-    conversations: int = 120000
+    conversations: int = 100000
     validation: int = 120
-    for_tokenizer: int = 6000
+    for_tokenizer: int = 30000
     width: int = 256
     layers: int = 4
     heads: int = 8

@@ -18,7 +18,7 @@ import sentencepiece
 from moss_jt.template import META_INSTRUCTION, TOOLS, Template, system_prompt
 from moss_jt.tokenizer.files import MARKERS
 
-VOCABULARY = 4096
+VOCABULARY = 6144
 _SPACE = "\u2581"
 _TAGS = ("<|Human|>:", "<|Inner Thoughts|>:", "<|Commands|>:", "<|Results|>:", "<|MOSS|>:")
 _CALLS = ('Calculate("', 'Solve("', 'Search("', 'Text2Image("', '")', " =>", "<sup><|", "|></sup>", "<|", "|>")

@@ -2,7 +2,8 @@
 
 A file holds blocks: `[name]`, then lines `key: text; text; …`. In a text `(a|b|)` is one of a, b and nothing.
 A key ends in the language, `ask.en`; a key without one is for both. An answer (`say`), a fact and a command are one
-text, whatever it holds. Lines that begin with # are comments.
+text, whatever it holds. Lines that begin with # are comments. What `sums.txt` begins, `sums-2.txt` may go on with:
+more texts for the same blocks.
 """
 
 from __future__ import annotations
@@ -40,14 +41,25 @@ def choose(rng: random.Random, patterns: tuple[str, ...]) -> str:
 
 @cache
 def read_blocks(name: str) -> Mapping[str, Block]:
-    """The blocks of a file of the text folder.
+    """The blocks of a file of the text folder, with what other files add to them.
 
     Raises:
         ValueError: a line is neither a block's name, nor a key with texts, nor a comment.
     """
     blocks: dict[str, dict[str, tuple[str, ...]]] = {}
+    for file in (TEXT_FOLDER / name, *sorted(TEXT_FOLDER.glob(f"{Path(name).stem}-*.txt"))):
+        for block, keys in _read_file(file).items():
+            whole = blocks.setdefault(block, {})
+            for key, found in keys.items():
+                whole[key] = whole.get(key, ()) + found
+    return blocks
+
+
+def _read_file(file: Path) -> Mapping[str, Block]:
+    """The blocks of one file."""
+    blocks: dict[str, dict[str, tuple[str, ...]]] = {}
     current: dict[str, tuple[str, ...]] = {"": ()}
-    for number, line in enumerate((TEXT_FOLDER / name).read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
         text = line.strip()
         found = _LINE.fullmatch(text)
         if text.startswith("[") and text.endswith("]"):
@@ -56,7 +68,7 @@ def read_blocks(name: str) -> Mapping[str, Block]:
             whole = found[1].split(".")[0] in _WHOLE
             current[found[1]] = (found[2],) if whole else tuple(found[2].split("; "))
         elif text and not text.startswith("#"):
-            raise ValueError(f"{name}:{number}: {line!r} is no block, no key with texts, or repeats a key.")
+            raise ValueError(f"{file.name}:{number}: {line!r} is no block, no key with texts, or repeats a key.")
     return blocks
 
 
