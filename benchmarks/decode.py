@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py --bits 4                  8 layers, both in memory, interleaved
     python benchmarks/decode.py --bits 4 --layers 34      each in processes of its own that alternate
+    … --pairs-file FILE                                   and goes on where an earlier run with this file broke off
 
 A pair is: the read bandwidth of memory, our run, the read bandwidth again, llama-bench's run. Ratios are
 those of a pair; what counts is their median. int4 is compared with Q4_0, int8 with Q8_0, fp16 with F16;
@@ -18,7 +19,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from peers.llamacpp import PEER, Peer, peer_of
 from moss_jt.bench import Bench, Settings, parse_synthetic, pass_bytes, ratios, synthetic_model
 from moss_jt.limits import Limits
 from moss_jt.memory import peak_memory
-from moss_jt.record import keep, spread
+from moss_jt.record import commit, keep, spread
 
 KINDS: dict[int, Kind] = {4: "q4_0", 8: "q8_0", 16: "f16"}
 NAMES = {4: "int4", 8: "int8", 16: "fp16"}
@@ -80,23 +82,75 @@ def interleaved(bits: int, layers: int, peer: Peer | None, settings: Settings) -
     return found
 
 
-def separate(bits: int, layers: int, peer: Peer | None, settings: Settings) -> Found:
-    """Processes of their own that alternate, so that each has the memory for itself."""
-    found = Found()
-    for _ in range(settings.pairs):
-        report = _own_process(bits, layers, settings)
-        (decode,) = report["decode"]
-        found.decode.append(decode["tokens_per_s"]["median"])
-        found.cpu_s_per_token.append(decode["cpu_s_per_pass"]["median"])
-        found.memory.append(decode["limit"]["gb_per_s"]["median"] * 1e9)
-        found.of_memory.append(decode["of_limit"]["median"])
-        found.peak_memory.append(report["peak_memory_bytes"])
-        for run in report["prefill"]:
-            found.prefill.setdefault(run["tokens"], []).append(run["tokens_per_s"]["median"])
-        if peer is not None:
-            found.peer_decode += peer.tokens_per_s(new=settings.new_tokens)[0]
-            for count in settings.prompt_tokens:
-                found.peer_prefill.setdefault(count, []).extend(peer.tokens_per_s(prompt=count)[0])
+def separate(bits: int, layers: int, peer: Peer | None, settings: Settings, kept: Path | None = None) -> Found:
+    """Processes of their own that alternate, so that each has the memory for itself.
+
+    Args:
+        kept: file in which each pair is kept as soon as it is measured, since all of them take an hour; pairs of the same
+            kind that it has already count.
+    """
+    kind = [bits, layers, *settings.prompt_tokens, settings.new_tokens, peer is not None]
+    pairs = read_pairs(kept, kind)
+    while len(pairs) < settings.pairs:
+        pairs.append(_pair(bits, layers, peer, settings))
+        if kept is not None:
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, "commit": commit(), "found": asdict(pairs[-1])}) + "\n")
+    return joined(pairs)
+
+
+def read_pairs(kept: Path | None, kind: list[Any]) -> list[Found]:
+    """The pairs of a kind that a file has.
+
+    Raises:
+        SystemExit: it was written at another commit.
+    """
+    if kept is None or not kept.exists():
+        return []
+    lines = [json.loads(line) for line in kept.read_text("utf-8").splitlines()]
+    mine = [line for line in lines if line["kind"] == kind]
+    if any(line["commit"] != commit() for line in mine):
+        raise SystemExit(f"{kept} has pairs of commit {mine[0]['commit']}, and this is {commit()}; take another file.")
+    return [Found(**_with_numbers(line["found"])) for line in mine]
+
+
+def _with_numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """JSON has texts as keys; lengths of prompts are numbers."""
+    prefills = {
+        name: {int(count): rates for count, rates in found[name].items()} for name in ("prefill", "peer_prefill")
+    }
+    return {**found, **prefills}
+
+
+def joined(pairs: list[Found]) -> Found:
+    """All runs in their order."""
+    whole = Found()
+    for pair in pairs:
+        for each in fields(Found):
+            mine, more = getattr(whole, each.name), getattr(pair, each.name)
+            if isinstance(mine, dict):
+                for count, rates in more.items():
+                    mine.setdefault(count, []).extend(rates)
+            else:
+                mine.extend(more)
+    return whole
+
+
+def _pair(bits: int, layers: int, peer: Peer | None, settings: Settings) -> Found:
+    """Our run and the peer's, one after the other."""
+    report = _own_process(bits, layers, settings)
+    (decode,) = report["decode"]
+    found = Found(
+        decode=[decode["tokens_per_s"]["median"]],
+        cpu_s_per_token=[decode["cpu_s_per_pass"]["median"]],
+        memory=[decode["limit"]["gb_per_s"]["median"] * 1e9],
+        of_memory=[decode["of_limit"]["median"]],
+        peak_memory=[report["peak_memory_bytes"]],
+        prefill={run["tokens"]: [run["tokens_per_s"]["median"]] for run in report["prefill"]},
+    )
+    if peer is not None:
+        found.peer_decode = list(peer.tokens_per_s(new=settings.new_tokens)[0])
+        found.peer_prefill = {count: list(peer.tokens_per_s(prompt=count)[0]) for count in settings.prompt_tokens}
     return found
 
 
@@ -160,6 +214,7 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", default="128,512")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--pairs-file", type=Path, help="where pairs in processes of their own are kept as they come")
     parser.add_argument("--save", action="store_true", help="keep the line under benchmarks/results/")
     chosen = parser.parse_args()
     prompts = tuple(int(word) for word in chosen.prompt_tokens.split(",") if word)
@@ -170,7 +225,9 @@ def main() -> int:
         config = parse_synthetic("moss-moon-003-fp16", layers=chosen.layers)
         peer = peer_of(folder_of(PEER, chosen.peers_folder), config, kind, chosen.peer_head or kind)
     apart = chosen.separate or chosen.layers > 16
-    measure: Callable[[int, int, Peer | None, Settings], Found] = separate if apart else interleaved
+    measure: Callable[[int, int, Peer | None, Settings], Found] = (
+        partial(separate, kept=chosen.pairs_file) if apart else interleaved
+    )
     line = summary(measure(chosen.bits, chosen.layers, peer, settings))
     described = {
         "bits": chosen.bits,

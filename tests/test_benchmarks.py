@@ -168,6 +168,28 @@ def test_a_missed_speed_is_told(benchmark_module: Import) -> None:
     ]
 
 
+def test_pairs_that_were_kept_are_not_measured_again(
+    benchmark_module: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = benchmark_module("decode")
+    one = {"peak_memory": [10**10], "cpu_s_per_token": [0.4], "memory": [46e9], "of_memory": [0.9]}
+    measured = iter(
+        found_by(decode, **one, decode=[rate], peer_decode=[4.5], prefill={128: [rate]}, peer_prefill={128: [2.0]})
+        for rate in (4.0, 5.0, 6.0)
+    )
+    monkeypatch.setattr(decode, "_pair", lambda *_: next(measured))
+    settings, file = decode.Settings((128,), (64,), 16, pairs=2), tmp_path / "pairs.jsonl"
+    whole = decode.separate(4, 34, None, settings, file)
+    assert whole.decode == [4.0, 5.0] and whole.prefill == {128: [4.0, 5.0]}
+    assert decode.separate(4, 34, None, settings, file) == whole, "from the file alone"
+    longer = decode.separate(4, 34, None, replace(settings, pairs=3), file)
+    assert longer.decode == [4.0, 5.0, 6.0] and len(longer.peer_prefill[128]) == 3
+    assert decode.read_pairs(file, [8, 34, 128, 16, False]) == [], "pairs of int8 are others"
+    monkeypatch.setattr(decode, "commit", lambda: "another")
+    with pytest.raises(SystemExit, match="pairs of commit .*, and this is another"):
+        decode.separate(4, 34, None, settings, file)
+
+
 def test_without_a_peer_only_limits_count(benchmark_module: Import) -> None:
     decode = benchmark_module("decode")
     line = decode.summary(found_by(decode, peer_decode=[], peer_prefill={}))
