@@ -186,7 +186,7 @@ def test_pairs_that_were_kept_are_not_measured_again(
     assert longer.decode == [4.0, 5.0, 6.0] and len(longer.peer_prefill[128]) == 3
     assert decode.read_pairs(file, [8, 34, 128, 16, False]) == [], "pairs of int8 are others"
     monkeypatch.setattr(decode, "commit", lambda: "another")
-    with pytest.raises(SystemExit, match="pairs of commit .*, and this is another"):
+    with pytest.raises(SystemExit, match=r"pairs of commit .*, and this is another"):
         decode.separate(4, 34, None, settings, file)
 
 
