@@ -6,6 +6,7 @@ it stands (position). There is no padding in here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,3 +43,11 @@ def single_batch(ids: npt.ArrayLike, *, start: int = 0, slot: int = 0, wanted: n
     size = len(flat)
     rows = np.array([size - 1], np.int32) if wanted is None else np.asarray(wanted, dtype=np.int32)
     return Batch(flat, np.full(size, slot, np.int32), np.arange(start, start + size, dtype=np.int32), rows)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

@@ -239,13 +239,14 @@ class KVCache:
             self.on_give(given)
         return given
 
-    def copy(self, source: int, target: int) -> None:
-        """Give an empty slot the tokens of another one, in blocks of its own.
+    def copy(self, source: int, target: int, length: int | None = None) -> None:
+        """Give an empty slot the first `length` tokens of another one, None for all, in blocks of its own.
 
         Raises:
             DeviceMemoryError: not enough free blocks, or `on_take` refuses.
         """
-        length = self._slots[source].length
+        length = self._slots[source].length if length is None else length
+        assert length <= self._slots[source].length, "more than there is to copy"
         assert self._slots[target].length == 0, "copy into a slot that is in use"
         self.reserve(target, length)
         pairs = zip(self._slots[source].blocks, self._slots[target].blocks, strict=False)

@@ -5,8 +5,9 @@
 Messages are plain data, so an engine can run in another process. One step is one pass of the
 network: a token for every request that is answering, and pieces of the prompts that wait. The
 cache of a named conversation is kept when its request ends, and the next request of that name
-computes only what is new. A pass that is broken off (Ctrl-C, cancel, an error) leaves no trace:
-nothing is committed before it has run, and events that had no chance to be given are given by the next step.
+computes only what is new; a beginning that all may share is copied from whoever has it. A pass that
+is broken off (Ctrl-C, cancel, an error) leaves no trace: nothing is committed before it has run, and
+events that had no chance to be given are given by the next step.
 When the cache is full, idle conversations give way first, then the youngest requests: these lose
 the end of what they have cached and compute it again when there is room. No answer changes by it.
 """
@@ -24,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moss_jt import sampling
-from moss_jt.batch import Batch
-from moss_jt.errors import CheckpointError, ConfigError, DeviceMemoryError, KernelError
+from moss_jt.batch import Batch, common_prefix
+from moss_jt.errors import ConfigError, DeviceMemoryError, KernelError
 from moss_jt.messages import Event, FinishedEvent, PrefillEvent, Reason, Request, TokenEvent, TokenScores
 from moss_jt.runner import Model
 from moss_jt.shortlist import Shortlist, Wish, choose_from
@@ -111,7 +112,7 @@ class Engine:
         self._idle_tokens = idle_tokens
         self._next = 0
         self._in_pass: list[_Task] = []
-        self._allowed = _known_ids(model)
+        self._allowed = model.known_ids()
         self.runner.allow(self._allowed)
         self._counts = {"prompt_tokens": 0, "reused_tokens": 0, "new_tokens": 0, "passes": 0}
         self._pass_tokens = {"prefill": 0, "decode": 0}
@@ -250,17 +251,17 @@ class Engine:
             kept = self._kept.pop(name, None) if name is not None else None
             if kept is not None:
                 # the last token must be computed for its logits
-                task.reused = _common_prefix(kept.tokens, task.request.ids[:-1])
+                task.reused = common_prefix(kept.tokens, task.request.ids[:-1])
                 self.runner.cache.truncate(kept.slot, task.reused)
                 task.slot = kept.slot
             else:
-                if not free and self._kept:
-                    self._forget_oldest()
-                    free = self._free_slots()
+                if not free:
+                    free = self._give_way_to(task)
                 if not free:
                     return
-                task.reused = 0
-                task.slot = free.pop()
+                slot = free.pop()
+                task.reused = self._take_over(task, slot)
+                task.slot = slot
             answering.add(name)
             self._tell_prefill(task, task.reused)
 
@@ -271,6 +272,44 @@ class Engine:
         for slot in free:
             self.runner.cache.release(slot)
         return free
+
+    def _give_way_to(self, task: _Task) -> list[int]:
+        """Free slots, where an idle conversation can be given up for them; not the one whose beginning is wanted, if there
+        are others."""
+        if not self._kept:
+            return []
+        source, shared = self._best_start(task)
+        others = (name for name, kept in self._kept.items() if not shared or kept.slot != source)
+        name = next(others, None)
+        if name is not None:
+            self.forget(name)
+            return self._free_slots()
+        only = self._kept.popitem()[1]
+        self.runner.cache.truncate(only.slot, shared)
+        return [only.slot]
+
+    def _take_over(self, task: _Task, slot: int) -> int:
+        """Put into a slot what others have cached of a request's beginning, as far as that may be shared; its tokens."""
+        cache = self.runner.cache
+        if cache.length(slot):  # it was another's, and the beginning is there
+            return cache.length(slot)
+        source, shared = self._best_start(task)
+        if shared:
+            try:
+                cache.copy(source, slot, shared)
+            except DeviceMemoryError:
+                return 0  # computing it takes as much memory, but may make others give way
+        return shared
+
+    def _best_start(self, task: _Task) -> tuple[int, int]:
+        """The slot that has most of what a request shares with others, and how many tokens that are."""
+        wanted = task.request.ids[: min(task.request.shared, len(task.request.ids) - 1)]
+        cached = {kept.slot: kept.tokens for kept in self._kept.values()}
+        for other in self._tasks.values():
+            if other.slot is not None:
+                cached[other.slot] = other.tokens[: self.runner.cache.length(other.slot)]
+        shared, slot = max(((common_prefix(cached[slot], wanted), slot) for slot in cached), default=(0, 0))
+        return slot, shared
 
     def _forget_oldest(self) -> None:
         """Give up the idle conversation that was not used for the longest time."""
@@ -443,14 +482,6 @@ def _weakly(engine: Engine) -> Callable[[int], None]:
     return after_layer
 
 
-def _common_prefix(a: list[int], b: tuple[int, ...]) -> int:
-    """How many leading tokens two sequences share."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
 def _flatten(rows: list[_Row], length: Callable[[int], int]) -> Batch:
     """The batch of a pass."""
     ids: list[int] = []
@@ -465,16 +496,3 @@ def _flatten(rows: list[_Row], length: Callable[[int], int]) -> Batch:
         if row.complete:
             wanted.append(len(ids) - 1)
     return Batch(*(np.array(values, np.int32) for values in (ids, slots, positions, wanted)))
-
-
-def _known_ids(model: Model) -> npt.NDArray[np.bool_] | None:
-    """Which ids may be generated: those that the tokenizer has; None for all."""
-    if not model.has_tokenizer:
-        return None
-    known = model.tokenizer.known_mask(model.config.vocab_size)
-    if not known.any():
-        raise CheckpointError(
-            f"the tokenizer in {model.path} has no token below {model.config.vocab_size}, the size of the vocabulary. "
-            "Is it that of another model?"
-        )
-    return known

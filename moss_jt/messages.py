@@ -23,12 +23,15 @@ class Request:
         conversation: keep the cache under this name afterwards; what the prompt has in common with
             what is cached there is not computed again.
         top_logprobs: tell with each token what the model itself thought of it and of this many best; None for nothing.
+        shared: so many leading ids are nobody's secret, as a system prompt that all have: where another conversation has
+            them in its cache they are taken over and not computed.
     """
 
     ids: tuple[int, ...]
     config: GenerationConfig
     conversation: str | None = None
     top_logprobs: int | None = None
+    shared: int = 0
 
 
 @dataclass(frozen=True)

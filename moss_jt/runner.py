@@ -20,7 +20,7 @@ from moss_jt.cache import KVCache, KVType
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import MossConfig
 from moss_jt.device_ops import DeviceOps
-from moss_jt.errors import ConfigError, ShapeError
+from moss_jt.errors import CheckpointError, ConfigError, ShapeError
 from moss_jt.launch import computing
 from moss_jt.memory import memory_for
 from moss_jt.model import Moss
@@ -237,6 +237,22 @@ class Model:
     def has_tokenizer(self) -> bool:
         """Whether the folder holds a tokenizer."""
         return any((self.path / name).is_file() for name in ("vocab.json", "tokenizer.model", "tokenizer.json"))
+
+    def known_ids(self) -> npt.NDArray[np.bool_] | None:
+        """Which ids may be generated, (V,): those that the tokenizer has; None for all.
+
+        Raises:
+            CheckpointError: no token of the folder's tokenizer is in the vocabulary.
+        """
+        if not self.has_tokenizer:
+            return None
+        known = self.tokenizer.known_mask(self.config.vocab_size)
+        if not known.any():
+            raise CheckpointError(
+                f"the tokenizer in {self.path} has no token below {self.config.vocab_size}, the size of the vocabulary. "
+                "Is it that of another model?"
+            )
+        return known
 
     def runner(self, *, slots: int = 1, tokens: int | None = None) -> Runner:
         """A cache of `slots` sequences over `tokens` positions in all, with its own buffers.

@@ -110,6 +110,14 @@ def test_a_copy_lives_on_its_own() -> None:
     check(cache, 1, BLOCK + 5, 1.0)
 
 
+def test_a_copy_of_the_beginning_takes_no_more_blocks_than_it_needs() -> None:
+    cache = KVCache(CONFIG, slots=2, tokens=8 * BLOCK)
+    fill(cache, 0, 2 * BLOCK + 5, 1.0)
+    cache.copy(0, 1, BLOCK + 2)
+    check(cache, 1, BLOCK + 2, 1.0)
+    assert cache.resident_bytes == 5 * cache.block_bytes
+
+
 @pytest.mark.parametrize("kind", get_args(KVType))
 def test_bytes_are_known_before_the_cache_is_made(kind: KVType) -> None:
     config = MossConfig(n_embd=6144, n_layer=34, n_head=24)

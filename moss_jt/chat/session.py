@@ -434,7 +434,7 @@ class ChatSession:
         """Drive the engine through one pass: every generated id, already entered in the draft, and progress."""
         ids = tuple(self._prompt(draft))
         began = time.monotonic()
-        request = self._engine.submit(Request(ids, config, self._name))
+        request = self._engine.submit(Request(ids, config, self._name, shared=len(self._system_ids)))
         draft.stats = replace(draft.stats, prompt_tokens=len(ids))
         running = True
         try:

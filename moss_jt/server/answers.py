@@ -217,7 +217,7 @@ async def answer(
         config = replace(config, max_new_tokens=max(1, config.max_new_tokens - usage.new_tokens))
     stop_ids = template.stop_ids(tokenizer)
     config = replace(config, stop_ids=stop_ids)
-    request = Request(ids, config, question.conversation, question.top_logprobs)
+    request = Request(ids, config, question.conversation, question.top_logprobs, question.prompt.shared)
     source = one_pass(dispatcher, asker, request, lambda: AnswerReader(tokenizer, stop_ids, config.stop_strings))
     async with aclosing(source) as stream:
         async for event in stream:
@@ -282,7 +282,8 @@ class Thinking:
     def _think(self) -> AsyncGenerator[Started | Restarted | Delta | Done, None]:
         stop_ids = self._template.command_stop_ids(self._tokenizer)
         config = replace(self._question.config, stop_ids=stop_ids, stop_strings=())
-        request = Request(self._question.prompt.ids, config, self._question.conversation)
+        prompt = self._question.prompt
+        request = Request(prompt.ids, config, self._question.conversation, shared=prompt.shared)
         return one_pass(self._dispatcher, self._asker, request, lambda: PlainReader(self._tokenizer, config))
 
 

@@ -171,7 +171,7 @@ def _question(service: Service, speaker: Speaker, wish: Wish, turns: Sequence[St
     ids = [*system, *(i for one in written[start:] for i in one), *opening]
     longest = min(wanted, service.settings.max_new_tokens, size - len(ids))
     config = replace(wish.config, max_new_tokens=longest, max_time=service.settings.answer_s)
-    return Question(Prompt(tuple(ids), bool(enabled)), config, runner=runner), before + start
+    return Question(Prompt(tuple(ids), bool(enabled), len(system)), config, runner=runner), before + start
 
 
 def turn_ids(tokenizer: Tokenizer, template: Template, turn: StoredTurn) -> list[int]:

@@ -43,10 +43,12 @@ class Prompt:
 
     Attributes:
         thinking: the model goes on with thoughts and commands, not with the answer.
+        shared: leading ids of MOSS's own system prompt, which all have; 0 where a client brought another.
     """
 
     ids: tuple[int, ...]
     thinking: bool = False
+    shared: int = 0
 
 
 @dataclass
@@ -150,11 +152,12 @@ def chat_prompt(
     tools = offered or list(enabled)
     thinking = bool(tools) and turns[-1].commands is None
     ids = template.system_ids(tokenizer, system_text(template, tools, system))
+    shared = len(ids) if system is None else 0
     for turn in turns[:-1]:
         ids += template.whole_turn(tokenizer, turn)
     last = turns[-1]
     ids += template.open_thoughts(tokenizer, last.human) if thinking else template.whole_turn(tokenizer, last)
-    return Prompt(tuple(ids), thinking)
+    return Prompt(tuple(ids), thinking, shared)
 
 
 def system_text(template: Template, tools: Sequence[str | ToolLine], own: str | None) -> str:

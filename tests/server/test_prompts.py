@@ -46,6 +46,15 @@ def test_a_plain_history(tokenizer: Tokenizer, form: Template) -> None:
     assert none == form.conversation_text("", [Turn("one", moss="1"), Turn("two")])
 
 
+def test_only_the_own_system_prompt_may_be_shared(tokenizer: Tokenizer) -> None:
+    """What a client says is in no cache that others are helped by: the time it takes would tell of it."""
+    form = Template("fields")
+    mine = chat_prompt(tokenizer, form, [said("user", "one")], context_size=2048)
+    assert list(mine.ids[: mine.shared]) == form.system_ids(tokenizer, system_prompt(form))
+    theirs = chat_prompt(tokenizer, form, [said("system", "A secret."), said("user", "one")], context_size=2048)
+    assert theirs.shared == 0
+
+
 def test_a_round_of_calls(tokenizer: Tokenizer) -> None:
     form = Template("fields")
     calls = (("a", Call("search", "the sky")), ("b", Call("calc", "1+1")))

@@ -39,7 +39,7 @@ class Recipe:
         group: inputs that share a scale in int8.
     """
 
-    conversations: int = 100000
+    conversations: int = 66000
     validation: int = 120
     for_tokenizer: int = 30000
     width: int = 256
