@@ -145,6 +145,9 @@ def test_going_on_after_a_kill_gives_the_same_model(request_of: Make) -> None:
     assert again.figures["loss"] == whole.figures["loss"] and again.figures["val_loss"] == whole.figures["val_loss"]
     assert np.array_equal(logits(again.path), logits(whole.path))
     assert not list(folder.glob(".step-*"))
+    steps = [json.loads(line)["step"] for line in (folder / "log" / "log.jsonl").read_text("utf-8").splitlines()]
+    assert steps == sorted(steps) and steps[-1] == again.steps, "what was done again is noted once"
+    assert len([step for step in steps if steps.count(step) > 2]) == 0, "a line of training, one of validation"
 
 
 def test_every_figure_is_where_tensorboard_looks(request_of: Make) -> None:

@@ -18,15 +18,17 @@ class RunLog:
     """Writes figures into a folder.
 
     Args:
-        folder: made if it is not there; a run that goes on adds to what it holds.
+        folder: made if it is not there.
+        begun: steps of a run that goes on: what it holds of them stays, what came after is dropped, for it is done again.
         tensorboard: whether to write event files too; None where the package is installed.
 
     Raises:
         ConfigError: event files are asked for without the package.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool | None = None) -> None:
+    def __init__(self, folder: Path, *, begun: int = 0, tensorboard: bool | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        _keep_steps(folder / "log.jsonl", begun)
         self._lines = (folder / "log.jsonl").open("a", encoding="utf-8")
         has_package = find_spec(PACKAGE) is not None
         if tensorboard and not has_package:
@@ -35,7 +37,7 @@ class RunLog:
         if has_package and tensorboard is not False:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), flush_secs=10)
+            self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=begun + 1 if begun else None)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Note figures of a step."""
@@ -50,3 +52,15 @@ class RunLog:
         self._lines.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _keep_steps(file: Path, begun: int) -> None:
+    """Leave of a log the lines of the first steps; a line that was cut short goes, too."""
+    if not file.exists():
+        return
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= begun]
+    if len(kept) < len(lines):
+        fresh = file.with_suffix(".new")
+        fresh.write_text("".join(kept), "utf-8")
+        fresh.replace(file)

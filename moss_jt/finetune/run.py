@@ -14,6 +14,7 @@ from moss_jt.adapter import AdapterShape
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import FloatType, MossConfig
 from moss_jt.errors import ConfigError
+from moss_jt.finetune.checkpoint import checkpoints, step_of
 from moss_jt.finetune.data import Samples, load_samples
 from moss_jt.finetune.export import check_destination
 from moss_jt.finetune.log import RunLog
@@ -169,7 +170,9 @@ def _log(request: Request, team: Team) -> Iterator[Log]:
     if team.rank:
         yield NoLog()
         return
-    log = RunLog(request.log_dir or request.output_dir / "log", tensorboard=request.tensorboard)
+    found = checkpoints(request.output_dir)
+    begun = step_of(found[-1]) if request.resume and found else 0
+    log = RunLog(request.log_dir or request.output_dir / "log", begun=begun, tensorboard=request.tensorboard)
     try:
         yield log
     finally:
@@ -204,8 +207,6 @@ def _begin(trainer: Trainer, request: Request) -> None:
     Raises:
         ConfigError: there are checkpoints of an earlier run, and nobody asked to go on.
     """
-    from moss_jt.finetune.checkpoint import checkpoints
-
     if request.resume:
         trainer.resume()
     elif found := checkpoints(request.output_dir):
