@@ -22,20 +22,23 @@ GIB, MIB = 1 << 30, 1 << 20
 @click.command(
     help=pick(
         "Tell whether a model fits, where each part of it goes, and how fast it will be.\n\n"
-        "Works before anything is fetched: config.json is enough, or a preset. The rates of this machine are measured "
+        "Works before anything is fetched: config.json is enough, here or on the hub, or a preset. The rates of this machine are measured "
         "at the first call (some seconds) and kept.\n\n"
         "Example: moss-jt fit --preset moss-moon-003 --bits 4 --memory 6GiB\n\n"
-        "Example: moss-jt fit --model DIR --json",
+        "Example: moss-jt fit --model fnlp/moss-moon-003-sft-int4 --json",
         "判断模型能否运行、各部分放在何处、速度如何。\n\n"
-        "无需先下载：有 config.json 或预设即可。首次运行时测量本机性能（数秒）并保存结果。\n\n"
+        "无需先下载：有 config.json（本地或模型库中）或预设即可。首次运行时测量本机性能（数秒）并保存结果。\n\n"
         "例如：moss-jt fit --preset moss-moon-003 --bits 4 --memory 6GiB\n\n"
-        "例如：moss-jt fit --model DIR --json",
+        "例如：moss-jt fit --model fnlp/moss-moon-003-sft-int4 --json",
     )
 )
 @click.option(
     "--model",
     metavar=pick("DIR|NAME", "目录|名称"),
-    help=pick("Folder with config.json, or the name of a stored model.", "含 config.json 的目录，或已保存模型的名称。"),
+    help=pick(
+        "Folder with config.json, or the name of a model, stored or on the hub.",
+        "含 config.json 的目录，或模型名称（已保存的，或模型库中的）。",
+    ),
 )
 @click.option(
     "--preset",
@@ -117,10 +120,9 @@ def command(
 
     from moss_jt.cli.progress import TerminalProgress
     from moss_jt.fit import fit
-    from moss_jt.hub import resolve_model
     from moss_jt.memory import parse_size
 
-    shape = resolve_model(model) if model is not None else _preset(preset or "", bits, head)
+    shape = _shape_of(model) if model is not None else _preset(preset or "", bits, head)
     limit = None if memory is None else parse_size(memory, "--memory")
     if vram is not None:
         _fit_device(
@@ -156,6 +158,17 @@ def _fit_device(shape: Path | MossConfig, vram: int, *, as_json: bool, **options
         return
     for part in report.screen(found, None if device is None else device.name):
         click.echo(part if isinstance(part, str) else "\n".join(table(part)))
+
+
+def _shape_of(model: str) -> Path | MossConfig:
+    """The folder of a model that is here; else what the hub says of it, and nothing else is fetched."""
+    from moss_jt import stored
+    from moss_jt.hub import resolve_model
+    from moss_jt.paths import expand
+    from moss_jt.pull_plan import hub_config
+
+    is_elsewhere = "/" in model and stored.is_model_name(model) and stored.find_model(model) is None
+    return hub_config(model) if is_elsewhere and not expand(model).exists() else resolve_model(model)
 
 
 def _preset(name: str, bits: str | None, head: str | None) -> MossConfig:

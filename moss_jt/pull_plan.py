@@ -244,6 +244,23 @@ def _check_same_request(name: str, record: Mapping[str, str], dtype: FloatType |
         )
 
 
+def hub_config(name: str) -> MossConfig:
+    """The shape of a model on the hub, from its config.json alone.
+
+    Args:
+        name: OWNER/NAME, or OWNER/NAME@REVISION.
+
+    Raises:
+        HubError: no such model, or the hub cannot be reached.
+        ConfigError: its config.json is not that of a MOSS model.
+    """
+    name = stored_name(name, None)
+    repo, _, version = name.partition("@")
+    info = _information(repo, version or DEFAULT_REVISION)
+    values = _remote_json(repo, info["sha"], _root_files(repo, info), CONFIG_FILE)
+    return replace(_read_config(repo, values), name=name)
+
+
 def _information(repo: str, version: str) -> dict[str, Any]:
     """The hub's description of a model at a revision."""
     url = f"{endpoint()}/api/models/{repo}/revision/{quote(version, safe='')}?blobs=true"

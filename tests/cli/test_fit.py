@@ -8,6 +8,7 @@ from pathlib import Path
 import known_machine
 import pytest
 from click.testing import CliRunner, Result
+from fake_hub import FakeHub
 
 from moss_jt.cli.fit import table
 from moss_jt.cli.main import exit_code_of, make_group
@@ -101,7 +102,7 @@ def test_one_of_model_and_preset_is_needed() -> None:
     [
         ((*INT4, "--memory", "lots"), "--memory is 'lots'; give a size like 6GiB"),
         ((*INT4, "--memory", "1GiB", "--context", "2048"), "1GiB of memory is too little for a context of 2048 tokens"),
-        (("--model", "nobody/nothing"), "there is neither a folder nobody/nothing nor a stored model"),
+        (("--model", "nothing-here"), "there is neither a folder nothing-here nor a stored model"),
     ],
 )
 def test_refusals_are_one_line(options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,3 +128,19 @@ def test_a_device_is_planned_for_before_it_is_bought(language: str) -> None:
     found = json.loads(run(*INT4, "--vram", "6GiB", "--memory", "8GiB", "--json").stdout)
     assert found["vram"] == 6 * GIB and found["device"]["weights"] > GIB
     assert found["steps"][0]["link_bytes"] > 0 == found["steps"][0]["disk_bytes"]
+
+
+def test_a_model_on_the_hub_is_planned_from_its_config(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, golden: Path
+) -> None:
+    name = "fnlp/moss-tiny-int4"
+    with FakeHub() as hub:
+        hub.use(monkeypatch, tmp_path / "hf")
+        hub.add(name, golden / "tiny-int4" / "g32")
+        result = run("--model", name, "--json")
+        assert result.exit_code == 0, result.output
+        told = json.loads(result.stdout)
+        assert told["model"] == name and "int4" in {part["stored"] for part in told["parts"]}
+        assert set(hub.sent) == {"config.json"}, "weights stay where they are"
+        missing = run("--model", "fnlp/no-such-model")
+        assert missing.exit_code != 0 and "no-such-model" in str(missing.exception)
