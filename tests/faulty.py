@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from moss_jt.checkpoint import Checkpoint
 from moss_jt.converters.synth import preset_config, synthesize
 from moss_jt.memory import parse_size
 
@@ -185,3 +186,20 @@ class Runs:
         assert done.code == 0, done.err
         found: dict[str, object] = json.loads(done.out.splitlines()[-1])
         return {**found, "peak": done.peak}
+
+
+def places(model: Path) -> dict[str, tuple[int, int]]:
+    """(first byte, first byte behind) of parts of the only weight file."""
+    entries = Checkpoint.open(model).entries
+    spans = {name: (entry.offset, entry.offset + entry.nbytes) for name, entry in entries.items()}
+    return {
+        "header": (0, 8),
+        "matrices": (spans["transformer.h.0.attn.qkv_proj.weight"][0], spans["lm_head.weight"][1]),
+        "embedding": spans["transformer.wte.weight"],
+        "norm": spans["transformer.ln_f.weight"],
+        "held": (spans["transformer.h.1.mlp.fc_in.weight"][0], spans["transformer.h.1.mlp.fc_in.weight"][0] + 4096),
+        "streamed": (
+            spans["transformer.h.2.mlp.fc_out.weight"][1] - 8192,
+            spans["transformer.h.2.mlp.fc_out.weight"][1],
+        ),
+    }
