@@ -115,6 +115,7 @@ setup(
             "openai>=1.40",
             "pytest>=8",
             "pexpect>=4.9",
+            "playwright>=1.50",  # drives the system's Chromium; its own is never downloaded
             "schemathesis>=4",
             "setuptools>=69",
             "tensorboard>=2.15",  # reads what training logs
