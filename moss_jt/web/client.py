@@ -14,7 +14,7 @@ import json
 import socket
 import ssl
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -394,26 +394,27 @@ def _event(line: str) -> Event | None:
         ServerError: the line tells an error.
     """
     data = line.removeprefix("data: ")
-    if data == line or data == "[DONE]":
+    if data in (line, "[DONE]"):
         return None
     values = json.loads(data)
     if "error" in values:
         raise ServerError(values["error"]["message"], code=values["error"]["code"])
-    match values["type"]:
-        case "start":
-            return Started(values["uid"])
-        case "thoughts":
-            return Thoughts(values["text"], values["commands"])
-        case "results":
-            return Results(values["text"], **_found(values))
-        case "delta":
-            return Delta(values["text"])
-        case "end":
-            usage = values["usage"]
-            return Finished(
-                values["uid"], values["reason"], values["response"], usage["new_tokens"], usage["tokens_per_s"]
-            )
-    return None
+    make = _EVENTS.get(values["type"])
+    return None if make is None else make(values)
+
+
+def _finished(values: Mapping[str, Any]) -> Event:
+    usage = values["usage"]
+    return Finished(values["uid"], values["reason"], values["response"], usage["new_tokens"], usage["tokens_per_s"])
+
+
+_EVENTS: dict[str, Callable[[Mapping[str, Any]], Event]] = {
+    "start": lambda values: Started(values["uid"]),
+    "thoughts": lambda values: Thoughts(values["text"], values["commands"]),
+    "results": lambda values: Results(values["text"], **_found(values)),
+    "delta": lambda values: Delta(values["text"]),
+    "end": _finished,
+}
 
 
 def _check(reply: httpx.Response) -> None:
