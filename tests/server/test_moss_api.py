@@ -44,7 +44,7 @@ def test_a_later_turn_computes_only_what_is_new(client: Client) -> None:
 def test_a_stream_tells_what_the_whole_answer_tells(client: Client) -> None:
     with client.stream("/", {"prompt": "hello"}) as stream:
         events = list(stream.events())
-    assert events[0] == {"type": "start"}
+    assert events[0] == {"type": "start", "uid": events[-1]["uid"]}
     text = "".join(event["text"] for event in events if event["type"] == "delta")
     end = events[-1]
     assert end["type"] == "end"
