@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -11,8 +12,6 @@ from typing import Any
 import pytest
 from finding_tools import PICTURE, SOURCES, FindingTools
 from live_server import Client, LiveServer
-
-from moss_jt.server.database import _FIRST, VERSION, Database, open_database
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +109,43 @@ def test_figures_tell_what_may_be_asked_and_where_memory_is(server: LiveServer, 
     assert found["memory"]["kv"] == 3 << 20
 
 
-def test_a_file_of_an_older_version_is_taken_along(tmp_path: Path) -> None:
-    path = tmp_path / "moss.db"
-    connection = sqlite3.connect(path)
-    connection.executescript(f"BEGIN; {_FIRST} PRAGMA user_version = 1; COMMIT;")
+OLD = """
+CREATE TABLE keys (
+    name TEXT PRIMARY KEY, hash BLOB NOT NULL UNIQUE, hint TEXT NOT NULL, created REAL NOT NULL,
+    requests_per_minute INTEGER, parallel INTEGER, tokens_per_day INTEGER
+);
+CREATE TABLE usage (
+    owner TEXT NOT NULL, day TEXT NOT NULL, requests INTEGER NOT NULL, tokens INTEGER NOT NULL, PRIMARY KEY (owner, day)
+);
+CREATE TABLE conversations (
+    id INTEGER PRIMARY KEY, tag BLOB NOT NULL UNIQUE, uid TEXT NOT NULL, owner TEXT NOT NULL,
+    created REAL NOT NULL, updated REAL NOT NULL
+);
+CREATE INDEX conversations_of_owner ON conversations (owner, updated);
+CREATE TABLE turns (
+    conversation INTEGER NOT NULL REFERENCES conversations (id) ON DELETE CASCADE, number INTEGER NOT NULL,
+    human TEXT NOT NULL, answer TEXT NOT NULL, thoughts TEXT, commands TEXT, results TEXT,
+    reason TEXT NOT NULL, passes TEXT NOT NULL, first INTEGER NOT NULL, created REAL NOT NULL,
+    PRIMARY KEY (conversation, number)
+) WITHOUT ROWID;
+PRAGMA user_version = 1;
+"""  # version 1, as it was
+
+
+def test_a_file_of_the_first_version_is_taken_along(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / "moss.db")
+    connection.executescript(OLD)
+    tag = hashlib.sha256(b"\0old").digest()
+    connection.execute("INSERT INTO conversations VALUES (1, ?, 'old', '', 1.0, 2.0)", (tag,))
+    connection.execute(
+        "INSERT INTO turns VALUES (1, 0, 'one', 'you said one', NULL, NULL, NULL, 'stop', '[[]]', 0, 2.0)"
+    )
+    connection.commit()
     connection.close()
-    database = Database(path)
-    database.close()
-    with LiveServer(tmp_path) as live:  # the same file
-        uid = live.client().say("hello")["uid"]
-    again = open_database(path)
-    assert again.execute("PRAGMA user_version").fetchone() == (VERSION,)
-    assert again.execute("SELECT sources FROM turns").fetchall() == [(None,)]
-    again.close()
-    with LiveServer(tmp_path) as live:
-        (turn,) = live.client().get(f"/v1/conversations/{uid}").json["turns"]
-    assert (turn["human"], turn["sources"], turn["pictures"]) == ("hello", [], [])
+    for _ in range(2):
+        with LiveServer(tmp_path, tools=FindingTools()) as live:  # the first takes it along, the second finds it done
+            client = live.client()
+            client.say("@search rain", "old")
+            turns = client.get("/v1/conversations/old").json["turns"]
+    assert [len(turn["pictures"]) for turn in turns] == [0, 1, 1]
+    assert (turns[0]["human"], turns[0]["sources"]) == ("one", [])
