@@ -176,6 +176,7 @@ class Figures:
         context_size: tokens of a prompt and its answer; 0 while the model is being loaded.
         longest_answer: tokens that may be asked for.
         tools: names of those that the server runs.
+        user: the name of the key in use; "" where there are none.
         lists: it lists one's conversations: there are keys.
         tokens_per_s: of passes that only answer; 0 before the first.
         waiting, running: requests.
@@ -186,6 +187,7 @@ class Figures:
     context_size: int
     longest_answer: int
     tools: tuple[str, ...]
+    user: str
     lists: bool
     tokens_per_s: float
     waiting: int

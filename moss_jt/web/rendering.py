@@ -53,6 +53,18 @@ def plain_html(text: str, kind: str = "plain") -> str:
     return _block(kind, escape(cleaned(text)))
 
 
+def parts_html(parts: Iterable[tuple[str, str]]) -> str:
+    """Texts as they are, each under its heading."""
+    shown = (f"<p><b>{escape(head)}</b></p><pre>{escape(cleaned(text))}</pre>" for head, text in parts)
+    return _block("parts", "".join(shown))
+
+
+def table_html(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values."""
+    lines = (f"<tr><th>{escape(name)}</th><td>{escape(cleaned(value))}</td></tr>" for name, value in rows)
+    return _block("table", f"<table><tbody>{''.join(lines)}</tbody></table>")
+
+
 def sources_html(sources: Iterable[Source]) -> str:
     """A list of sources; "" if there are none."""
     lines = [f"<li>[{source.number}] {_link(source.url, source.title or source.url)}</li>" for source in sources]
