@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from playwright.sync_api import ConsoleMessage, Dialog, Page, Request
+    from playwright.sync_api import BrowserContext, ConsoleMessage, Dialog, Page, Request
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 LONGEST_MS = 30_000.0  # to wait for something that must come; a slow machine that also trains a model needs some of it
@@ -79,6 +79,25 @@ class Tab:
             self.problems.append(f"request: {request.url}")
 
 
+@dataclass
+class Profile:
+    """One user of a browser."""
+
+    context: BrowserContext
+
+    @contextmanager
+    def tab(self) -> Iterator[Tab]:
+        """A page whose problems are errors at the end of the block."""
+        page = self.context.new_page()
+        try:
+            tab = Tab(page)
+            tab.watch(page)
+            yield tab
+            assert not tab.problems, "\n".join(tab.problems)
+        finally:
+            page.close()
+
+
 class Chromium:
     """A browser that runs while the block does."""
 
@@ -102,20 +121,21 @@ class Chromium:
         self._driver.stop()
 
     @contextmanager
-    def tab(self, **profile: Any) -> Iterator[Tab]:
-        """A page whose problems are errors at the end of the block.
+    def profile(self, **settings: Any) -> Iterator[Profile]:
+        """Somebody's browser: tabs of one profile share what pages keep, and what was loaded once.
 
         Args:
-            profile: of Browser.new_context, as `locale`.
+            settings: of Browser.new_context, as `locale`.
         """
-        context = self._browser.new_context(
-            **{"locale": "en-US", "viewport": {"width": 1100, "height": 800}, **profile}
-        )
+        made = self._browser.new_context(**{"locale": "en-US", "viewport": {"width": 1100, "height": 800}, **settings})
         try:
-            context.set_default_timeout(LONGEST_MS)
-            tab = Tab(context.new_page())
-            tab.watch(tab.page)
-            yield tab
-            assert not tab.problems, "\n".join(tab.problems)
+            made.set_default_timeout(LONGEST_MS)
+            yield Profile(made)
         finally:
-            context.close()
+            made.close()
+
+    @contextmanager
+    def tab(self, **settings: Any) -> Iterator[Tab]:
+        """A tab in a profile of its own."""
+        with self.profile(**settings) as profile, profile.tab() as tab:
+            yield tab

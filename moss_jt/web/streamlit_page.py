@@ -29,10 +29,16 @@ POLL_S = 0.25
 FIGURES_S = 3.0
 LOADING_S = 1.0
 LISTED = 50
+UNSCROLLED = 5  # conversations
+LIST_HEIGHT = 240
 LONGEST_ANSWER = 2048  # where the server does not tell its own limit
-SEED = "seed"
-# Streamlit shows by itself that it draws, with a button that stops the drawing, not the answer.
-STYLE = "<style>[data-testid=stStatusWidget] { display: none } [data-testid=stText] { white-space: pre-wrap }</style>"
+# Streamlit's own sign that it draws has a button that stops the drawing, not the answer.
+STYLE = """<style>
+[data-testid=stStatusWidget] { display: none }
+[data-testid=stText] { white-space: pre-wrap; overflow-wrap: anywhere }
+[data-testid=stMainBlockContainer] { padding-top: 2rem }
+[data-testid=stSidebarUserContent] { padding-top: 0 }
+</style>"""
 
 
 @dataclass
@@ -219,17 +225,24 @@ def _turns(uid: str | None) -> tuple[Turn, ...]:
 
 def _show_conversations(state: _State, *, lists: bool) -> None:
     st.button(_say("new"), key="new", on_click=_open, args=(None,), width="stretch")
-    with st.container(height=240, border=False, key="conversations"):
-        for uid, title in _listed(state, lists=lists):
-            kind = "primary" if uid == state.talk.uid else "tertiary"
-            st.button(escaped(title), key=f"open {uid}", type=kind, on_click=_open, args=(uid,), width="stretch")
-    uid = state.talk.uid
-    if uid is not None and state.talk.asking is None and _turns(uid):
+    listed = list(_listed(state, lists=lists))
+    with st.container(height=LIST_HEIGHT if len(listed) > UNSCROLLED else "content", border=False, key="conversations"):
+        for uid, title in listed:
+            st.button(
+                escaped(title),
+                key=f"open {uid}",
+                type="primary" if uid == state.talk.uid else "tertiary",
+                on_click=_open,
+                args=(uid,),
+                width="stretch",
+            )
+    shown = state.talk.uid
+    if shown is not None and state.talk.asking is None and _turns(shown):
         with st.container(horizontal=True):
             st.download_button(
-                _say("export"), _client().export(uid), f"moss-{uid[:8]}.json", "application/json", on_click="ignore"
+                _say("export"), _client().export(shown), f"moss-{shown[:8]}.json", "application/json", on_click="ignore"
             )
-            st.button(_say("delete"), on_click=_delete, args=(uid,))
+            st.button(_say("delete"), on_click=_delete, args=(shown,))
 
 
 # ---- the conversation that is shown ---------------------------------------------------------------------------------
@@ -349,7 +362,7 @@ def _show_failed(talk: _Talk, asked: Asked) -> None:
 
 def _show_languages() -> None:
     st.radio(
-        f"{_say('language')}",
+        _say("language"),
         list(LANGUAGES),
         key="language",
         format_func=lambda language: LANGUAGES[language],
@@ -373,7 +386,7 @@ def _show_sampling(longest: int) -> None:
             help=_say("repetition_penalty_info"),
         )
         st.slider(_say("max_new_tokens"), 1, longest, step=1, key="max_new_tokens")
-        st.number_input(_say("seed"), min_value=0, step=1, key=SEED, help=_say("seed_info"))
+        st.number_input(_say("seed"), min_value=0, step=1, key="seed", help=_say("seed_info"))
         st.button(_say("reset"), on_click=_reset_sampling)
 
 
@@ -381,9 +394,8 @@ def _show_sampling(longest: int) -> None:
 def _show_figures() -> None:
     """What the server does, drawn anew by itself."""
     with _told():
-        figures = _client().figures()
-        for label, value in _lines(figures):
-            st.caption(f"{label}: {escaped(value)}")
+        lines = [f"{label}: {escaped(value)}" for label, value in _lines(_client().figures())]
+        st.caption("\\\n".join(lines))
 
 
 def _lines(figures: Figures) -> Iterator[tuple[str, str]]:
@@ -391,7 +403,7 @@ def _lines(figures: Figures) -> Iterator[tuple[str, str]]:
     yield _say("speed"), _say("tokens_per_s", value=f"{figures.tokens_per_s:.1f}")
     for tier, size in figures.memory.items():
         if size:
-            yield f"{_say('memory')}, {_say(tier)}", _size(size)
+            yield _say(tier), _size(size)
     yield _say("queue"), _say("queued", running=figures.running, waiting=figures.waiting)
     yield _say("tools"), ", ".join(figures.tools) or _say("no_tools")
 

@@ -38,6 +38,13 @@ def toy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]
 
 
 @pytest.fixture(scope="module")
+def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """The same with the keys of alice and bob."""
+    with LiveServer(tmp_path_factory.mktemp("keyed"), keys=("alice", "bob")) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
 def tool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """The same with tools: see toy_tools."""
     folder = tmp_path_factory.mktemp("tools")
