@@ -86,15 +86,19 @@ def show() -> None:
         _show_unreachable(str(error))
         return
     _settle(state, lists=figures.lists)
+    turns = _turns(state.talk.uid)
+    asks = state.talk.asking is not None
     with st.sidebar:
         _show_conversations(state, lists=figures.lists)
+        with st.container(horizontal=True):  # also where it is empty: what comes behind it keeps its place
+            if turns and not asks:
+                _show_ways_out(state.talk.uid)
         _show_sampling(figures.longest_answer or LONGEST_ANSWER)
         _show_figures()
     if not ready:
         _show_loading()
-    asks = state.talk.asking is not None
     st.chat_input(_say("ask"), key="prompt", disabled=asks or not ready, on_submit=_send)
-    _show_talk(state)
+    _show_talk(state, turns)
 
 
 def _state() -> _State:
@@ -236,41 +240,43 @@ def _show_conversations(state: _State, *, lists: bool) -> None:
                 args=(uid,),
                 width="stretch",
             )
-    shown = state.talk.uid
-    if shown is not None and state.talk.asking is None and _turns(shown):
-        with st.container(horizontal=True):
-            st.download_button(
-                _say("export"), _client().export(shown), f"moss-{shown[:8]}.json", "application/json", on_click="ignore"
-            )
-            st.button(_say("delete"), on_click=_delete, args=(shown,))
+
+
+def _show_ways_out(uid: str | None) -> None:
+    if uid is not None:
+        st.download_button(
+            _say("export"), _client().export(uid), f"moss-{uid[:8]}.json", "application/json", on_click="ignore"
+        )
+        st.button(_say("delete"), on_click=_delete, args=(uid,))
 
 
 # ---- the conversation that is shown ---------------------------------------------------------------------------------
 
 
-def _show_talk(state: _State) -> None:
+def _show_talk(state: _State, turns: tuple[Turn, ...]) -> None:
     if "problem" in st.session_state:
         st.error(escaped(st.session_state.pop("problem")))
     talk = state.talk
-    turns = _turns(talk.uid)
     if talk.asking is not None:
         turns = turns[: talk.asking.look().number]
     elif not turns:
         st.caption(_say("empty") if talk.uid is None else _say("gone"))
     for number, turn in enumerate(turns):
-        _show_turn(turn, talk.uid, edits=state.editing and number == len(turns) - 1)
+        edited = number if state.editing and number == len(turns) - 1 else None
+        _show_turn(turn, talk.uid, edited)
     if talk.asking is not None:
         _show_asked(talk)
     elif turns and not state.editing:
         _show_ways_on(turns)
 
 
-def _show_turn(turn: Turn, uid: str | None, *, edits: bool) -> None:
+def _show_turn(turn: Turn, uid: str | None, edited: int | None) -> None:
+    """Draw a turn; its question with a field to change it in, where `edited` is its number."""
     with st.chat_message("user"):
-        if edits:
-            _show_editor(turn.human, len(_turns(uid)) - 1)
-        else:
+        if edited is None:
             st.text(turn.human)
+        else:
+            _show_editor(turn.human, edited)
     with st.chat_message("assistant"):
         _show_answer(turn, uid)
 
