@@ -279,6 +279,11 @@ class ServerClient:
         self._tls = ssl.create_default_context() if self._url.startswith("https:") else False
         self._client = self._make(SHORT_S)
 
+    @property
+    def has_key(self) -> bool:
+        """Whether it asks with a key, so that the server can list conversations."""
+        return bool(self._headers)
+
     def __enter__(self) -> ServerClient:
         return self
 
