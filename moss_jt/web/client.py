@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -274,13 +274,15 @@ class ServerClient:
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
-        self._url = url.rstrip("/")
+        self._url = _checked(url)
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._tls = ssl.create_default_context() if self._url.startswith("https:") else False
-        try:
-            self._client = self._make(SHORT_S)
-        except (httpx.InvalidURL, ValueError) as error:
-            raise ServerError(f"{url!r} is no address of a server: {error}. As in http://127.0.0.1:19324") from error
+        self._client = self._make(SHORT_S)
+
+    @property
+    def has_key(self) -> bool:
+        """Whether it asks with a key, so that the server can list conversations."""
+        return bool(self._headers)
 
     def __enter__(self) -> ServerClient:
         return self
@@ -350,7 +352,11 @@ class ServerClient:
         return _make(Figures, {**found, "tools": tuple(found["tools"])})
 
     def _get(self, path: str) -> Any:
-        return self._send("GET", path).json()
+        reply = self._send("GET", path)
+        try:
+            return reply.json()
+        except ValueError as error:
+            raise _not_ours(reply) from error
 
     def _send(self, method: str, path: str, accepted: tuple[int, ...] = ()) -> httpx.Response:
         try:
@@ -366,6 +372,23 @@ class ServerClient:
         return httpx.Client(
             base_url=self._url, headers=self._headers, timeout=timeout, verify=self._tls, trust_env=False
         )
+
+
+def _checked(url: str) -> str:
+    """An address without a slash at its end.
+
+    Raises:
+        ServerError: it is none.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+        httpx.URL(url.strip())
+    except (ValueError, httpx.InvalidURL):
+        usable = False
+    if not usable:
+        raise ServerError(f"{url!r} is no address of a server. One is written as in http://127.0.0.1:19324")
+    return url.strip().rstrip("/")
 
 
 def _path(uid: str) -> str:
@@ -427,8 +450,13 @@ def _check(reply: httpx.Response) -> None:
         error = json.loads(reply.read())["error"]
         message, code = str(error["message"]), error["code"]
     except (ValueError, KeyError, TypeError):
-        message, code = f"{reply.url} answered {reply.status_code}; is it a server of moss-jt?", None
+        raise _not_ours(reply) from None
     raise ServerError(message, status=reply.status_code, code=code)
+
+
+def _not_ours(reply: httpx.Response) -> ServerError:
+    words = f"{reply.url} answered {reply.status_code} in words of its own; is it a server of moss-jt?"
+    return ServerError(words, status=reply.status_code)
 
 
 def _unreachable(url: httpx.URL, error: httpx.HTTPError) -> ServerError:
