@@ -90,7 +90,7 @@ class Page:
             self.wishes = {name: self._make_wish(name, default) for name, default in _defaults().items()}
             self.reset = gr.Button(size="sm", elem_id="moss-reset")
         with gr.Accordion(elem_id="moss-state") as self.state_box:
-            self.state = gr.HTML()
+            self.state = gr.HTML(apply_default_css=False)
         choices = [(name, key) for key, name in LANGUAGES.items()]
         self.language = gr.Radio(choices, value="en", elem_id="moss-language", interactive=True)
 
@@ -113,7 +113,7 @@ class Page:
             latex_delimiters=FORMULAS,
             buttons=[],
         )
-        self.editing = gr.HTML(visible=False, elem_id="moss-editing")
+        self.editing = gr.HTML(visible=False, elem_id="moss-editing", apply_default_css=False)
         with gr.Row(equal_height=True):
             self.text = gr.Textbox(
                 elem_id="moss-text", show_label=False, lines=1, max_lines=8, scale=8, autofocus=True, container=False

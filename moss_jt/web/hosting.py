@@ -80,61 +80,71 @@ def is_local(name: str) -> bool:
         return False
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Take an address.
+def reaches_others(host: str) -> bool:
+    """Whether others can reach what listens at an address; a name counts by what it means here.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: the name means nothing.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=128)
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
     except OSError as error:
-        raise ConfigError(
-            f"{host} port {port} cannot be listened at: {error.strerror or error}. Give another with --host and --port."
-        ) from error
-
-
-def url_of(listener: socket.socket) -> str:
-    """The address as a browser takes it."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def host_page(
-    app: ASGIApp,
-    listener: socket.socket,
-    *,
-    hosts: frozenset[str] | None,
-    on_end: Callable[[], None] = lambda: None,
-) -> PageServer:
-    """The server of a page, not yet running: `run` it until SIGINT or SIGTERM comes.
-
-    Args:
-        app: the page.
-        listener: where.
-        hosts: see Gate.
-        on_end: called once when it ends, to end what keeps connections open.
-    """
-    config = uvicorn.Config(
-        Gate(app, hosts),
-        loop="asyncio",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=LAST_S,
-    )
-    return PageServer(config, listener, on_end)
+        raise ConfigError(f"the host {host!r} is not known: {error.strerror or error}. Give an address.") from error
+    return not all(is_local(address.partition("%")[0]) for address in found)
 
 
 class PageServer(uvicorn.Server):
-    """A page that is served."""
+    """A page at an address; `run` serves it until SIGINT or SIGTERM comes.
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket, on_end: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._listener = listener
+    Args:
+        app: the page.
+        host: where to listen.
+        port: 0 takes a free one.
+        guarded: visitors log in, so that the page may be asked under any name.
+        on_listening: called with the address once connections are taken.
+        on_end: called once at the end, to end what keeps connections open.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        host: str,
+        port: int,
+        guarded: bool = False,
+        on_listening: Callable[[str], None] = lambda _: None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._listener = _listen(host, port)
+        self._on_listening = on_listening
         self._on_end = on_end
+        hosts = None if guarded else frozenset({host})
+        super().__init__(
+            uvicorn.Config(
+                Gate(app, hosts),
+                loop="asyncio",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=LAST_S,
+            )
+        )
+
+    @property
+    def url(self) -> str:
+        """The address as a browser takes it."""
+        host, port = self._listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take connections."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_listening(self.url)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, end what runs."""
@@ -145,6 +155,16 @@ class PageServer(uvicorn.Server):
         """Answer until told to end."""
         with _signals_end_quietly():
             asyncio.run(self.serve(sockets=sockets or [self._listener]))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise ConfigError(
+            f"{host} port {port} cannot be listened at: {error.strerror or error}. Give another with --host and --port."
+        ) from error
 
 
 @contextlib.contextmanager

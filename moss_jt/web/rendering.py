@@ -67,7 +67,8 @@ def table_html(rows: Iterable[tuple[str, str]]) -> str:
 
 def sources_html(sources: Iterable[Source]) -> str:
     """A list of sources; "" if there are none."""
-    lines = [f"<li>[{source.number}] {_link(source.url, source.title or source.url)}</li>" for source in sources]
+    titles = ((source, " ".join(source.title.split()) or source.url) for source in sources)
+    lines = [f"<li>[{source.number}] {_link(source.url, title)}</li>" for source, title in titles]
     return _block("sources", f"<ul>{''.join(lines)}</ul>") if lines else ""
 
 
