@@ -64,7 +64,7 @@ WEB = [
     "httpx>=0.27",
     "markdown-it-py>=3",
     "mdit-py-plugins>=0.4",
-    "streamlit>=1.40",
+    "streamlit>=1.60,<2",
 ]
 
 
