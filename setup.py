@@ -122,6 +122,7 @@ setup(
         "web": WEB,
         "test": [
             *WEB,
+            "hypothesis>=6",
             "openai>=1.40",
             "pytest>=8",
             "pexpect>=4.9",
