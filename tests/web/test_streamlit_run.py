@@ -110,9 +110,10 @@ def test_visitors_log_in_each_with_their_own_key(monkeypatch: pytest.MonkeyPatch
     keyed_server.client("bob").say("of bob")
     app = page(monkeypatch, f"http://127.0.0.1:{keyed_server.port}")
     assert not app.chat_input
-    app.text_input[0].input("moss-wrong")
-    app.button[0].click().run()
-    assert not app.chat_input and app.error
+    for wrong in ("moss-wrong", "钥匙"):
+        app.text_input[0].input(wrong)
+        app.button[0].click().run()
+        assert not app.chat_input and app.error and not app.exception
     app.text_input[0].input(f" {keyed_server.keys['alice']} ")
     app.button[0].click().run()
     assert not app.chat_input[0].disabled and not app.exception
