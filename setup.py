@@ -64,7 +64,7 @@ WEB = [
     "httpx>=0.27",
     "markdown-it-py>=3",
     "mdit-py-plugins>=0.4",
-    "streamlit>=1.40",
+    "streamlit>=1.60,<2",
 ]
 
 
@@ -122,6 +122,7 @@ setup(
         "web": WEB,
         "test": [
             *WEB,
+            "hypothesis>=6",
             "openai>=1.40",
             "pytest>=8",
             "pexpect>=4.9",

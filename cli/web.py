@@ -127,7 +127,7 @@ def command(
             tooling = {"tools": tools, "search": search_with, "draw": draw_with}
             wanted = order(folder, options, parallel=parallel, database=database, **tooling)
             url = stack.enter_context(own_server(wanted, fail))
-        logs_in = check_access(url, key, host=host, ui=ui)
+        logs_in = check_access(url, key, host=host)
         with _ends_with_ctrl_c():
             _show(ui, url, key, host=host, port=port, logs_in=logs_in)
     if failures:
@@ -149,7 +149,7 @@ def require_extra(ui: UI) -> None:
         )
 
 
-def check_access(url: str, key: str | None, *, host: str, ui: UI) -> bool:
+def check_access(url: str, key: str | None, *, host: str) -> bool:
     """Whether visitors log in, each with a key of the server.
 
     Args:
@@ -172,17 +172,14 @@ def check_access(url: str, key: str | None, *, host: str, ui: UI) -> bool:
                 raise
             needs_key = True
     public = reaches_others(host)
-    if public and (ui == "streamlit" or key is not None):
+    if public and key is not None:
         raise ConfigError(
-            f"{host} can be reached by others, who would all be one visitor. Only the page of --ui gradio without --key "
-            "lets each log in."
+            f"{host} can be reached by others, who would all be one visitor. Leave --key out, and each logs in."
         )
     if public and not needs_key:
         raise ConfigError(
             f"{host} can be reached by others, and there are no keys. Make one first: moss-jt keys add NAME"
         )
-    if needs_key and key is None and ui == "streamlit":
-        raise ConfigError("the server has keys, and nobody can log in to this page. Give it one with --key.")
     return needs_key and key is None
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, ConsoleMessage, Dialog, Page, Request
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-LONGEST_MS = 30_000.0  # to wait for something that must come; a slow machine that also trains a model needs some of it
+LONGEST_MS = 90_000.0  # to wait for something that must come; a machine that also trains a model needs some of it
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 OWN_SCHEMES = ("data", "blob", "about")
 ARGUMENTS = (
@@ -64,6 +64,11 @@ class Tab:
         page.on("dialog", self._opened)
         page.on("request", self._asked)
 
+    def check(self) -> None:
+        """Fail if something went wrong since the last time."""
+        problems, self.problems = self.problems, []
+        assert not problems, "\n".join(problems)
+
     def _said(self, message: ConsoleMessage) -> None:
         url = str(message.location.get("url", ""))
         if message.type == "error" and not url.endswith("/favicon.ico"):  # the browser asks for it by itself
@@ -93,7 +98,7 @@ class Profile:
             tab = Tab(page)
             tab.watch(page)
             yield tab
-            assert not tab.problems, "\n".join(tab.problems)
+            tab.check()
         finally:
             page.close()
 

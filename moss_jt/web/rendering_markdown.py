@@ -1,7 +1,8 @@
 """The same answers as Markdown in which nothing but what markup.py found is markup, for pages that render Markdown.
 
 Every mark of punctuation in a text has a backslash before it, so that no reader of Markdown, however rich its own
-dialect, sees more in it than a text. Formulas stand between $ and $$.
+dialect, sees more in it than a text. Formulas stand between $ and $$. What Streamlit would still make of a text that it
+has read (:smile: a picture, -> an arrow) is parted by a character that has no width.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from moss_jt.web.rendering import Source
 _PUNCTUATION = re.compile(f"[{re.escape(punctuation)}]")
 _TICKS = re.compile("`+")
 _LANGUAGE = re.compile(r"[A-Za-z0-9_+-]{1,30}")
+_DRAWN = ("mermaid", "math")  # languages of code of which readers make drawings
+_REPLACED = re.compile(r":(?=\d*[A-Za-z_+-][\w+-]*:)|(?<!\S)(?:<(?=->?(?!\S)|=(?!\S))|-(?=[->](?!\S))|[>~](?==(?!\S)))")
+_JOINER = "\u2060"
 Sources = Mapping[int, Source]
 
 
@@ -38,7 +42,8 @@ def source_markdown(source: Source) -> str:
 
 def escaped(text: str) -> str:
     """A piece of a line in which nothing is markup."""
-    return _PUNCTUATION.sub(r"\\\g<0>", cleaned(text).replace("\n", " "))
+    parted = _REPLACED.sub(rf"\g<0>{_JOINER}", cleaned(text).replace("\n", " "))
+    return _PUNCTUATION.sub(r"\\\g<0>", parted)
 
 
 def _blocks(node: SyntaxTreeNode, sources: Sources) -> str:
@@ -81,8 +86,9 @@ def _list(node: SyntaxTreeNode, sources: Sources) -> str:
 
 def _code(node: SyntaxTreeNode, _: Sources) -> str:
     fence = "`" * max(3, 1 + max(map(len, _TICKS.findall(node.content)), default=0))
-    language = _LANGUAGE.fullmatch(node.info.strip().partition(" ")[0])
-    return f"{fence}{language[0] if language else ''}\n{node.content.removesuffix(chr(10))}\n{fence}"
+    named = _LANGUAGE.fullmatch(node.info.strip().partition(" ")[0])
+    language = named[0] if named and named[0].lower() not in _DRAWN else ""
+    return f"{fence}{language}\n{node.content.removesuffix(chr(10))}\n{fence}"
 
 
 def _rule(_: SyntaxTreeNode, __: Sources) -> str:
@@ -127,15 +133,15 @@ def _inline(node: SyntaxTreeNode, sources: Sources) -> str:
         return "\\\n"
     if node.type in MATH:
         mark = "$$" if node.type in DISPLAY_MATH else "$"
-        return f"{mark}{' '.join(_tex(node).split())}{mark}"
+        return _in_cell(node, f"{mark}{' '.join(_tex(node).split())}{mark}")
     if node.type == CITATION:
         return _citation(node, sources)
     if node.type == "code_inline":
-        return _code_inline(node.content)
+        return _in_cell(node, _code_inline(node.content))
     if node.type == "image":
         url = str(node.attrs.get("src", ""))
         words = escaped(node.content or url)
-        return words if _is_in_link(node) else _linked(url, words)
+        return words if _is_in(node, "link") else _linked(url, words)
     return _around(node, sources)
 
 
@@ -150,14 +156,14 @@ def _around(node: SyntaxTreeNode, sources: Sources) -> str:
 
 
 def _code_inline(content: str) -> str:
-    content = " ".join(content.split("\n")).replace("|", "\u2502")  # a bar would end the cell of a table
+    content = content.replace("\n", " ")
     ticks = "`" * (1 + max(map(len, _TICKS.findall(content)), default=0))
     return f"{ticks} {content} {ticks}"
 
 
 def _citation(node: SyntaxTreeNode, sources: Sources) -> str:
     assert node.token is not None, "a citation has a token"
-    found, linked = citation_of(node.token), _is_in_link(node)
+    found, linked = citation_of(node.token), _is_in(node, "link")
     if not any(number in sources for number in found.numbers):
         return escaped(found.text)
     return "".join(_cited(number, sources, linked) for number in found.numbers)
@@ -174,9 +180,14 @@ def _linked(url: str, words: str) -> str:
     return f"[{words}](<{escaped(where)}>)" if where else words
 
 
-def _is_in_link(node: SyntaxTreeNode) -> bool:
+def _in_cell(node: SyntaxTreeNode, written: str) -> str:
+    """What is not escaped, within a table: a bar would end its cell, whatever it stands in."""
+    return written.replace("|", r"\|") if _is_in(node, "th", "td") else written
+
+
+def _is_in(node: SyntaxTreeNode, *types: str) -> bool:
     parent = node.parent
-    return parent is not None and (parent.type == "link" or _is_in_link(parent))
+    return parent is not None and (parent.type in types or _is_in(parent, *types))
 
 
 def _tex(node: SyntaxTreeNode) -> str:

@@ -15,11 +15,13 @@ import streamlit as st
 
 from moss_jt.errors import ServerError
 from moss_jt.language import Language
+from moss_jt.tools.citations import cited, without_begun
 from moss_jt.web.asking import NOT_FOUND, Asked, Asking
-from moss_jt.web.client import Figures, Picture, ServerClient, Turn, Wishes
+from moss_jt.web.client import Picture, ServerClient, Turn, Wishes
 from moss_jt.web.rendering import PICTURE_TYPES
 from moss_jt.web.rendering_markdown import answer_markdown, escaped, source_markdown
 from moss_jt.web.streamlit_uids import remember
+from moss_jt.web.talks import rows_of
 from moss_jt.web.words import LANGUAGES, language_of, say
 
 SERVER_VARIABLE = "MOSS_JT_SERVER"
@@ -29,6 +31,8 @@ POLL_S = 0.25
 FIGURES_S = 3.0
 LOADING_S = 1.0
 LISTED = 50
+CLIENTS = 100  # that are kept, each for a key
+UNAUTHORISED = 401
 UNSCROLLED = 5  # conversations
 LIST_HEIGHT = 240
 LONGEST_ANSWER = 2048  # where the server does not tell its own limit
@@ -59,7 +63,9 @@ class _State:
         uids: of one's conversations, the newest first, where the server lists none.
         dropped: uids that were deleted here.
         titles: of conversations that were seen.
+        pictures: that were fetched, by conversation and name.
         editing: the last question is being changed.
+        speed: of the last answer, tokens per second; 0 where it is not known.
     """
 
     talk: _Talk = field(default_factory=_Talk)
@@ -69,6 +75,7 @@ class _State:
     titles: dict[str, str] = field(default_factory=dict)
     pictures: dict[tuple[str, str], bytes] = field(default_factory=dict)
     editing: bool = False
+    speed: float = 0.0
 
 
 def show() -> None:
@@ -83,7 +90,10 @@ def show() -> None:
         figures = _client().figures()
         ready = _client().readiness().ready
     except ServerError as error:
-        _show_unreachable(str(error))
+        if error.status == UNAUTHORISED:
+            _show_login(error)
+        else:
+            _show_unreachable(str(error))
         return
     _settle(state, lists=figures.lists)
     turns = _turns(state.talk.uid)
@@ -94,7 +104,7 @@ def show() -> None:
             if turns and not asks:
                 _show_ways_out(state.talk.uid)
         _show_sampling(figures.longest_answer or LONGEST_ANSWER)
-        _show_figures()
+        _show_figures(state.speed)
     if not ready:
         _show_loading()
     st.chat_input(_say("ask"), key="prompt", disabled=asks or not ready, on_submit=_send)
@@ -110,9 +120,18 @@ def _state() -> _State:
     return state
 
 
-@st.cache_resource(show_spinner=False)
 def _client() -> ServerClient:
-    return ServerClient(os.environ.get(SERVER_VARIABLE) or DEFAULT_SERVER, os.environ.get(KEY_VARIABLE) or None)
+    """Asks the server with the key of the page, or else with that of this visitor."""
+    return _client_of(_server(), os.environ.get(KEY_VARIABLE) or st.session_state.get("key") or None)
+
+
+@st.cache_resource(show_spinner=False, max_entries=CLIENTS)
+def _client_of(server: str, key: str | None) -> ServerClient:
+    return ServerClient(server, key)
+
+
+def _server() -> str:
+    return os.environ.get(SERVER_VARIABLE) or DEFAULT_SERVER
 
 
 def _language() -> Language:
@@ -190,11 +209,11 @@ def _settle(state: _State, *, lists: bool) -> None:
             talk.uid = asked.uid
             begun.append(asked.uid)
         if asked is None or asked.kept:
+            state.speed = asked.tokens_per_s if asked is not None else state.speed
             talk.asking = None
             state.asked.remove(talk)
     if not lists:
-        server = os.environ.get(SERVER_VARIABLE) or DEFAULT_SERVER
-        state.uids = remember(server, known=state.uids, added=begun[::-1], dropped=state.dropped)
+        state.uids = remember(_server(), known=state.uids, added=begun[::-1], dropped=state.dropped)
 
 
 def _title(text: str) -> str:
@@ -307,12 +326,13 @@ def _show_answer(turn: Turn, uid: str | None, *, over: bool = True) -> None:
                 if text:
                     st.caption(_say(key))
                     st.text(text)
-    st.markdown(answer_markdown(turn.answer, turn.sources))
+    st.markdown(answer_markdown(turn.answer if over else without_begun(turn.answer), turn.sources))
     if over and uid is not None:
         for picture in turn.pictures:
             _show_picture(uid, picture)
-    if turn.sources:
-        lines = [f"- {escaped(f'[{source.number}]')} {source_markdown(source)}" for source in turn.sources]
+    numbers = cited(turn.answer)
+    lines = [f"- {escaped(f'[{one.number}]')} {source_markdown(one)}" for one in turn.sources if one.number in numbers]
+    if lines:
         st.caption(f"{_say('sources')}\n" + "\n".join(lines))
     note = {"cancelled": "stopped", "length": "cut_length", "time": "cut_time"}.get(turn.reason)
     if over and note is not None:
@@ -397,25 +417,11 @@ def _show_sampling(longest: int) -> None:
 
 
 @st.fragment(run_every=FIGURES_S)
-def _show_figures() -> None:
+def _show_figures(speed: float) -> None:
     """What the server does, drawn anew by itself."""
     with _told():
-        lines = [f"{label}: {escaped(value)}" for label, value in _lines(_client().figures())]
-        st.caption("\\\n".join(lines))
-
-
-def _lines(figures: Figures) -> Iterator[tuple[str, str]]:
-    yield _say("model"), figures.model
-    yield _say("speed"), _say("tokens_per_s", value=f"{figures.tokens_per_s:.1f}")
-    for tier, size in figures.memory.items():
-        if size:
-            yield _say(tier), _size(size)
-    yield _say("queue"), _say("queued", running=figures.running, waiting=figures.waiting)
-    yield _say("tools"), ", ".join(figures.tools) or _say("no_tools")
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+        rows = rows_of(_client().figures(), _language(), speed)
+        st.caption("\\\n".join(f"{escaped(name)}: {escaped(value)}" for name, value in rows))
 
 
 @st.fragment(run_every=LOADING_S)
@@ -426,6 +432,19 @@ def _show_loading() -> None:
         if found.ready:
             st.rerun()
         st.progress(min(1.0, found.share), _say("loading", task=escaped(found.task), percent=round(found.share * 100)))
+
+
+def _show_login(error: ServerError) -> None:
+    """Ask for a key; it stays in the memory of this page, for as long as its visitor is there."""
+    with st.form("login"):
+        given = st.text_input(_say("key"), type="password")
+        st.form_submit_button(_say("send"))
+    if given:
+        if st.session_state.get("key") == given.strip():
+            st.error(escaped(str(error)))
+        else:
+            st.session_state["key"] = given.strip()
+            st.rerun()
 
 
 def _show_unreachable(error: str) -> None:

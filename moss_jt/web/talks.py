@@ -137,7 +137,7 @@ def state_html(client: ServerClient, language: Language, *, speed: float) -> str
         readiness = client.readiness()
         if not readiness.ready:
             return plain_html(_loading(readiness, language), "note")
-        return table_html(_rows(client.figures(), language, speed))
+        return table_html(rows_of(client.figures(), language, speed))
     except ServerError as error:
         return plain_html(str(error), "note")
 
@@ -146,7 +146,8 @@ def _loading(readiness: Readiness, language: Language) -> str:
     return say("loading", language, task=readiness.task, percent=round(100 * readiness.share))
 
 
-def _rows(figures: Figures, language: Language, speed: float) -> Iterator[tuple[str, str]]:
+def rows_of(figures: Figures, language: Language, speed: float) -> Iterator[tuple[str, str]]:
+    """What a server does now, as names and values."""
     yield say("model", language), figures.model
     known = speed or figures.tokens_per_s
     yield say("speed", language), say("tokens_per_s", language, value=f"{known:.1f}") if known else "–"

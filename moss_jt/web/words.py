@@ -69,6 +69,7 @@ _WORDS: dict[str, tuple[str, str]] = {
     "waiting": ("Waiting for the server …", "正在等待服务器……"),
     "gone": ("This conversation is no longer on the server.", "服务器上已没有这个对话。"),
     "nothing_to_export": ("There is no conversation to export yet.", "还没有可导出的对话。"),
+    "key": ("Your key of the server", "服务器密钥"),
     "login": (
         "Log in with the name of your key and the key itself (moss-jt keys add NAME).",
         "请用密钥名称和密钥登录（moss-jt keys add NAME）。",

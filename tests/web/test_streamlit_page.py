@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from chromium import Chromium, Profile, Tab
+from chromium import Chromium, Tab
 from live_server import LiveServer
 from toy_tools import HEIGHT, WIDTH
 from xss import TEXTS, assert_harmless
@@ -93,41 +93,45 @@ class Chat:
     def titles(self) -> Locator:
         return self.page.locator(".st-key-conversations button")
 
+    @property
+    def answer(self) -> Locator:
+        """The last one."""
+        return self.answers.last
+
     def await_answer(self, text: str | re.Pattern[str]) -> None:
         """Wait until the last answer is over and holds a text."""
-        expect(self.answers.last).to_contain_text(text)
+        expect(self.answer).to_contain_text(text)
         self.button("retry").wait_for()
-
-    def reload(self) -> None:
-        self.page.reload()
-        self.field.wait_for()
 
 
 @pytest.fixture(scope="module")
-def profile(chromium: Chromium) -> Iterator[Profile]:
-    """A browser that need not load Streamlit's scripts for every test."""
-    with chromium.profile() as profile:
-        yield profile
+def opened(chromium: Chromium, address: str) -> Iterator[tuple[Chat, Tab]]:
+    """The page in a tab that stays: to load it takes seconds."""
+    with chromium.tab() as tab:
+        yield Chat(tab.page).open(address), tab
 
 
 @pytest.fixture
-def chat(profile: Profile, address: str) -> Iterator[Chat]:
-    """The page, opened by somebody who has no conversations yet."""
-    with profile.tab() as tab:
-        yield Chat(tab.page).open(address)
-        tab.page.evaluate("localStorage.clear()")
+def chat(opened: tuple[Chat, Tab]) -> Iterator[Chat]:
+    """A new conversation."""
+    chat, tab = opened
+    chat.button("new").click()
+    expect(chat.answers).to_have_count(0)
+    expect(chat.field).to_be_enabled()
+    yield chat
+    tab.check()
 
 
 def test_an_answer_streams_and_is_stopped(chat: Chat, tool_server: LiveServer) -> None:
     chat.say("wait for me @hold")
-    expect(chat.answers).to_contain_text("you said wait for me @hold")  # and it is not over
+    expect(chat.answer).to_contain_text("you said wait for me @hold")  # and it is not over
     chat.page.get_by_text("中文", exact=True).click()
-    expect(chat.answers).to_contain_text("you said wait for me @hold")
+    expect(chat.answer).to_contain_text("you said wait for me @hold")
     expect(chat.field).to_be_disabled()
     chat.button("stop", "zh").click()
-    expect(chat.answers).to_contain_text(say("stopped", "zh"))
+    expect(chat.answer).to_contain_text(say("stopped", "zh"))
     chat.page.get_by_text("English", exact=True).click()
-    expect(chat.answers).to_contain_text(say("stopped", "en"))
+    expect(chat.answer).to_contain_text(say("stopped", "en"))
     chat.say("and on")
     chat.await_answer("you said and on")
     expect(chat.questions).to_have_text(["wait for me @hold", "and on"])
@@ -140,11 +144,11 @@ def test_an_answer_streams_and_is_stopped(chat: Chat, tool_server: LiveServer) -
 
 
 def stored_turns(chat: Chat, server: LiveServer) -> list[dict[str, str]]:
-    """What the server has of the one conversation that a browser knows."""
+    """What the server has of the newest conversation that a browser knows."""
     (uids,) = chat.page.evaluate(
         "Object.keys(localStorage).filter(k => k.startsWith('moss-jt')).map(k => localStorage[k])"
     )
-    (uid,) = json.loads(uids)
+    uid = json.loads(uids)[0]
     turns: list[dict[str, str]] = server.client().get(f"/v1/conversations/{uid}").json["turns"]
     return turns
 
@@ -154,9 +158,9 @@ def test_an_answer_is_made_again_and_a_question_is_changed(chat: Chat, tool_serv
     chat.await_answer("you said first")
     chat.say("@count")
     chat.await_answer(re.compile(r"this is number \d+"))
-    number = re.findall(r"number (\d+)", chat.answers.last.inner_text())
+    number = re.findall(r"number (\d+)", chat.answer.inner_text())
     chat.button("retry").click()
-    expect(chat.answers.last).not_to_contain_text(f"number {number[0]}")
+    expect(chat.answer).not_to_contain_text(f"number {number[0]}")
     chat.await_answer(re.compile(r"this is number \d+"))
     chat.button("edit").click()
     expect(chat.page.get_by_role("textbox", name=say("edit", "en"))).to_have_value("@count")
@@ -172,24 +176,24 @@ def test_an_answer_is_made_again_and_a_question_is_changed(chat: Chat, tool_serv
 def test_thoughts_calls_and_results_are_folded_and_sources_are_links(chat: Chat) -> None:
     chat.say("@search rain<sup><|1|></sup> and <sup><|2|></sup>")
     chat.await_answer("you said")
-    fold = chat.answers.get_by_test_id("stExpander")
+    fold = chat.answer.get_by_test_id("stExpander")
     expect(fold.get_by_text("I think", exact=True)).to_be_hidden()
     fold.get_by_text(say("thoughts", "en")).click()
     expect(fold.get_by_text("I think", exact=True)).to_be_visible()
     expect(fold).to_contain_text('Search("rain')
     expect(fold).to_contain_text("<|1|>: ")
-    links = chat.answers.get_by_role("link")
+    links = chat.answer.get_by_role("link")
     expect(links.filter(has_text="[1]")).to_have_attribute("href", re.compile(r"^https://example\.org/\?q=rain"))
     expect(links.filter(has_text="Page of rain")).to_have_count(1)
     expect(links.filter(has_text="[2]")).to_have_count(0)  # its address is a script
-    expect(chat.answers).to_contain_text("Trap of rain")
+    expect(chat.answer).to_contain_text("Trap of rain")
     assert_harmless(chat.page)
 
 
 def test_a_picture_is_shown(chat: Chat) -> None:
     chat.say("@draw a house")
     chat.await_answer("A picture of a test.")
-    picture = chat.answers.get_by_role("img")
+    picture = chat.answer.get_by_role("img")
     expect(picture).to_be_visible()
     assert picture.evaluate("image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])") == [
         WIDTH,
@@ -204,8 +208,8 @@ def test_several_conversations(chat: Chat, tool_server: LiveServer) -> None:
     expect(chat.answers).to_have_count(0)
     chat.say("about **pears**")
     chat.await_answer("you said about pears")
-    expect(chat.titles()).to_have_text(["about **pears**", "about apples"])
-    chat.reload()
+    assert chat.titles().all_inner_texts()[:2] == ["about **pears**", "about apples"]
+    chat.page.reload()
     chat.titles().get_by_text("about apples").click()
     chat.await_answer("you said about apples")
     with chat.page.expect_download() as download:
@@ -213,20 +217,21 @@ def test_several_conversations(chat: Chat, tool_server: LiveServer) -> None:
     exported = json.loads(Path(download.value.path()).read_text("utf-8"))
     assert [turn["human"] for turn in exported["turns"]] == ["about apples"]
     chat.button("delete").click()
-    expect(chat.titles()).to_have_text(["about **pears**"])
+    expect(chat.titles().get_by_text("about apples")).to_have_count(0)
+    expect(chat.titles().get_by_text("about **pears**")).to_be_visible()
     assert tool_server.client().get(f"/v1/conversations/{exported['uid']}").status == 404
-    chat.reload()
-    expect(chat.titles()).to_have_text(["about **pears**"])
+    assert exported["uid"] not in chat.page.evaluate("JSON.stringify(localStorage)")
 
 
 def test_an_answer_goes_on_while_another_conversation_is_shown(chat: Chat) -> None:
     chat.say("the slow one @hold")
-    expect(chat.answers).to_contain_text("you said the slow one")
+    expect(chat.answer).to_contain_text("you said the slow one")
     chat.button("new").click()
     chat.say("the quick one")
     chat.await_answer("you said the quick one")
     chat.titles().get_by_text("the slow one").click()
-    expect(chat.answers).to_contain_text("you said the slow one")
+    expect(chat.questions).to_have_text(["the slow one @hold"])
+    expect(chat.answer).to_contain_text("you said the slow one")
     chat.button("stop").click()
     chat.await_answer(say("stopped", "en"))
 
@@ -251,7 +256,7 @@ def test_the_sliders_do_what_they_say(chat: Chat) -> None:
 
 def tokens_left(chat: Chat) -> int:
     """How long the answer to "@settings" might have been: what was asked, less the thoughts."""
-    found = re.search(r"max_new_tokens (\d+)", chat.answers.last.inner_text())
+    found = re.search(r"max_new_tokens (\d+)", chat.answer.inner_text())
     assert found
     return int(found[1])
 
@@ -262,39 +267,38 @@ def test_code_formulas_and_tables_are_rendered(chat: Chat) -> None:
     )
     chat.field.press("Enter")
     chat.await_answer("you said so:")
-    expect(chat.answers.locator("pre code")).to_have_text("print(1 < 2)")
-    expect(chat.answers.locator(".katex")).to_have_count(2)
-    expect(chat.answers.locator("td").first).to_be_visible()
+    expect(chat.answer.locator("pre code")).to_have_text("print(1 < 2)")
+    expect(chat.answer.locator(".katex")).to_have_count(2)
+    expect(chat.answer.locator("td").first).to_be_visible()
 
 
 def test_an_error_of_the_server_is_told_and_the_question_is_not_lost(chat: Chat) -> None:
     chat.say("@bad luck")
-    expect(chat.page.get_by_test_id("stAlert")).to_contain_text("the toy was asked to fail")
+    expect(chat.answer.get_by_test_id("stAlert")).to_contain_text("the toy was asked to fail")
     expect(chat.questions).to_have_text(["@bad luck"])
-    chat.button("retry").click()
-    expect(chat.page.get_by_test_id("stAlert")).to_contain_text("the toy was asked to fail")
+    expect(chat.button("retry")).to_be_visible()
 
 
-def test_texts_stay_texts(tab: Tab, address: str, tool_server: LiveServer) -> None:
+def test_texts_stay_texts(chat: Chat, tool_server: LiveServer) -> None:
     client, uid = tool_server.client(), None
     for text in TEXTS.values():
         uid = client.say(f"@search {text}", uid)["uid"]
-    script = f"localStorage.setItem('moss-jt http://127.0.0.1:{tool_server.port}', {json.dumps(json.dumps([uid]))})"
-    tab.page.add_init_script(script)
-    chat = Chat(tab.page).open(address)
+    name = f"moss-jt http://127.0.0.1:{tool_server.port}"
+    chat.page.evaluate("([name, uids]) => localStorage.setItem(name, uids)", [name, json.dumps([uid])])
+    chat.page.reload()
     chat.titles().first.click()
     expect(chat.answers).to_have_count(len(TEXTS))
     chat.button("retry").wait_for()
     assert chat.questions.all_inner_texts() == [f"@search {text}" for text in TEXTS.values()]
-    tab.page.evaluate("document.querySelectorAll('summary').forEach(summary => summary.click())")
-    expect(chat.answers.last.get_by_text("I think", exact=True)).to_be_visible()
-    assert_harmless(tab.page)
+    chat.page.evaluate("document.querySelectorAll('summary').forEach(summary => summary.click())")
+    expect(chat.answer.get_by_text("I think", exact=True)).to_be_visible()
+    assert_harmless(chat.page)
 
 
 def test_texts_stay_texts_while_they_stream(chat: Chat) -> None:
     for name in ("script", "image", "link"):
         chat.say(f"{TEXTS[name]} @hold {name}")
-        expect(chat.answers.last).to_contain_text(f"@hold {name}")
+        expect(chat.answer).to_contain_text(f"@hold {name}")
         assert_harmless(chat.page)
         chat.button("stop").click()
         chat.await_answer(say("stopped", "en"))
@@ -306,7 +310,7 @@ def test_moss_tiny_thinks_calculates_and_answers(tab: Tab, tiny_server: LiveServ
         chat = Chat(tab.page).open(address)
         chat.say("What is 12 * 11?")
         chat.await_answer("132")
-        fold = chat.answers.get_by_test_id("stExpander")
+        fold = chat.answer.get_by_test_id("stExpander")
         fold.get_by_text(say("thoughts", "en")).click()
         expect(fold).to_contain_text("Calculate(")
         expect(chat.page.get_by_test_id("stSidebar")).to_contain_text(re.compile(r"[1-9][0-9.]* tokens/s"))
