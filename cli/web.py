@@ -196,9 +196,10 @@ def _show(ui: UI, url: str, key: str | None, *, host: str, port: int, logs_in: b
 
         serve(url, key, host=host, port=port, on_listening=_greet)
         return
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+    from moss_jt.web.hosting import GRADIO_VARIABLES, PageServer
+
+    os.environ.update(GRADIO_VARIABLES)
     from moss_jt.web.gradio_page import page_app
-    from moss_jt.web.hosting import PageServer
     from moss_jt.web.visitors import Visitors
 
     visitors = Visitors(url, key)

@@ -18,6 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moss_jt.errors import ConfigError
 
+GRADIO_VARIABLES = {  # Gradio reads these when it is imported and when a page is made; who serves one sets them
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(1 << 60),  # else pandas sums up all events after each of them
+}
 LAST_S = 3  # for open connections at the end
 _HEADERS = {
     # Gradio writes scripts and styles into the page itself; but nothing may come from elsewhere or go there

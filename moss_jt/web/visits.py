@@ -7,18 +7,20 @@ lists them.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
+from queue import Empty, Queue
 
 from moss_jt.errors import ServerError
 from moss_jt.language import Language
-from moss_jt.web.client import Answer, Finished, ServerClient, Started, Turn, Wishes
+from moss_jt.web.client import Answer, Event, Finished, ServerClient, Started, Turn, Wishes
 from moss_jt.web.talks import RUNNING, Talk, advanced, open_talk, with_pictures
 from moss_jt.web.visitors import Visitor
 from moss_jt.web.words import say
 
-_SHOW_S = 0.05  # between two showings of an answer that comes fast
+SHOW_S = 0.05  # what comes within it is shown together
 _MOST_KEPT = 200  # conversations that a browser remembers
 NOT_FOUND = 404
 
@@ -128,8 +130,7 @@ def said(visitor: Visitor, view: View, text: str, wishes: Wishes) -> Iterator[Vi
         view = replace(view, text="", draft=Turn(text, "", RUNNING))
         yield view
         answer = visitor.begin(client.ask(text, uid=view.talk.uid, wishes=wishes))
-        for view in _answered(answer, view):  # noqa: B020 - on failure the last one counts
-            yield view
+        view = yield from _answered(answer, view)
         view = replace(view, talk=with_pictures(client, view.talk))
     except ServerError as error:
         view = _broken(client, view, text, error)
@@ -138,25 +139,67 @@ def said(visitor: Visitor, view: View, text: str, wishes: Wishes) -> Iterator[Vi
     yield _listed(client, replace(view, draft=None))
 
 
-def _answered(answer: Answer, view: View) -> Iterator[View]:
-    """What is shown while an answer comes; at its end the turn is part of the conversation."""
-    shown, draft, before = 0.0, view.draft, view.talk
+def _answered(answer: Answer, view: View) -> Generator[View, None, View]:
+    """What is shown while an answer comes; what it returns has the turn as part of the conversation."""
+    draft, before = view.draft, view.talk
     assert draft is not None, "there is a question"
-    for event in answer:
-        draft = advanced(draft, event)
-        if isinstance(event, Started):
-            view = _remembered(replace(view, talk=replace(view.talk, uid=event.uid)), draft.human)
+    speed = 0.0
+    for events in _batches(answer):
+        for event in events:
+            draft = advanced(draft, event)
+            if isinstance(event, Started):
+                view = _remembered(replace(view, talk=replace(view.talk, uid=event.uid)), draft.human)
+            elif isinstance(event, Finished):
+                speed = event.tokens_per_s
         view = replace(view, draft=draft)
-        if isinstance(event, Finished):
-            break
-        if time.monotonic() - shown >= _SHOW_S:
+        if draft.reason == RUNNING:
             yield view
-            shown = time.monotonic()
     if draft.reason == "cancelled" and not draft.answer:  # the server keeps nothing of it
-        yield replace(view, talk=before, text=draft.human)
-    else:
-        speed = event.tokens_per_s if isinstance(event, Finished) else 0.0
-        yield replace(view, talk=replace(view.talk, turns=(*before.turns, draft), speed=speed))
+        return replace(view, talk=before, text=draft.human)
+    return replace(view, talk=replace(view.talk, turns=(*before.turns, draft), speed=speed))
+
+
+def _batches(answer: Answer) -> Iterator[list[Event]]:
+    """What comes within a moment together: a fast answer is not shown token by token, a slow one at once.
+
+    A thread reads, since who waits for the next event cannot show the last one in time. Closing this ends the answer.
+    """
+    inbox: Queue[Event | ServerError | None] = Queue()
+    reader = threading.Thread(target=_read, args=(answer, inbox), daemon=True)
+    reader.start()
+    try:
+        over = False
+        while not over:
+            found = _take(inbox)
+            over = found[-1] is None or isinstance(found[-1], ServerError)
+            yield [event for event in found if event is not None and not isinstance(event, ServerError)]
+            if isinstance(found[-1], ServerError):
+                raise found[-1]
+    finally:
+        answer.stop()  # of no effect where it is over
+        reader.join()
+
+
+def _read(answer: Answer, inbox: Queue[Event | ServerError | None]) -> None:
+    """A thread: what comes, and None or the error at the end."""
+    try:
+        for event in answer:
+            inbox.put(event)
+        inbox.put(None)
+    except ServerError as error:
+        inbox.put(error)
+
+
+def _take(inbox: Queue[Event | ServerError | None]) -> list[Event | ServerError | None]:
+    """Wait for something, and a moment for what follows it."""
+    found = [inbox.get()]
+    deadline = time.monotonic() + SHOW_S
+    while found[-1] is not None and not isinstance(found[-1], ServerError):
+        try:
+            found.append(inbox.get(timeout=max(0.0, deadline - time.monotonic())))
+        except Empty:
+            break
+    return found
 
 
 def _taken_back(client: ServerClient, talk: Talk) -> Talk:
