@@ -76,23 +76,48 @@ PROBE
     command -v "${cc_path:-g++}" >/dev/null 2>&1 || echo g++
 }
 
+apt_line() { # NAMES
+    printf 'apt-get update && apt-get install -y --no-install-recommends %s' "$1"
+}
+
+as_root() { # LINE; how a user runs it
+    if command -v sudo >/dev/null 2>&1; then printf "sudo sh -c '%s'" "$1"; else printf "su -c '%s'" "$1"; fi
+}
+
+run_apt() { # LINE
+    say "installing what is missing: $1" "正在安装缺少的组件：$1"
+    logged apt env DEBIAN_FRONTEND=noninteractive sh -c "$1"
+}
+
 install_packages() { # NAMES
-    line="apt-get update && apt-get install -y --no-install-recommends $1"
+    line=$(apt_line "$1")
     if ! command -v apt-get >/dev/null 2>&1; then
         fail "missing, by their Debian names: $1. Install the same with this system's package manager, then run this again." \
             "缺少以下组件（Debian 包名）：$1。请用本系统的包管理器安装相应的包，然后重新运行。"
     elif [ "$(id -u)" != 0 ]; then
-        become="su -c"
-        ! command -v sudo >/dev/null 2>&1 || become="sudo sh -c"
-        fail "missing: $1. Install with this line, then run the same command again: $become '$line'" \
-            "缺少：$1。请执行这一行安装，然后重新运行同一命令：$become '$line'"
+        fail "missing: $1. Install with this line, then run the same command again: $(as_root "$line")" \
+            "缺少：$1。请执行这一行安装，然后重新运行同一命令：$(as_root "$line")"
     fi
-    say "installing what is missing: $line" "正在安装缺少的组件：$line"
-    logged apt env DEBIAN_FRONTEND=noninteractive sh -c "$line" || {
+    run_apt "$line" || {
         show_log
         fail "apt-get failed; its last words are above. Mend that, or run the line by hand." \
             "apt-get 失败，最后的输出见上。请处理后重试，或手动执行该行。"
     }
+}
+
+install_browser() { # Debian's, for the tests of the web pages; other systems keep theirs elsewhere, and the tests skip
+    for name in chromium chromium-browser google-chrome; do
+        ! command -v "$name" >/dev/null 2>&1 || return 0
+    done
+    command -v apt-get >/dev/null 2>&1 && grep -qs '^ID=debian$' "${OS_RELEASE:-/etc/os-release}" || return 0
+    line=$(apt_line chromium)
+    if [ "$(id -u)" != 0 ]; then
+        say "no Chromium: the tests of the web pages will be skipped. To run them, too: $(as_root "$line")" \
+            "没有 Chromium：将跳过网页的测试。若要运行，请先执行：$(as_root "$line")"
+    else
+        run_apt "$line" || say "apt-get could not install Chromium: the tests of the web pages will be skipped." \
+            "apt-get 未能安装 Chromium：将跳过网页的测试。"
+    fi
 }
 
 # ---- long steps: quiet, but alive on a terminal ---------------------------------------------------------------
@@ -236,6 +261,7 @@ set_up() { # EXTRA or nothing
     [ -z "$packages" ] || install_packages "$packages"
     [ -n "$python" ] || python=$(choose_python)
     [ -n "$python" ] || refuse_python
+    [ "$1" != test ] || install_browser
     make_venv "$python"
     mend_links
     install "$1"
@@ -267,6 +293,7 @@ test)
     case $1 in
     serve) extra=serve ;;
     finetune) extra=train ;;
+    web) extra=web ;;
     *) extra= ;;
     esac
     is_set_up "$extra" || set_up_alone "$extra"

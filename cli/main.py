@@ -36,6 +36,7 @@ class Entry(NamedTuple):
 COMMANDS = {
     "chat": Entry("chat", "Talk to a model.", "与模型对话。"),
     "serve": Entry("serve", "Serve a model over HTTP.", "通过 HTTP 提供模型服务。"),
+    "web": Entry("web", "Talk to a model in the browser.", "在浏览器中与模型对话。"),
     "keys": Entry("keys", "Make, list and remove keys of a server.", "管理服务密钥。"),
     "generate": Entry("generate", "Continue one prompt, for scripts.", "续写一段提示词，供脚本使用。"),
     "bench": Entry("bench", "Measure how fast a model computes here.", "测量模型在本机的速度。"),

@@ -10,6 +10,7 @@
     ├── DiskError           not enough room, or the disk failed while reading or writing
     ├── HubError            a model could not be fetched
     ├── ConversationError   a message is too long, or there is no answer to undo, retry or continue
+    ├── ServerError         a server that was asked refused, or cannot be reached
     └── ToolError           a tool cannot be used, or has no result
         └── ToolLimitError  a tool was stopped: it took too long, or needed too much memory
 
@@ -62,6 +63,20 @@ class HubError(MossError):
 
 class ConversationError(MossError):
     """A chat cannot do what was asked: the message is too long, or there is nothing to undo, retry or continue."""
+
+
+class ServerError(MossError):
+    """A server refused, in its own words, or cannot be reached.
+
+    Args:
+        status: of its answer; 0 where there was none.
+        code: its word for programs.
+    """
+
+    def __init__(self, message: str, *, status: int = 0, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
 
 
 class ToolError(MossError):

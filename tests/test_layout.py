@@ -25,13 +25,14 @@ ROWS = {
     3: "model adapter device_check",
     4: "runner engine generation",
     5: "chat tools load hub pull_plan fetch stored doctor bench perplexity converters calibrate measuring fit fit_device finetune",
-    6: "server",
+    6: "server web",
     7: "cli",
 }
 ROW_OF = {name: row for row, names in ROWS.items() for name in names.split()}
 NOT_FOR_CONVERTERS = {"kernels", "startup", "native", "reader", "limits"}
 CONVERTERS_SEE = set((ROWS[0] + " " + ROWS[1]).split()) - NOT_FOR_CONVERTERS | {"converters"}
 KERNELS_SEE = set(ROWS[0].split()) | {"packing", "kernels"}
+WEB_SEES = set(ROWS[0].split()) | {"tools", "web"}  # a server it asks over HTTP; of tools only how answers cite
 ONLY_IN = {  # a third-party module -> the parts that may import it
     "jittor": {"startup"},
     "cupy": {"startup", "launch", "kernels"},
@@ -44,9 +45,14 @@ ONLY_IN = {  # a third-party module -> the parts that may import it
     "ddgs": {"tools"},
     "diffusers": set(),
     "tensorboardX": {"finetune"},
-    "fastapi": {"server"},
-    "starlette": {"server"},
-    "uvicorn": {"server"},
+    "fastapi": {"server", "web"},
+    "starlette": {"server", "web"},
+    "uvicorn": {"server", "web"},
+    "gradio": {"web"},
+    "streamlit": {"web"},
+    "httpx": {"web"},
+    "markdown_it": {"web"},
+    "mdit_py_plugins": {"web"},
     "pydantic": {"server"},
     "prometheus_client": {"server"},
     "torch": set(),
@@ -66,6 +72,10 @@ HEAVY = (
     "mpmath",
     "fastapi",
     "uvicorn",
+    "gradio",
+    "streamlit",
+    "httpx",
+    "markdown_it",
 )
 
 
@@ -148,7 +158,9 @@ def test_errors_see_nobody() -> None:
     assert [name for _, name in imports_of(ROOT / "moss_jt" / "errors.py") if name.startswith("moss_jt")] == []
 
 
-@pytest.mark.parametrize(("room", "sees"), [("converters", CONVERTERS_SEE), ("kernels", KERNELS_SEE)])
+@pytest.mark.parametrize(
+    ("room", "sees"), [("converters", CONVERTERS_SEE), ("kernels", KERNELS_SEE), ("web", WEB_SEES)]
+)
 def test_rooms_see_little(room: str, sees: set[str]) -> None:
     wrong = [
         f"{place(file, line)} imports {other}"
@@ -184,6 +196,12 @@ def test_third_party_modules_stay_in_their_place() -> None:
         if name.split(".")[0] in ONLY_IN and part_of(file) not in ONLY_IN[name.split(".")[0]]
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", ["gradio", "streamlit"])
+def test_one_file_knows_a_library_of_pages(name: str) -> None:
+    knowing = {file.name for file in code_files() for _, imported in imports_of(file) if imported.split(".")[0] == name}
+    assert all(file.startswith(name) or file == "page.py" for file in knowing), knowing
 
 
 def test_nobody_imports_a_room_by_its_bare_name() -> None:

@@ -29,7 +29,11 @@ case "$*" in
 "-m moss_jt.cli"* | "-m pytest"*) echo "in $PWD: $*" ;;
 esac
 """
-APT = '#!/bin/sh\nprintf "apt-get %s\\n" "$*" >>"$CALLS"\ntouch "$CALLS.apt"\n'
+APT = """#!/bin/sh
+printf 'apt-get %s\\n' "$*" >>"$CALLS"
+touch "$CALLS.apt"
+[ -z "${APT_FAILS:-}" ] || { echo "no route to the mirror"; exit 100; }
+"""
 
 
 class Machine:
@@ -54,6 +58,9 @@ class Machine:
         self.add("g++", "#!/bin/sh\n")
         self.add("apt-get", APT)
         self.add("id", "#!/bin/sh\necho ${USER_ID:-1000}\n")
+        self.add("chromium", "#!/bin/sh\n")
+        self.system = folder / "os-release"
+        self.system.write_text("NAME=Debian\nID=debian\n")
 
     def add(self, name: str, text: str) -> None:
         """Put a program on the PATH."""
@@ -62,7 +69,13 @@ class Machine:
 
     def environment(self, **settings: str) -> dict[str, str]:
         """What a program sees."""
-        return {"PATH": str(self.bin), "CALLS": str(self.calls), "HOME": str(self.elsewhere), **settings}
+        return {
+            "PATH": str(self.bin),
+            "CALLS": str(self.calls),
+            "HOME": str(self.elsewhere),
+            "OS_RELEASE": str(self.system),
+            **settings,
+        }
 
     def run(self, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run run.sh from another folder."""
@@ -117,7 +130,7 @@ def test_where_old_numpy_has_no_wheel_it_is_not_compiled(machine: Machine) -> No
     assert requirements.read_text() == "tqdm>=4\n"
 
 
-@pytest.mark.parametrize(("word", "extra"), [("serve", "serve"), ("finetune", "train")])
+@pytest.mark.parametrize(("word", "extra"), [("serve", "serve"), ("finetune", "train"), ("web", "web")])
 def test_what_a_command_needs_comes_with_it(machine: Machine, word: str, extra: str) -> None:
     machine.run("chat")
     assert machine.run(word, "--help").stdout == f"in {machine.elsewhere}: -m moss_jt.cli {word} --help\n"
@@ -163,6 +176,43 @@ def test_runs_the_apt_line_as_root(machine: Machine) -> None:
     assert done.returncode == 0, done.stderr
     assert "apt-get update\napt-get install -y --no-install-recommends python3-venv\n" in machine.called()
     assert "-m moss_jt.cli chat" in done.stdout
+
+
+def test_the_tests_get_a_browser(machine: Machine) -> None:
+    (machine.bin / "chromium").unlink()
+    assert machine.run("chat", USER_ID="0").returncode == 0
+    assert "chromium" not in machine.called(), "a chat needs none"
+    done = machine.run("test", USER_ID="0")
+    assert done.returncode == 0, done.stderr
+    assert machine.called().count("apt-get install -y --no-install-recommends chromium\n") == 1
+    assert "-m pytest" in done.stdout
+
+
+def test_a_user_without_a_browser_is_told_and_the_other_tests_run(machine: Machine) -> None:
+    (machine.bin / "chromium").unlink()
+    done = machine.run("test")
+    line = "apt-get update && apt-get install -y --no-install-recommends chromium"
+    assert f"the tests of the web pages will be skipped. To run them, too: su -c '{line}'" in done.stderr
+    assert "apt-get" not in machine.called()
+    assert "-m pytest" in done.stdout
+
+
+def test_where_no_browser_can_be_had_the_other_tests_run(machine: Machine) -> None:
+    (machine.bin / "chromium").unlink()
+    done = machine.run("test", USER_ID="0", APT_FAILS="1")
+    assert "apt-get could not install Chromium: the tests of the web pages will be skipped." in done.stderr
+    assert "-m pytest" in done.stdout
+
+
+@pytest.mark.parametrize("browser", ["chromium", "google-chrome", ""])
+def test_a_browser_or_another_system_is_left_as_it_is(machine: Machine, browser: str) -> None:
+    (machine.bin / "chromium").unlink()
+    machine.system.write_text("ID=debian\n" if browser else "ID=ubuntu\nID_LIKE=debian\n")
+    if browser:
+        machine.add(browser, "#!/bin/sh\n")
+    done = machine.run("test", USER_ID="0")
+    assert done.returncode == 0, done.stderr
+    assert "apt-get" not in machine.called()
 
 
 def test_without_python_everything_comes_from_apt(machine: Machine) -> None:

@@ -2,7 +2,9 @@
 
 It answers "<|Human|>: X" with "you said X". Words in X make it behave otherwise: "@long" has an answer without end,
 "@die" kills its process once the answer has begun, "@die-first" before anything is said, "@bad" is an error of the
-request, "@crash" a mistake in the engine; "@search" in a turn with tools calls Search with the rest of X.
+request, "@crash" a mistake in the engine; "@search" and "@draw" in a turn with tools call Search and Text2Image with
+the rest of X. For those who look at a page: after "@hold" the answer never ends and nothing more comes, "@count" is
+answered with a number that is another each time, "@settings" with how the answer is chosen.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from moss_jt.server.link import ModelInfo
 from moss_jt.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizer" / "c-addedtoken-specials"
+CALLS = {"@search": "Search", "@draw": "Text2Image"}
+SETTINGS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "seed")
 PACE_S = 0.002  # of a step with an answer without end: as a network would take
 
 
@@ -76,8 +80,9 @@ class ToyEngine:
 
     def _script(self, request: Request, human: str) -> list[int]:
         encode, marker = self.tokenizer.encode, self.tokenizer.marker
-        if marker("<eoc>") in request.config.stop_ids:
-            calls = f'Search("{human.replace("@search", "").strip()}")' if "@search" in human else "None"
+        if self._thinks(request):
+            word = next((word for word in CALLS if word in human), None)
+            calls = f'{CALLS[word]}("{human.replace(word, "").strip()}")' if word else "None"
             return [
                 *encode(" I think"),
                 marker("<eot>"),
@@ -87,7 +92,15 @@ class ToyEngine:
         results = self.tokenizer.decode(request.ids).rpartition("<|Results|>:")[2].partition("<eor>")[0]
         found = f" and found {results.strip()}" if "=>" in results else ""
         words = f" you said {human}{found}" if human else " and so on"
+        if "@count" in human:
+            words = f" this is number {self.number}"
+        if "@settings" in human:
+            words = " " + ", ".join(f"{name} {getattr(request.config, name)}" for name in SETTINGS)
         return [*encode(words), marker("<eom>")]
+
+    def _thinks(self, request: Request) -> bool:
+        """Whether this is the first pass of a turn with tools."""
+        return self.tokenizer.marker("<eoc>") in request.config.stop_ids
 
     def cancel(self, request: int) -> None:
         if request in self.tasks:
@@ -112,7 +125,7 @@ class ToyEngine:
                 total = len(task.request.ids)
                 events.append(PrefillEvent(number, total, total, task.reused))
             events += self._advance(number, task)
-        if any("@long" in task.human for task in self.tasks.values()):
+        if any("@long" in task.human or "@hold" in task.human for task in self.tasks.values()):
             time.sleep(PACE_S)
         return events
 
@@ -120,6 +133,8 @@ class ToyEngine:
         if task.cancelled:
             return [self._finish(number, task, "cancelled")]
         at = len(task.made)
+        if "@hold" in task.human and at == len(task.script) - 1 and not self._thinks(task.request):
+            return []
         endless = "@long" in task.human and at >= len(task.script) - 1
         token = task.script[at % (len(task.script) - 1)] if endless else task.script[min(at, len(task.script) - 1)]
         count = task.request.top_logprobs

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from moss_jt.chat.reader import AnswerReader, StopCutter
 from moss_jt.config import GenerationConfig
 from moss_jt.messages import FinishedEvent, PrefillEvent, Request, TokenEvent
-from moss_jt.server.calls import Call, Function, ToolRunner, parse_calls
+from moss_jt.server.calls import Call, Function, ToolResults, ToolRunner, parse_calls
 from moss_jt.server.dispatch import Again, Dispatcher
 from moss_jt.server.prompts import Prompt
 from moss_jt.template import Template
@@ -54,9 +54,9 @@ class Thoughts:
 
 @dataclass(frozen=True)
 class Results:
-    """What the tools of the server gave."""
+    """What the tools of the server gave; None where nothing was called."""
 
-    text: str | None
+    found: ToolResults | None
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,9 @@ class Thinking:
             return
         results = None
         if question.runner is not None and not question.functions:
-            results = await asyncio.to_thread(question.runner.run, commands)
-            yield Results(results)
+            found = await asyncio.to_thread(question.runner.run, commands)
+            yield Results(found)
+            results = None if found is None else found.text
         closing = self._template.close_commands(self._tokenizer, done.passes[0], results)
         self.ids = (*question.prompt.ids, *done.passes[0], *closing)
 

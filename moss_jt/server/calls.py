@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from moss_jt.server.refusals import wrong
@@ -18,6 +18,7 @@ from moss_jt.template import IMAGE_RESULT, TOOLS, ToolLine
 from moss_jt.tools.commands import parse_commands
 
 MOST_CALLS = 16
+PICTURE_TYPES = ("image/png", "image/jpeg", "image/webp")
 FUNCTIONS = {  # what a client may call a function -> the tool that it stands for
     "search": "search",
     "Search": "search",
@@ -38,6 +39,45 @@ _APIS = {key: line.api.partition("(")[0] for key, line in TOOLS.items() if line.
 _TOOL_OF_API = {api.lower(): key for key, api in _APIS.items()}
 
 
+@dataclass(frozen=True)
+class FoundSource:
+    """What a number in an answer points to; `url` is "" if it is nowhere."""
+
+    number: int
+    title: str
+    url: str
+
+
+@dataclass(frozen=True)
+class DrawnPicture:
+    """A picture that a tool drew.
+
+    Attributes:
+        name: that nobody can guess; it opens the picture to the conversation's owner.
+        type: as "image/png".
+        note: what is to be known about it, "" for nothing.
+        content: the file; b"" where only what is told of it was read.
+    """
+
+    name: str
+    type: str
+    note: str
+    content: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
+class ToolResults:
+    """What the calls of a turn gave.
+
+    Attributes:
+        text: of the Results field.
+    """
+
+    text: str
+    sources: tuple[FoundSource, ...] = ()
+    pictures: tuple[DrawnPicture, ...] = ()
+
+
 class ToolRunner(Protocol):
     """Tools that run on the server."""
 
@@ -46,8 +86,8 @@ class ToolRunner(Protocol):
         """The tools that are offered, as moss_jt.template.system_prompt takes them."""
         ...
 
-    def run(self, commands: str) -> str | None:
-        """Do what a Commands field asks, within limits of its own; give the text of the Results field.
+    def run(self, commands: str) -> ToolResults | None:
+        """Do what a Commands field asks, within limits of its own.
 
         Called in a thread. It never raises: failures are told in the training data's wording. None where
         there was nothing to do.

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from moss_jt.chat.reader import AnswerReader
 from moss_jt.chat.window import MIN_ANSWER, first_turn
 from moss_jt.config import GenerationConfig
-from moss_jt.server.answers import Delta, Done, Part, Question, Restarted, Results, Thoughts, Usage, answer
+from moss_jt.server.answers import Delta, Done, Part, Question, Restarted, Results, Started, Thoughts, Usage, answer
+from moss_jt.server.calls import ToolResults
 from moss_jt.server.prompts import Prompt, check_length, system_text
 from moss_jt.server.refusals import Refusal, wrong
 from moss_jt.server.service import Service, Speaker
@@ -47,6 +48,17 @@ class Wish:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """The engine has begun.
+
+    Attributes:
+        uid: of the conversation, also where it is new: it opens once a turn of it is in the store.
+    """
+
+    uid: str
+
+
+@dataclass(frozen=True)
 class Answered:
     """The turn is over, and in the store.
 
@@ -72,7 +84,7 @@ class _Draft:
     ids: list[int] = field(default_factory=list)
     thoughts: str | None = None
     commands: str | None = None
-    results: str | None = None
+    found: ToolResults | None = None
     done: Done | None = None
 
     def take(self, part: Part) -> None:
@@ -85,7 +97,7 @@ class _Draft:
         elif isinstance(part, Thoughts):
             self.thoughts, self.commands = part.text, part.commands
         elif isinstance(part, Results):
-            self.results = part.text
+            self.found = part.found
         elif isinstance(part, Done):
             self.done = part
 
@@ -94,13 +106,23 @@ class _Draft:
         done = self.done
         reason = "cancelled" if done is None or done.reason == "calls" else done.reason
         passes = (tuple(self.ids),) if done is None else done.passes
+        found = self.found or ToolResults("")
         return StoredTurn(
-            self.human, self.answer, reason, passes, self.first, self.thoughts, self.commands, self.results
+            self.human,
+            self.answer,
+            reason,
+            passes,
+            self.first,
+            self.thoughts,
+            self.commands,
+            None if self.found is None else found.text,
+            sources=found.sources,
+            pictures=found.pictures,
         )
 
 
-async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[Part | Answered, None]:
-    """Answer in a conversation; the turn is in the store before the last value comes.
+async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[Part | Begun | Answered, None]:
+    """Answer in a conversation, which Begun names; the turn is in the store before the last value comes.
 
     Where the stream ends before the answer does, what was passed on is kept as a turn.
 
@@ -122,7 +144,9 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
             async with aclosing(source) as parts:
                 async for part in parts:
                     draft.take(part)
-                    if not isinstance(part, Done):
+                    if isinstance(part, Started):
+                        yield Begun(uid)
+                    elif not isinstance(part, Done):
                         yield part
         except (GeneratorExit, asyncio.CancelledError, Refusal):
             if wish.streams and draft.answer:

@@ -20,8 +20,8 @@ from moss_jt.errors import ConfigError
 P = ParamSpec("P")
 T = TypeVar("T")
 
-VERSION = 1
-_SCHEMA = """
+VERSION = 2
+_FIRST = """
 CREATE TABLE keys (
     name TEXT PRIMARY KEY, hash BLOB NOT NULL UNIQUE, hint TEXT NOT NULL, created REAL NOT NULL,
     requests_per_minute INTEGER, parallel INTEGER, tokens_per_day INTEGER
@@ -41,6 +41,15 @@ CREATE TABLE turns (
     PRIMARY KEY (conversation, number)
 ) WITHOUT ROWID;
 """
+_SECOND = """
+ALTER TABLE turns ADD COLUMN sources TEXT;
+CREATE TABLE pictures (
+    conversation INTEGER NOT NULL, number INTEGER NOT NULL, name TEXT NOT NULL,
+    type TEXT NOT NULL, note TEXT NOT NULL, content BLOB NOT NULL, PRIMARY KEY (conversation, name),
+    FOREIGN KEY (conversation, number) REFERENCES turns (conversation, number) ON DELETE CASCADE
+);
+"""
+_STEPS = (_FIRST, _SECOND)  # from version to version
 
 
 def open_database(path: Path) -> sqlite3.Connection:
@@ -75,8 +84,22 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > VERSION:
         raise ConfigError(f"{path} has version {version}; this program reads up to {VERSION}. Update moss-jt.")
-    if version == 0:
-        connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+    if version < VERSION:
+        _bring_up(connection)
+
+
+def _bring_up(connection: sqlite3.Connection) -> None:
+    """Make the tables of the newest version, or take those of an older one along; all of it or nothing."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()  # another program may have been first
+        for statement in "".join(_STEPS[version:]).split(";"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
 
 
 class Database:

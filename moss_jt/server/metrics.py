@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moss_jt.messages import FinishedEvent, TokenEvent
 from moss_jt.server.link import Happened
@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
-_MEMORY = {"resident": "resident_bytes", "streamed": "streamed_bytes", "kv": "cached_bytes", "limit": "memory_limit"}
+_MEMORY = {
+    "resident": "resident_bytes",
+    "streamed": "streamed_bytes",
+    "kv": "cached_bytes",
+    "limit": "memory_limit",
+    "device": "device_bytes",
+    "vram_limit": "vram_limit",
+}
 
 
 class Metrics:
@@ -55,6 +62,16 @@ class Metrics:
         from prometheus_client import generate_latest
 
         return generate_latest(self.registry)
+
+    def figures(self) -> dict[str, Any]:
+        """Speed, queue and memory at this moment, as JSON."""
+        dispatcher, stats = self._dispatcher, self._dispatcher.stats
+        return {
+            "tokens_per_s": float(stats.get("decode_tokens_per_s", 0.0)),
+            "waiting": dispatcher.waiting,
+            "running": dispatcher.running,
+            "memory": {tier: int(stats.get(key, 0)) for tier, key in _MEMORY.items()},
+        }
 
     def collect(self) -> Iterator[Metric]:
         """What is so at this moment."""

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from moss_jt.server.routing import ERRORS, service_of, user_of
+from moss_jt.template import ToolLine
 
 router = APIRouter(tags=["health"])
 
@@ -27,6 +28,26 @@ async def readyz(request: Request) -> Response:
     loading = service.dispatcher.loading
     found: dict[str, Any] = {"status": service.dispatcher.state, "loading": loading.task, "share": loading.share}
     return JSONResponse(found, 503, {"Retry-After": "5"})
+
+
+@router.get("/v1/figures", summary="What is here, how fast it is, and where its memory is", responses=ERRORS)
+async def figures(request: Request) -> dict[str, Any]:
+    """For pages: some figures of /metrics, and what may be asked for. Where there are keys, any of them opens this."""
+    user, service = await user_of(request), service_of(request)
+    speaker = service.speaker if service.ready else None
+    return {
+        "model": "" if speaker is None else speaker.name,
+        "context_size": 0 if speaker is None else speaker.context_size,
+        "longest_answer": service.settings.max_new_tokens,
+        "tools": [] if service.tools is None else [_name(one) for one in service.tools.enabled],
+        "user": user.owner,
+        "lists": user.key is not None,
+        **service.metrics.figures(),
+    }
+
+
+def _name(tool: str | ToolLine) -> str:
+    return tool if isinstance(tool, str) else (tool.api or tool.title).partition("(")[0]
 
 
 @router.get(

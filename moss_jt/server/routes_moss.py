@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -13,13 +13,21 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from moss_jt.config import GenerationConfig
-from moss_jt.server.answers import Delta, Results, Started, Thoughts
-from moss_jt.server.chats import Answered, Wish, conversation_name, converse
+from moss_jt.server.answers import Delta, Results, Thoughts
+from moss_jt.server.calls import PICTURE_TYPES, DrawnPicture, FoundSource, ToolResults
+from moss_jt.server.chats import Answered, Begun, Wish, conversation_name, converse
 from moss_jt.server.refusals import Refusal
 from moss_jt.server.routes_openai import sampling_config
 from moss_jt.server.routing import ERRORS, STREAMS, notes_of, service_of, user_of
 from moss_jt.server.schemas import MossRequest
-from moss_jt.server.store import LISTED, delete_conversation, drop_last_turn, list_conversations, read_turns
+from moss_jt.server.store import (
+    LISTED,
+    delete_conversation,
+    drop_last_turn,
+    list_conversations,
+    read_picture,
+    read_turns,
+)
 from moss_jt.server.streams import DONE, event_stream, sse, until_gone
 from moss_jt.server.users import User
 
@@ -27,6 +35,12 @@ MAX_LENGTH = 2048  # MOSS's own
 
 router = APIRouter(responses=ERRORS)
 Uid = Annotated[str, Path(min_length=1, max_length=64)]
+PictureName = Annotated[str, Path(min_length=1, max_length=64)]
+_PICTURE_HEADERS = {  # a picture and nothing else, whatever a browser finds in it
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "Cache-Control": "private, no-store",
+}
 
 
 @router.post("/", summary="Say something in a conversation", tags=["moss"], response_model=None, responses=STREAMS)
@@ -58,14 +72,16 @@ async def _whole(request: Request, user: User, wish: Wish) -> dict[str, Any]:
 async def _events(request: Request, user: User, wish: Wish) -> AsyncGenerator[bytes, None]:
     async with aclosing(converse(service_of(request), user, wish)) as parts:
         async for part in parts:
-            if isinstance(part, Started):
-                yield sse({"type": "start"})
+            if isinstance(part, Begun):
+                yield sse({"type": "start", "uid": part.uid})
             elif isinstance(part, Delta) and part.text:
                 yield sse({"type": "delta", "text": part.text})
             elif isinstance(part, Thoughts):
                 yield sse({"type": "thoughts", "text": part.text, "commands": part.commands})
             elif isinstance(part, Results):
-                yield sse({"type": "results", "text": part.text})
+                found = part.found or ToolResults("")
+                text = None if part.found is None else found.text
+                yield sse({"type": "results", "text": text, **_found(found.sources, found.pictures)})
             elif isinstance(part, Answered):
                 _note(request, part)
                 usage = {**asdict(part.usage), "tokens_per_s": part.usage.tokens_per_s}
@@ -81,6 +97,14 @@ def _reply(answered: Answered) -> dict[str, Any]:
         "status": 200,
         "time": answered.asked_at,
         "uid": answered.uid,
+    }
+
+
+def _found(sources: Sequence[FoundSource], pictures: Sequence[DrawnPicture]) -> dict[str, Any]:
+    """What tools found and drew, as events and exports tell it."""
+    return {
+        "sources": [asdict(source) for source in sources],
+        "pictures": [{"name": one.name, "type": one.type, "note": one.note} for one in pictures],
     }
 
 
@@ -110,7 +134,7 @@ async def list_mine(
 
 @router.get("/v1/conversations/{uid}", summary="Export a conversation", tags=["conversations"])
 async def export(request: Request, uid: Uid) -> dict[str, Any]:
-    """Every turn, with thoughts, calls and results."""
+    """Every turn, with thoughts, calls and results; what their sources are, and the names of pictures."""
     user, service = await user_of(request), service_of(request)
     turns = await service.database.run(read_turns, user.owner, uid)
     return {
@@ -122,6 +146,7 @@ async def export(request: Request, uid: Uid) -> dict[str, Any]:
                 "thoughts": turn.thoughts,
                 "commands": turn.commands,
                 "results": turn.results,
+                **_found(turn.sources, turn.pictures),
                 "answer": turn.answer,
                 "reason": turn.reason,
                 "created": turn.created,
@@ -129,6 +154,20 @@ async def export(request: Request, uid: Uid) -> dict[str, Any]:
             for turn in turns
         ],
     }
+
+
+@router.get(
+    "/v1/conversations/{uid}/pictures/{name}",
+    summary="A picture of a conversation",
+    tags=["conversations"],
+    response_class=Response,
+    responses={200: {"content": {kind: {} for kind in PICTURE_TYPES}, "description": "The picture."}},
+)
+async def picture(request: Request, uid: Uid, name: PictureName) -> Response:
+    """What a tool drew in a turn that is over."""
+    user, service = await user_of(request), service_of(request)
+    found = await service.database.run(read_picture, user.owner, uid, name)
+    return Response(found.content, media_type=found.type, headers=_PICTURE_HEADERS)
 
 
 @router.delete("/v1/conversations/{uid}", summary="Delete a conversation", tags=["conversations"])
@@ -141,9 +180,13 @@ async def delete(request: Request, uid: Uid) -> dict[str, Any]:
 
 
 @router.delete("/v1/conversations/{uid}/turns/last", summary="Take the last turn back", tags=["conversations"])
-async def undo(request: Request, uid: Uid) -> dict[str, Any]:
+async def undo(
+    request: Request,
+    uid: Uid,
+    number: Annotated[int | None, Query(ge=0, le=1 << 31, description="Only if the last turn is this, from 0.")] = None,
+) -> dict[str, Any]:
     """Forget the last question and its answer; to say it again, or in other words, send it to POST /."""
     user, service = await user_of(request), service_of(request)
     async with service.turnstiles.hold(f"{user.owner}\0{uid}"):
-        human = await service.database.run(drop_last_turn, user.owner, uid)
+        human = await service.database.run(drop_last_turn, user.owner, uid, number=number)
     return {"uid": uid, "human": human}

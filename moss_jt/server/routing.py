@@ -18,6 +18,7 @@ _MEANINGS = {
     403: "Not allowed.",
     404: "There is no such thing, or it is another's.",
     405: "The route knows other methods.",
+    409: "It is not as the request takes it to be.",
     408: "The request did not arrive in time.",
     413: "The request is too large.",
     415: "The body is not application/json.",

@@ -11,10 +11,11 @@ import json
 import sqlite3
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moss_jt.chat.events import Reason
+from moss_jt.server.calls import DrawnPicture, FoundSource
 from moss_jt.server.refusals import Refusal
 
 LISTED = 100  # conversations of one page of a list
@@ -28,6 +29,8 @@ class StoredTurn:
     Attributes:
         passes: the generated ids, pass by pass; one without tools, else thoughts and commands, then the answer.
         first: index of the oldest turn that was in its prompt.
+        sources: that its tools found.
+        pictures: that they drew; those read from the store are without their content.
     """
 
     human: str
@@ -39,6 +42,8 @@ class StoredTurn:
     commands: str | None = None
     results: str | None = None
     created: float = field(default_factory=time.time)
+    sources: tuple[FoundSource, ...] = ()
+    pictures: tuple[DrawnPicture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,14 @@ def read_turns(connection: sqlite3.Connection, owner: str, uid: str) -> list[Sto
     Raises:
         Refusal: 404, this owner has no such conversation.
     """
+    conversation = _find(connection, owner, uid)
     rows = connection.execute(
-        "SELECT human, answer, reason, passes, first, thoughts, commands, results, created FROM turns"
+        "SELECT number, sources, human, answer, reason, passes, first, thoughts, commands, results, created FROM turns"
         " WHERE conversation = ? ORDER BY number",
-        (_find(connection, owner, uid),),
+        (conversation,),
     )
-    return [_turn(*row) for row in rows]
+    pictures = _pictures(connection, conversation)
+    return [_turn(row, sources, pictures.get(number, ())) for number, sources, *row in rows]
 
 
 def add_turn(connection: sqlite3.Connection, owner: str, uid: str, turn: StoredTurn, *, number: int, most: int) -> None:
@@ -82,7 +89,7 @@ def add_turn(connection: sqlite3.Connection, owner: str, uid: str, turn: StoredT
     conversation = _find(connection, owner, uid)
     connection.execute(
         "INSERT INTO turns (conversation, number, human, answer, reason, passes, first, thoughts, commands, results,"
-        " created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " created, sources) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             conversation,
             number,
@@ -95,16 +102,41 @@ def add_turn(connection: sqlite3.Connection, owner: str, uid: str, turn: StoredT
             turn.commands,
             turn.results,
             turn.created,
+            json.dumps([asdict(source) for source in turn.sources]) if turn.sources else None,
         ),
+    )
+    connection.executemany(
+        "INSERT INTO pictures (conversation, number, name, type, note, content) VALUES (?, ?, ?, ?, ?, ?)",
+        [(conversation, number, one.name, one.type, one.note, one.content) for one in turn.pictures],
     )
     connection.execute("UPDATE conversations SET updated = ? WHERE id = ?", (turn.created, conversation))
 
 
-def drop_last_turn(connection: sqlite3.Connection, owner: str, uid: str) -> str:
-    """Take the last turn back and give what the user had written.
+def read_picture(connection: sqlite3.Connection, owner: str, uid: str, name: str) -> DrawnPicture:
+    """A picture of a conversation.
 
     Raises:
-        Refusal: 404, there is no such conversation, or no turn in it.
+        Refusal: 404, there is no such conversation, or no such picture in it.
+    """
+    row = connection.execute(
+        "SELECT name, type, note, content FROM pictures WHERE conversation = ? AND name = ?",
+        (_find(connection, owner, uid), name),
+    ).fetchone()
+    if row is None:
+        raise Refusal(
+            404, "the conversation has no picture of this name. Its export names those that it has.", "no_picture"
+        )
+    return DrawnPicture(*row)
+
+
+def drop_last_turn(connection: sqlite3.Connection, owner: str, uid: str, *, number: int | None = None) -> str:
+    """Take the last turn back and give what the user had written.
+
+    Args:
+        number: the turn that is meant, from 0; None means the last one, whichever that is.
+
+    Raises:
+        Refusal: 404, there is no such conversation, or no turn in it; 409, the last one is not that which is meant.
     """
     conversation = _find(connection, owner, uid)
     row = connection.execute(
@@ -112,6 +144,10 @@ def drop_last_turn(connection: sqlite3.Connection, owner: str, uid: str) -> str:
     ).fetchone()
     if row is None:
         raise Refusal(404, "the conversation has no turn to take back.", "no_turn")
+    if number is not None and number != row[0]:
+        raise Refusal(
+            409, f"the last turn is number {row[0]}, not {number}. Read the conversation again.", "not_the_last"
+        )
     connection.execute("DELETE FROM turns WHERE conversation = ? AND number = ?", (conversation, row[0]))
     return str(row[1])
 
@@ -136,9 +172,21 @@ def list_conversations(connection: sqlite3.Connection, owner: str, *, before: fl
     return [Listed(uid, " ".join((human or "").split())[:TITLE], *rest) for uid, human, *rest in rows]
 
 
-def _turn(human: str, answer: str, reason: Reason, passes: str, *others: Any) -> StoredTurn:
+def _turn(row: list[Any], sources: str | None, pictures: tuple[DrawnPicture, ...]) -> StoredTurn:
+    human, answer, reason, passes, *others = row
     ids = tuple(tuple(int(i) for i in one) for one in json.loads(passes))
-    return StoredTurn(human, answer, reason, ids, *others)
+    found = tuple(FoundSource(**one) for one in json.loads(sources or "[]"))
+    return StoredTurn(human, answer, reason, ids, *others, sources=found, pictures=pictures)
+
+
+def _pictures(connection: sqlite3.Connection, conversation: int) -> dict[int, tuple[DrawnPicture, ...]]:
+    """What is known of a conversation's pictures, by turn."""
+    found: dict[int, tuple[DrawnPicture, ...]] = {}
+    for number, *row in connection.execute(
+        "SELECT number, name, type, note FROM pictures WHERE conversation = ? ORDER BY rowid", (conversation,)
+    ):
+        found[number] = (*found.get(number, ()), DrawnPicture(*row))
+    return found
 
 
 def _begin(connection: sqlite3.Connection, owner: str, uid: str, most: int) -> None:

@@ -50,6 +50,20 @@ def _cut(text: str) -> tuple[list[str | Citation], str]:
     return parts, text[end:]
 
 
+def citation_at(text: str, at: int) -> Citation | None:
+    """The whole citation that begins at a place of a text."""
+    found = _CITATION.match(text, at)
+    if found is None:
+        return None
+    return Citation(tuple(int(number) for number in re.findall(r"\d+", found[1])), found[0])
+
+
+def without_begun(text: str) -> str:
+    """A text that still arrives, without a citation of which only the beginning has come."""
+    begun = _BEGUN.search(text)
+    return text[: begun.start()] if begun else text
+
+
 def cited(text: str) -> tuple[int, ...]:
     """The numbers that a whole answer cites, each once, in order."""
     found = (int(number) for one in _CITATION.finditer(text) for number in re.findall(r"\d+", one[1]))

@@ -75,9 +75,18 @@ def drawing_tool(backend: DrawingBackend, folder: Path | None = None) -> Tool:
         if not description:
             raise ToolError("the description is empty.")
         content = backend.draw(description)
-        return Picture(_keep(content, folder or paths.home() / "images"), backend.note)
+        return Picture(_keep(content, folder or _own_folder()), backend.note)
 
     return Tool("draw", "Text-to-image", "Text2Image(description)", run, seconds=SECONDS, check=backend.check)
+
+
+def is_kept_here(path: Path) -> bool:
+    """Whether a picture is in moss-jt's own folder, so that moss-jt may remove it."""
+    return path.parent == _own_folder()
+
+
+def _own_folder() -> Path:
+    return paths.home() / "images"
 
 
 def _keep(content: bytes, folder: Path) -> Path:

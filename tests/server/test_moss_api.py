@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from finding_tools import FindingTools
 from live_server import Client, LiveServer, until
 
 DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
@@ -44,7 +45,7 @@ def test_a_later_turn_computes_only_what_is_new(client: Client) -> None:
 def test_a_stream_tells_what_the_whole_answer_tells(client: Client) -> None:
     with client.stream("/", {"prompt": "hello"}) as stream:
         events = list(stream.events())
-    assert events[0] == {"type": "start"}
+    assert events[0] == {"type": "start", "uid": events[-1]["uid"]}
     text = "".join(event["text"] for event in events if event["type"] == "delta")
     end = events[-1]
     assert end["type"] == "end"
@@ -140,17 +141,8 @@ def test_old_turns_leave_the_prompt_but_not_the_history(client: Client) -> None:
     assert 569 + 400 < end["usage"]["prompt_tokens"] < 569 + 3 * 450, "the system prompt and the youngest turns"
 
 
-class Shelf:
-    """A search that knows one thing; the seam to real tools."""
-
-    enabled = ("search",)
-
-    def run(self, commands: str) -> str | None:
-        return f"{commands} =>\n<|1|>: 'it is blue'" if commands != "None" else None
-
-
 def test_tools_that_run_here(tmp_path: Path) -> None:
-    with LiveServer(tmp_path, tools=Shelf()) as live:
+    with LiveServer(tmp_path, tools=FindingTools("it is blue")) as live:
         client = live.client()
         with client.stream("/", {"prompt": "@search the sky"}) as stream:
             events = list(stream.events())

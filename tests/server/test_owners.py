@@ -14,6 +14,8 @@ ROUTES = [
     ("GET", "/v1/conversations/{uid}", None),
     ("DELETE", "/v1/conversations/{uid}", None),
     ("DELETE", "/v1/conversations/{uid}/turns/last", None),
+    ("DELETE", "/v1/conversations/{uid}/turns/last?number=0", None),
+    ("GET", "/v1/conversations/{uid}/pictures/00000000000000000000000000000000", None),
     ("POST", "/", {"prompt": "go on", "uid": "{uid}"}),
     ("POST", "/", {"prompt": "go on", "uid": "{uid}", "stream": True}),
 ]
@@ -23,6 +25,7 @@ PRIVATE = [
     ("GET", "/v1/models", None),
     ("GET", "/v1/models/toy", None),
     ("GET", "/metrics", None),
+    ("GET", "/v1/figures", None),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
     ("POST", "/v1/completions", {"prompt": "x"}),
 ]

@@ -87,7 +87,7 @@ def test_a_newer_file_is_refused_by_name(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "moss.db")
     connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(ConfigError, match="version 99; this program reads up to 1"):
+    with pytest.raises(ConfigError, match="version 99; this program reads up to 2"):
         open_database(tmp_path / "moss.db")
 
 
