@@ -8,11 +8,14 @@ from pathlib import Path
 import known_machine
 import pytest
 from click.testing import CliRunner, Result
+from host_device import HostDevice
 
 from moss_jt.cli.fit import table
 from moss_jt.cli.main import exit_code_of, make_group
+from moss_jt.fit_device import DeviceRates
 from moss_jt.language import set_language
 from moss_jt.memory import GIB
+from moss_jt.sharing import SharingRates
 
 INT4 = ("--preset", "moss-moon-003", "--bits", "4")
 
@@ -127,3 +130,24 @@ def test_a_device_is_planned_for_before_it_is_bought(language: str) -> None:
     found = json.loads(run(*INT4, "--vram", "6GiB", "--memory", "8GiB", "--json").stdout)
     assert found["vram"] == 6 * GIB and found["device"]["weights"] > GIB
     assert found["steps"][0]["link_bytes"] > 0 == found["steps"][0]["disk_bytes"]
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("link", [20e9, 60e9])
+def test_what_the_processor_could_take_over_is_told(
+    link: float, language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = SharingRates(link=link, link_beside=15e9, host=30e9, host_beside=25e9, turn_s=0.0)
+    monkeypatch.setattr("moss_jt.fit_device.measure", lambda *_: DeviceRates(1e12, link, rates))
+    monkeypatch.setattr("moss_jt.accelerator.open_accelerator", lambda *_: HostDevice(Path("unused")))
+    set_language("zh" if language == "zh" else "en")
+    done = run(*INT4, "--vram", "6GiB", "--memory", "8GiB")
+    set_language("en")
+    assert done.exit_code == 0, done.output
+    assert all(columns(line) <= 80 for line in done.stdout.splitlines())
+    assert "25.0 GB/s" in done.stdout and "15.0 GB/s" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    if link == 60e9:
+        assert ("does not pay" if language == "en" else "没有好处") in last
+    else:
+        assert last.startswith("--host-share auto") and "0.62" in last
