@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 
@@ -20,7 +20,8 @@ SAMPLING = ("greedy", "temperature", "top_k", "top_p", "repetition_penalty", "se
 
 def _share(ctx: click.Context, param: click.Parameter, value: str) -> float | Literal["auto"]:
     """A part of something, 0 to 1, or "auto"."""
-    return "auto" if value == "auto" else float(click.FloatRange(0, 1)(value, param, ctx))
+    given: Any = value if value == "auto" else click.FloatRange(0, 1)(value, param, ctx)
+    return cast('float | Literal["auto"]', given)
 
 
 def model_options(*, model_required: bool = False, embedded: bool = False, context: bool = True) -> Callable[[F], F]:
