@@ -24,8 +24,10 @@ from gpu_model import NEW, PROMPT, Stage, answer, loaded, prompts_for
 
 from moss_jt.config import MossConfig
 from moss_jt.memory import GIB
+from moss_jt.paths import jittor_home
 from moss_jt.plan import matrix_sizes
 from moss_jt.record import spread
+from moss_jt.startup.plan import cuda_state
 from moss_jt.synthetic import layouts_of
 
 Results = dict[str, Any]
@@ -81,8 +83,8 @@ ACCELERATE = Peer(
 SWAP = Peer(
     "Jittor's swap",
     PEERS / "swap_child.py",
-    ("jittor", "cupy"),
-    "pip install 'moss-jt[cuda13]', or another of the extras for CUDA",
+    ("jittor",),
+    "pip install moss-jt",
     2.0,
     swap_settings,
 )
@@ -199,4 +201,7 @@ def offload(stage: Stage, limits: Limits) -> Results:
 
 def swap(stage: Stage, limits: Limits) -> Results:
     """Jittor's swap, which is run by this Python."""
+    problem, cuda = cuda_state(jittor_home())
+    if cuda is None:
+        return {"not_measured": f"Jittor cannot use CUDA here: {problem}"}
     return compare(stage, SWAP, replace(limits, python=Path(sys.executable)))

@@ -104,10 +104,10 @@ class HostShare:
             self._product(name, self._first_of(name, products[name]), tokens=1, bias=None)
             return products[name]
 
-        def turn() -> None:
-            ready = self._device.record("compute")
-            self._device.fetch(target, self._x[: min(len(self._x), room // 4) // TOKENS], ready)
-            self._device.write(target, self._y[: min(len(self._y), room // 4) // TOKENS], stays=True)
+        def turn() -> None:  # the inputs stay ones: what is fetched may be anything
+            one = min(len(self._x), room // 4) // TOKENS
+            self._device.fetch(target, self._y[:one], self._device.record("compute"))
+            self._device.write(target, self._x[:one], stays=True)
             self._device.wait(self._device.record("compute"))
 
         return measure_sharing(self._device, send, multiply, turn)

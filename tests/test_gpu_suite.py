@@ -239,8 +239,8 @@ def test_all_checks_of_jittor_on_the_cpu(benchmark_module: Import, jittor: Modul
     assert found["wrong"] is False, found
 
 
-def test_jittor_without_a_device_is_not_measured(benchmark_module: Import) -> None:
+def test_jittor_without_a_device_is_not_measured(benchmark_module: Import, offload: Any) -> None:
     if has_device():
         pytest.skip("there is a device: it would be measured")
-    found = benchmark_module("gpu_jittor").part("cuda", only=["sort"])
-    assert list(found) == ["not_measured"] and "Jittor cannot use CUDA here: " in found["not_measured"]
+    for found in (benchmark_module("gpu_jittor").part("cuda", only=["sort"]), offload.swap(None, offload.Limits())):
+        assert list(found) == ["not_measured"] and "Jittor cannot use CUDA here: " in found["not_measured"]
