@@ -12,6 +12,9 @@ context    int4 with 2048 tokens within 12 and 4 GiB
 caps       int4, int8 and fp16 within 4 to 24 GiB: the same tokens, the memory taken, bytes per second against the link
 share      int4 within 8 GiB when the host's processor multiplies a part of what would be copied (needs Jittor)
 peers      int4 products of torch and of a Triton kernel beside ours
+offload    fp16 under each cap beside transformers with accelerate's offload (gpu_offload.py; aim 2.5 times)
+swap       fp16 under each cap beside Jittor's own swap (gpu_offload.py; aim 2 times)
+jittor     Jittor itself in CUDA mode (gpu_jittor.py): it starts, and computes what numpy does
 
 Each part ends with a JSON line as soon as it is measured, and a table comes last; the exit code is 1 where numbers are
 wrong. Without a device it says so and exits with 0.
@@ -30,11 +33,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_jittor
 import gpu_model
+import gpu_offload
 import gpu_peers
 import numpy as np
 from gpu_model import Stage
 from gpu_peers import PAST_CACHES, SHAPES
+from peers.environment import folder_of, python_of
 
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import Bits
@@ -218,6 +224,17 @@ def of_copy(arguments: argparse.Namespace) -> Results:
     return {**gpu_model.resident(stage_of(arguments), rate), "copy_gb_per_s": round(rate / 1e9, 1)}
 
 
+def others(arguments: argparse.Namespace) -> gpu_offload.Limits:
+    """How programs of others are run: with the Python named, that of the peers, or ours."""
+    import cupy
+
+    python = arguments.peer_python
+    if python is None:
+        built = python_of(folder_of("torch_offload", None))
+        python = built if built.is_file() else Path(sys.executable)
+    return gpu_offload.Limits(python, arguments.peer_seconds, bus=cupy.cuda.Device(0).pci_bus_id)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
     "bandwidth": bandwidth,
     "kernels": kernels,
@@ -229,6 +246,9 @@ PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
     "caps": lambda arguments: gpu_model.caps(stage_of(arguments)),
     "share": lambda arguments: gpu_model.share(stage_of(arguments)),
     "peers": lambda _: gpu_peers.products(CupyDevice),
+    "offload": lambda arguments: gpu_offload.offload(stage_of(arguments), others(arguments)),
+    "swap": lambda arguments: gpu_offload.swap(stage_of(arguments), others(arguments)),
+    "jittor": lambda _: gpu_jittor.part(),
 }
 
 
@@ -239,6 +259,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=34)
     parser.add_argument("--kinds", default="int4,int8,fp16")
     parser.add_argument("--caps", default="4,6,8,12,24", help="GiB")
+    parser.add_argument("--peer-python", type=Path, help="with torch, transformers and accelerate, for offload")
+    parser.add_argument("--peer-seconds", type=float, default=60.0, help="for the others' tokens, of offload and swap")
     parser.add_argument("--save", action="store_true")
     arguments = parser.parse_args()
     names = arguments.only.split(",")

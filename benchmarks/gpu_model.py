@@ -6,7 +6,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from moss_jt.placement import TwoPlans, fill
 from moss_jt.plan import LOGIT_ROWS, make_plan, matrix_sizes
 from moss_jt.record import spread
 from moss_jt.runner import DEFAULT_KV, Compute, Model
+from moss_jt.sharing import SharingRates
 from moss_jt.synthetic import layouts_of, synthetic_store
 from moss_jt.weights import WeightStore
 from moss_jt.workspace import device_needs
@@ -258,25 +259,41 @@ def caps(stage: Stage, context: int = 256) -> Results:
 
 
 def share(stage: Stage, limit: int = 8 * GIB) -> Results:
-    """Decoding of int4 within a limit when the host multiplies more and more of what would be copied."""
+    """Decoding of int4 within a limit when the host multiplies more and more of what would be copied; and with the
+    share that `host_share="auto"` takes, which should be the best of them or better."""
     if importlib.util.find_spec("jittor") is None:
         return {"not_measured": "the host's kernels need Jittor, which is not installed"}
     from moss_jt import launch
 
     launch.warm_up()
     results: Results = {}
-    for part in (0.0, 0.25, 0.5, 0.75):
+    for part in (0.0, 0.25, 0.5, 0.75, 1.0, "auto"):
         with loaded(stage, "int4", limit=limit) as model:
             assert model.placed is not None
-            model.placed.space.leave_to_host(part)
+            chosen: Results = {}
+            if isinstance(part, str):
+                choice = model.placed.space.choose_share()
+                chosen = {"share": round(choice.share, 3), **_rounded(choice.rates)}
+            else:
+                model.placed.space.leave_to_host(part)
             found = answer(model, prompts_for(model, 1, PROMPT), NEW)
             steps = found.steps_s[2:]
-            results[f"{part:g}"] = {
+            results[part if isinstance(part, str) else f"{part:g}"] = {
+                **chosen,
                 "decode_tokens_per_s": spread([1 / step for step in steps], 3),
                 "link_gb_per_s": round(link_rate(model) / 1e9, 2),
                 "wrong": not found.finite,
             }
+    streaming = results["0"]["decode_tokens_per_s"]["median"]
+    for row in results.values():
+        row["times_streaming"] = round(row["decode_tokens_per_s"]["median"] / streaming, 3)
     return _judged(results)
+
+
+def _rounded(rates: SharingRates | None) -> Results:
+    """Rates in GB/s."""
+    told = {} if rates is None else asdict(rates)
+    return {f"{name}_gb_per_s": round(rate / 1e9, 2) for name, rate in told.items() if name != "turn_s"}
 
 
 def _judged(results: Results) -> Results:

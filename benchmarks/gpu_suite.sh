@@ -1,9 +1,9 @@
 #!/bin/sh
 # Everything that only a CUDA device can tell, each result kept under benchmarks/results/ when it is measured.
 #
-#   sh benchmarks/gpu_suite.sh [--wheels DIR] [--only PART,PART] [--layers N]
+#   sh benchmarks/gpu_suite.sh [--wheels DIR] [--only PART,PART] [--layers N] [--caps GIB,GIB]
 #
-# Parts: bandwidth kernels golden products resident batch context caps share peers
+# Parts: bandwidth kernels golden products resident batch context caps share peers offload swap jittor
 #
 # Without a device it says "not measured" and exits with 0. --wheels names a folder of wheels for a machine without
 # network; what Python has already is used in any case. PYTHON names another Python.

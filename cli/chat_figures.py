@@ -119,6 +119,13 @@ def _tiers(stats: Figures) -> list[tuple[str, str]]:
         copied = gigabytes(moved)
         rows[0] = (rows[0][0], pick(f"{there} of weights, {copied} copied", f"{there} 权重，复制 {copied}"))
         rows.append((pick("on the host", "内存"), gigabytes(int(stats["resident_bytes"]))))
+    if stats.get("host_share"):
+        share = f"{100 * float(stats['host_share']):.0f} %"
+        words = pick(
+            f"multiplies {share} of the feed-forward weights that would be copied",
+            f"计算本应复制的前馈层权重的 {share}",
+        )
+        rows.append((pick("processor", "处理器"), words))
     if stats["streamed_bytes"]:
         rows.append((pick("from disk", "磁盘"), gigabytes(int(stats["streamed_bytes"]))))
     return rows

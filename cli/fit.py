@@ -151,8 +151,9 @@ def _fit_device(shape: Path | MossConfig, vram: int, *, as_json: bool, **options
     from moss_jt.cli.progress import TerminalProgress
     from moss_jt.fit_device import fit_device
 
-    device = open_accelerator("auto", vram, TerminalProgress())
-    found = fit_device(shape, vram=vram, device=device, **options)
+    progress = TerminalProgress()
+    device = open_accelerator("auto", vram, progress)
+    found = fit_device(shape, vram=vram, device=device, progress=progress, **options)
     if as_json:
         click.echo(json.dumps(found.to_dict(), ensure_ascii=False))
         return

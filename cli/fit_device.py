@@ -54,6 +54,7 @@ def screen(found: DeviceFit, name: str | None) -> list[list[list[str]] | str]:
         speed,
         "",
         _measured(found, name),
+        *_shared(found),
     ]
 
 
@@ -65,9 +66,33 @@ def _measured(found: DeviceFit, name: str | None) -> str:
         )
     memory, link = found.rates.memory / 1e9, found.rates.link / 1e9
     return pick(
-        f"Measured on {name}: memory {memory:.0f} GB/s, link {link:.1f} GB/s. Our kernels stay below what these allow.",
+        f"Measured on {name}: memory {memory:.0f} GB/s, link {link:.1f} GB/s; speed stays below.",
         f"在 {name} 上测得：显存 {memory:.0f} GB/s，总线 {link:.1f} GB/s；实际速度低于此上限。",
     )
+
+
+def _shared(found: DeviceFit) -> list[str]:
+    """What the processor could have a share of; nothing where nothing is copied or the device is not here."""
+    if found.rates is None or found.host_share is None:
+        return []
+    sharing = found.rates.sharing
+    assert sharing is not None, "a share is chosen by it"
+    beside, link = sharing.host_beside / 1e9, sharing.link_beside / 1e9
+    measured = pick(
+        f"The processor multiplies {beside:.1f} GB/s beside a link of {link:.1f} GB/s.",
+        f"处理器与总线同时工作时：处理器 {beside:.1f} GB/s，总线 {link:.1f} GB/s。",
+    )
+    if not found.host_share:
+        return [measured, pick("--host-share does not pay here.", "此处使用 --host-share 没有好处。")]
+    rates = [f"{step.most_shared_tokens_per_s:.2f}" for step in found.steps if step.most_shared_tokens_per_s]
+    told = ", ".join(rates)
+    return [
+        measured,
+        pick(
+            f"--host-share auto: {found.host_share:.2f}; then at most {told} tokens/s.",
+            f"--host-share auto：{found.host_share:.2f}；此时上限为 {told} 词元/秒。",
+        ),
+    ]
 
 
 def _size(nbytes: int) -> str:

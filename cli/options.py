@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 
@@ -16,6 +16,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 LOADING = ("adapter", "device", "compute", "memory", "vram", "host_share", "kv", "context")
 SAMPLING = ("greedy", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens")
+
+
+def _share(ctx: click.Context, param: click.Parameter, value: str) -> float | Literal["auto"]:
+    """A part of something, 0 to 1, or "auto"."""
+    given: Any = value if value == "auto" else click.FloatRange(0, 1)(value, param, ctx)
+    return cast('float | Literal["auto"]', given)
 
 
 def model_options(*, model_required: bool = False, embedded: bool = False, context: bool = True) -> Callable[[F], F]:
@@ -86,13 +92,13 @@ def model_options(*, model_required: bool = False, embedded: bool = False, conte
         ),
         click.option(
             "--host-share",
-            type=click.FloatRange(0, 1),
-            default=0.0,
-            metavar="0..1",
+            default="0",
+            callback=_share,
+            metavar="0..1|auto",
             help=pick(
                 "With a device: this part of the feed-forward weights that would be copied for each token is multiplied by "
-                "the processor instead. [default: 0]",
-                "使用显卡时：每个词元本应复制的前馈层权重中，由处理器直接计算的比例。[默认 0]",
+                "the processor instead; auto measures what is fastest here. [default: 0]",
+                "使用显卡时：每个词元本应复制的前馈层权重中，由处理器直接计算的比例；auto 测量后取最快的比例。[默认 0]",
             ),
         ),
         click.option(

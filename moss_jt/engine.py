@@ -208,6 +208,7 @@ class Engine:
             "device_bytes": weights.resident_bytes,
             "link_bytes_per_pass": weights.streamed_bytes,
             "link_bytes": weights.copied_bytes,
+            "host_share": 0.0 if placed.space.share is None else placed.space.share.share,
         }
 
     def _check(self, request: Request) -> None:

@@ -51,7 +51,7 @@ def load_model(
     *,
     memory: int | str | None = None,
     vram: int | str | None = None,
-    host_share: float = 0.0,
+    host_share: float | Literal["auto"] = 0.0,
     kv: str | None = None,
     max_tokens: int | None = None,
     adapter: str | os.PathLike[str] | None = None,
@@ -73,7 +73,8 @@ def load_model(
         vram: what the process may take on the device, in the same way. What does not fit is kept in main memory and
             copied in every pass, as far as that has room for it.
         host_share: this part of the feed-forward weights that would be copied for each token, 0 to 1, is multiplied by the
-            host's processor instead, with fast compute. Worth it where main memory is faster than the link.
+            host's processor instead, with fast compute. Worth it where main memory is faster than the link. "auto"
+            measures both, half a second, and takes the part with which a token is fastest; 0 where none pays.
         kv: type of the cached keys and values, "fp32", "fp16" or "int8"; None for fp32 with exact compute, else fp16.
         max_tokens: positions that a cache holds, prompt and answer together; None for n_positions, or for what
             fits where memory is short.
@@ -89,8 +90,8 @@ def load_model(
     """
     check_arguments(device, compute, kv, max_tokens)
     limit = parse_size(memory) if isinstance(memory, str) else memory
-    if not 0 <= host_share <= 1:
-        raise ConfigError(f"host_share is {host_share}; it must be from 0 to 1.")
+    if host_share != "auto" and (isinstance(host_share, str) or not 0 <= host_share <= 1):
+        raise ConfigError(f'host_share is {host_share}; it must be from 0 to 1, or "auto".')
     vram_limit = parse_size(vram, "vram") if isinstance(vram, str) else vram
     require_room_to_start()
     progress = Quiet() if progress is None else progress
@@ -102,12 +103,16 @@ def load_model(
     terms = None if adapter is None else load_adapter(adapter, checkpoint.config)
     accelerator = _accelerator(device, vram_limit, progress)
     if accelerator is not None:
-        if host_share > 0:
+        shares = host_share != 0 and compute == "fast"
+        if shares:
             launch.warm_up(progress)
         placed = _place(
             checkpoint, accelerator, kind, limit=limit, max_tokens=max_tokens, adapter=terms, progress=progress
         )
-        placed.space.leave_to_host(host_share if compute == "fast" else 0.0)
+        if shares and host_share == "auto":
+            _log.info("host_share: %s.", placed.space.choose_share())
+        elif shares:
+            placed.space.leave_to_host(float(host_share))
         return Model(
             checkpoint,
             placed.store,
@@ -120,7 +125,7 @@ def load_model(
             placed=placed,
             adapter=terms,
         )
-    if vram is not None or host_share > 0:
+    if vram is not None or host_share not in (0, "auto"):
         raise ConfigError("vram or host_share was given, and no device is used. Leave it out, or see `moss-jt doctor`.")
     launch.warm_up(progress)
     plan, sizes = _plan(checkpoint, kind, limit, max_tokens)

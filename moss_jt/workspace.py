@@ -23,6 +23,7 @@ from moss_jt.kv_layout import BLOCK, KVLayout, KVType
 from moss_jt.layout import RowsLayout, TileLayout
 from moss_jt.ops import LOGIT_ROWS, ROUND_BLOCK, STRETCH, rotary_table
 from moss_jt.plan import MARGIN, PASS_TOKENS, MatrixSize, Needs, Plan, buffer_widths, small_bytes
+from moss_jt.sharing import ShareChoice, best_share
 from moss_jt.shortlist import FOUND
 from moss_jt.weights import WeightStore
 
@@ -202,7 +203,30 @@ class Workspace:
 
     def leave_to_host(self, share: float) -> None:
         """Leave this share of what would be copied, 0 to 1, to the host's processor, for few tokens."""
+        if self.share is not None:
+            self.share.close()
         self.share = HostShare(self.device, self.store, self.weights.sizes, share) if share > 0 else None
+
+    def choose_share(self) -> ShareChoice:
+        """Leave to the host's processor what makes a token fastest, from rates measured now; only between passes.
+
+        Raises:
+            KernelError: the CPU kernels fail.
+        """
+        self.leave_to_host(1.0)
+        assert self.share is not None, "just made"
+        self.weights.begin_pass()
+        products, logits = self.share.products(self.weights.held_rows), self.buffers["logits"]
+        if not products:
+            self.leave_to_host(0.0)
+            return ShareChoice(0.0)
+        rates = self.share.measure(products, logits.place, 4 * LOGIT_ROWS * logits.width)
+        chosen = ShareChoice(best_share(rates, list(products.values())), rates)
+        if chosen.share > 0:
+            self.share.share = chosen.share
+        else:
+            self.leave_to_host(0.0)
+        return chosen
 
     def small(self, name: str) -> Place:
         """Where a norm, a bias or a low-rank term lies, or the order of the inputs of a matrix."""

@@ -304,7 +304,9 @@ def test_the_gpu_suite_compares_caps(benchmark_module: Import, tmp_path: Path) -
     assert plenty["streamed_bytes"] == 0 and "of_link" not in plenty
     assert tight["taken_bytes"] <= fixed + whole // 2
     shares = gpu_model.share(stage, limit=fixed + whole // 2)
-    assert sorted(shares) == ["0", "0.25", "0.5", "0.75", "wrong"] and not shares["wrong"]
+    assert sorted(shares) == ["0", "0.25", "0.5", "0.75", "1", "auto", "wrong"] and not shares["wrong"]
+    assert 0 <= shares["auto"]["share"] <= 1 and shares["auto"]["link_beside_gb_per_s"] >= 0
+    assert shares["0"]["times_streaming"] == 1
     found = gpu_model.context(stage, limits=(fixed + whole // 2,))
     (row,) = (row for row in found.values() if isinstance(row, dict))
     assert row["context"] == 64 and row["streamed_bytes"] > 0

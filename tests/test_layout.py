@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("converters", "kernels", "cli")
 ROWS = {
     0: "config messages layout kv_layout errors progress language paths memory pages record device",
-    1: "checked_file safetensors_file checkpoint packing plan predict tokenizer template kernels startup native reader limits accelerator",
+    1: "checked_file safetensors_file checkpoint packing plan predict tokenizer template kernels startup native reader limits accelerator sharing",
     2: "ops ops_grad nodes frozen launch batch budget cache sampling shortlist tiers weights synthetic device_weights device_ops device_blocks host_share workspace placement",
     3: "model adapter device_check",
     4: "runner engine generation",

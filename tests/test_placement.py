@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from moss_jt.load import load_model
 from moss_jt.memory import parse_size
 from moss_jt.messages import Request, TokenEvent
 from moss_jt.runner import Model
+from moss_jt.sharing import SharingRates, measure_sharing
 from moss_jt.shortlist import FOUND, Wish
 
 Load = Callable[[str], Model]
+NO_ROWS = 1e-6  # a share of the host too small for a tile: inputs are rounded as it would, and the device does all
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=6, repetition_penalty=1.0)
 
 
@@ -112,13 +115,13 @@ def test_an_adapter_is_computed_on_the_device(name: str, golden_model: Load, fol
 @pytest.mark.parametrize("name", ["tiny-int4/g32-actorder", "tiny-int8/g128"])
 @pytest.mark.parametrize("share", [0.4, 1.0])
 def test_the_host_multiplies_its_share(name: str, share: float, golden_model: Load, folder: Path) -> None:
-    """Logits are those of the device alone, but for the order of sums, and less is copied for each token."""
+    """Logits are those of the device alone with inputs in int8, but for the order of sums; less is copied a token."""
     model = golden_model(name)
     limit = _least(model, folder)
     ids = np.arange(1, 9)
     alone, shared = (
         load_model(model.path, HostDevice(folder, limit, seed=3), "fast", max_tokens=64, host_share=part)
-        for part in (0.0, share)
+        for part in (NO_ROWS, share)
     )
     found = []
     for each in (alone, shared):
@@ -135,6 +138,87 @@ def test_the_host_multiplies_its_share(name: str, share: float, golden_model: Lo
     assert np.abs(found[0][0] - found[1][0]).max() < 2e-2
     assert np.array_equal(found[0][0][:5], found[1][0][:5]), "prompts are left to the device"
     assert found[1][1] < found[0][1]
+
+
+# a link of 20 GB/s, and a processor that multiplies 30 GB/s, less where both read the same memory
+KNOWN = SharingRates(link=20e9, link_beside=15e9, host=30e9, host_beside=25e9, turn_s=0.0)
+NOTHING = "nothing is copied for a token that the processor could multiply"
+LoadAuto = Callable[[Model, HostDevice], Model]
+
+
+@pytest.fixture
+def load_auto(caplog: pytest.LogCaptureFixture) -> Iterator[LoadAuto]:
+    """Loads with a share of the host's that is chosen, which is told in the log."""
+    with caplog.at_level("INFO", "moss_jt.load"):
+        yield lambda model, device: load_model(model.path, device, "fast", max_tokens=64, host_share="auto")
+
+
+def test_the_host_gets_the_share_that_pays(
+    golden_model: Load,
+    folder: Path,
+    load_auto: LoadAuto,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is measured on the weights, chosen, told, and computed as if somebody had asked for it."""
+    model = golden_model("tiny-int8/g128")
+    limit, prompts = _least(model, folder), [tuple(range(1, 6))]
+    measured: list[SharingRates] = []
+
+    def measure(*arguments: Any) -> SharingRates:
+        measured.append(measure_sharing(*arguments))
+        return KNOWN
+
+    monkeypatch.setattr("moss_jt.host_share.measure_sharing", measure)
+    device = HostDevice(folder, limit)
+    chosen = load_auto(model, device)
+    assert measured[0].link > 0 < measured[0].host and measured[0].turn_s > 0
+    assert "it gets 0.62 of the feed-forward weights" in caplog.text
+    assert Engine(chosen).stats()["host_share"] == 0.625
+    asked = load_model(model.path, HostDevice(folder, limit), "fast", max_tokens=64, host_share=0.625)
+    assert answers(chosen, prompts, 1) == answers(asked, prompts, 1)
+    assert chosen.placed is not None and asked.placed is not None
+    assert chosen.placed.space.weights.copied_bytes == asked.placed.space.weights.copied_bytes > 0
+    assert device.taken <= device.capacity
+
+
+@pytest.mark.parametrize("name", ["tiny-int8/g128", "tiny-fp/safetensors-fp16"])
+def test_nothing_is_measured_where_the_host_can_have_no_share(
+    name: str, golden_model: Load, folder: Path, load_auto: LoadAuto, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A device that holds everything; and weights that are not quantised."""
+    model = golden_model(name)
+    limit = 1 << 30 if "int8" in name else _least(model, folder)
+    loaded = load_auto(model, HostDevice(folder, limit))
+    assert NOTHING in caplog.text
+    assert loaded.placed is not None and loaded.placed.space.share is None
+
+
+def test_the_host_gets_nothing_where_the_link_is_faster(
+    golden_model: Load,
+    folder: Path,
+    load_auto: LoadAuto,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Then inputs are rounded as without a share, and no memory of it stays pinned."""
+    model = golden_model("tiny-int8/g128")
+    device = HostDevice(folder, _least(model, folder))
+    monkeypatch.setattr("moss_jt.host_share.measure_sharing", lambda *_: replace(KNOWN, link=60e9))
+    loaded = load_auto(model, device)
+    assert "it gets 0.00 of the feed-forward weights" in caplog.text
+    assert loaded.placed is not None and loaded.placed.space.share is None
+    assert len(device.pinned) == len(loaded.store.memory)
+    assert Engine(loaded).stats()["host_share"] == 0.0
+
+
+def test_exact_compute_has_nothing_to_share(golden_model: Load, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = golden_model("tiny-int8/g128")
+    device = HostDevice(folder, _least(model, folder))
+    with caplog.at_level("INFO", "moss_jt.load"):
+        loaded = load_model(model.path, device, "exact", kv="fp16", max_tokens=64, host_share="auto")
+    assert loaded.placed is not None and loaded.placed.space.share is None
+    assert "host_share" not in caplog.text
 
 
 def _least(model: Model, folder: Path) -> int:

@@ -29,16 +29,17 @@ def cpu_seconds() -> float:
 
 
 def empty_model(settings: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The network without weights; its tables are real."""
+    """The network without weights; its tables are real. What `settings` does not say is as in the 16B model."""
+    width = settings.get("width", WIDTH)
     config = CodeGenConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=settings.get("vocabulary", VOCABULARY),
         n_positions=2048,
         n_ctx=2048,
-        n_embd=WIDTH,
-        n_inner=INNER,
+        n_embd=width,
+        n_inner=4 * width,
         n_layer=settings["layers"],
-        n_head=24,
-        rotary_dim=64,
+        n_head=settings.get("heads", 24),
+        rotary_dim=settings.get("rotary_dim", 64),
         activation_function="gelu_new",
         tie_word_embeddings=False,
     )

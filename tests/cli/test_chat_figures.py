@@ -47,3 +47,16 @@ def test_where_the_weights_are() -> None:
     assert whole["weights"] == "9.24 GB, all in memory"
     part = dict(figures({**TALK, "resident_bytes": 2_000_000_000, "streamed_bytes": 7_240_000_000}, None))
     assert part["weights"] == "2.00 GB in memory, 7.24 GB read for each token"
+
+
+def test_what_the_processor_multiplies_beside_a_device() -> None:
+    tiers = {
+        "device_bytes": 5_000_000_000,
+        "link_bytes_per_pass": 3_500_000_000,
+        "streamed_bytes": 0,
+        "host_share": 0.0,
+    }
+    stats = {**TALK, "resident_bytes": 3_600_000_000, **tiers}
+    assert "processor" not in dict(figures(stats, None))
+    found = dict(figures({**stats, "host_share": 0.625}, None))
+    assert found["processor"] == "multiplies 62 % of the feed-forward weights that would be copied"

@@ -9,11 +9,14 @@ import known_machine
 import pytest
 from click.testing import CliRunner, Result
 from fake_hub import FakeHub
+from host_device import HostDevice
 
 from moss_jt.cli.fit import table
 from moss_jt.cli.main import exit_code_of, make_group
+from moss_jt.fit_device import DeviceRates
 from moss_jt.language import set_language
 from moss_jt.memory import GIB
+from moss_jt.sharing import SharingRates
 
 INT4 = ("--preset", "moss-moon-003", "--bits", "4")
 
@@ -144,3 +147,24 @@ def test_a_model_on_the_hub_is_planned_from_its_config(
         assert set(hub.sent) == {"config.json"}, "weights stay where they are"
         missing = run("--model", "fnlp/no-such-model")
         assert missing.exit_code != 0 and "no-such-model" in str(missing.exception)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("link", [20e9, 60e9])
+def test_what_the_processor_could_take_over_is_told(
+    link: float, language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = SharingRates(link=link, link_beside=15e9, host=30e9, host_beside=25e9, turn_s=0.0)
+    monkeypatch.setattr("moss_jt.fit_device.measure", lambda *_: DeviceRates(1e12, link, rates))
+    monkeypatch.setattr("moss_jt.accelerator.open_accelerator", lambda *_: HostDevice(Path("unused")))
+    set_language("zh" if language == "zh" else "en")
+    done = run(*INT4, "--vram", "6GiB", "--memory", "8GiB")
+    set_language("en")
+    assert done.exit_code == 0, done.output
+    assert all(columns(line) <= 80 for line in done.stdout.splitlines())
+    assert "25.0 GB/s" in done.stdout and "15.0 GB/s" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    if link == 60e9:
+        assert ("does not pay" if language == "en" else "没有好处") in last
+    else:
+        assert last.startswith("--host-share auto") and "0.62" in last

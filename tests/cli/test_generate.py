@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from scripted_model import TOKENIZER, BlockingEngine, install, make_engine, make_model
 
 from moss_jt.cli.main import exit_code_of, make_group
+from moss_jt.errors import ConfigError
 from moss_jt.language import set_language
 from moss_jt.tokenizer import load_tokenizer
 
@@ -116,6 +117,8 @@ def test_without_a_tokenizer_ids_go_in_and_out(
         (["--ids", "1,,2"], "not ''"),
         (["--ids", "-1"], "not '-1'"),
         (["--ids", "²"], "not '²'"),
+        (["--ids", "1", "--host-share", "1.5"], "1.5 is not in the range 0<=x<=1"),
+        (["--ids", "1", "--host-share", "most"], "'most' is not a valid float range"),
     ],
 )
 def test_wrong_use_is_told_with_2(generate: Generate, options: list[str], words: str) -> None:
@@ -123,6 +126,21 @@ def test_wrong_use_is_told_with_2(generate: Generate, options: list[str], words:
     assert result.exit_code == 2
     assert words in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(("given", "share"), [((), 0.0), (("0.25",), 0.25), (("auto",), "auto")])
+def test_a_share_of_the_host_reaches_loading(
+    given: tuple[str, ...], share: float | str, generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float | str] = []
+
+    def load_model(*_: Any, host_share: float | str, **__: Any) -> None:
+        asked.append(host_share)
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr("moss_jt.load.load_model", load_model)
+    generate("--ids", "1", *(("--host-share", *given) if given else ()))
+    assert asked == [share]
 
 
 def test_an_option_that_cannot_work_is_one_line(generate: Generate, capsys: pytest.CaptureFixture[str]) -> None:
