@@ -282,9 +282,11 @@ def test_the_gpu_suite_without_a_device(tmp_path: Path) -> None:
     assert done.stdout.startswith("not measured: ")
 
 
-def test_the_gpu_suite_compares_caps(benchmark_module: Import, tmp_path: Path) -> None:
+def test_the_gpu_suite_compares_caps(benchmark_module: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that is the host: the same tokens within every cap, and what a cap costs is told."""
     gpu_model = benchmark_module("gpu_model")
+    monkeypatch.setattr(gpu_model, "PROMPT", 5)
+    monkeypatch.setattr(gpu_model, "NEW", 7)
 
     class Small(gpu_model.Stage):  # type: ignore[misc, name-defined]
         def config(self, kind: str) -> Any:
