@@ -42,3 +42,16 @@ def single_batch(ids: npt.ArrayLike, *, start: int = 0, slot: int = 0, wanted: n
     size = len(flat)
     rows = np.array([size - 1], np.int32) if wanted is None else np.asarray(wanted, dtype=np.int32)
     return Batch(flat, np.full(size, slot, np.int32), np.arange(start, start + size, dtype=np.int32), rows)
+
+
+def tiles_of(slots: IntArray, positions: IntArray, most: int) -> IntArray:
+    """Tokens of one sequence at neighbouring positions, up to `most` together: (tiles, 2) int32, first and how many."""
+    follows = (np.diff(slots) == 0) & (np.diff(positions) == 1)
+    ends = np.append(np.flatnonzero(~follows) + 1, len(slots))
+    starts = np.append(0, ends[:-1])
+    tiles = [
+        (first, min(most, end - first))
+        for start, end in zip(starts, ends, strict=True)
+        for first in range(start, end, most)
+    ]
+    return np.array(tiles, np.int32)

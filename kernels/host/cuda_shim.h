@@ -35,6 +35,12 @@ struct uint2 {
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct float2 {
+    float x, y;
+};
+struct float4 {
+    float x, y, z, w;
+};
 struct Dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
