@@ -184,7 +184,7 @@ def _product(device: CupyDevice, way: str, layout: TileLayout, tokens: int) -> R
     y = device.allocate(4 * tokens * layout.shape[0], "measuring")
     size = 8 if tokens <= 8 else 16 if tokens <= 16 else "many"
     tiles = layout.n_tiles
-    grid = (-(-tiles // 8), -(-tokens // 64)) if size == "many" else (tiles,)
+    grid = (-(-tokens // 64), -(-tiles // 8)) if size == "many" else (tiles,)
     where = (layout.tile_bytes, layout.code_bytes, layout.code_bytes + layout.scale_bytes, layout.padded_in, 128)
     numbers = (tokens, tiles * TILE_ROWS, 0, *where, ROUND_BLOCK, layout.shape[0], 0)
 

@@ -10,6 +10,7 @@
 // their order. So the bits of a token depend on its own sequence alone. What is written to the cache has the bits that
 // the CPU would write.
 
+constexpr i32 kStretch = Cache::kStretch;
 constexpr i32 kReaders = 4;     // warps of `attend`
 constexpr i32 kMostWidth = 1024;
 constexpr i32 kLaneWidth = 8;   // neighbouring channels of a lane

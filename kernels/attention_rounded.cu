@@ -22,6 +22,7 @@
 // Widths: up to 256, a multiple of 8; rows of int8 must be a multiple of 4 bytes long.
 
 constexpr i32 kWarps = 8;
+constexpr i32 kBlock = Cache::kBlock, kStretch = Cache::kStretch;
 constexpr i32 kUnit = 32;                           // channels that are read together; of int8 they share a step
 constexpr i32 kGroups = kStretch / (16 * kWarps);  // of 16 positions, whose scores a warp makes
 constexpr i32 kStride = 288;                        // halves from token to token in shared memory: no two lanes meet in a bank

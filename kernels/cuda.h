@@ -109,10 +109,9 @@ MOSS_INLINE float warp_max(float value) {
 
 // Keys and values: blocks of block_bytes; in a block the keys of one layer lie at keys_at, its values at values_at, each
 // (H, kBlock) rows of row_bytes (moss_jt/kv_layout.py); position p of a slot lies in block table[slot][p / kBlock].
-constexpr i32 kBlock = 32;  // positions
-constexpr i32 kStretch = 256;  // positions of a partial result of attention, counted from the start of a sequence
-
 struct Cache {
+    static constexpr i32 kBlock = 32;      // positions
+    static constexpr i32 kStretch = 256;  // positions of a partial result of attention, from the start of a sequence
     u8* memory;
     const i32* table;
     i64 block_bytes;
