@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ def test_bits_do_not_depend_on_tiles_cuts_and_company(both: Both, kind: KVType) 
     for most, cuts in ((32, (0, 5, 21, 45)), (8, (0, 45)), (8, (0, 1, 2, 9, 15, 16, 17, 45))):
         other = both.seat(kind, shape, 320, most=most)
         other.cache.memory[:] = seat.cache.memory
-        for one, next_one in zip(cuts, cuts[1:], strict=False):
+        for one, next_one in itertools.pairwise(cuts):
             part = slice(one, next_one)
             assert np.array_equal(other.attend(new[part], slots[part], positions[part]), whole[part]), (most, part)
     strangers = np.concatenate([some_qkv(seat, 3, seed=1), new[:11], some_qkv(seat, 1, seed=2), new[11:]])
