@@ -39,6 +39,7 @@ from gpu_model import Stage
 from gpu_peers import PAST_CACHES, SHAPES
 
 from moss_jt.checkpoint import Checkpoint
+from moss_jt.device import Device
 from moss_jt.kernels.cupy_device import CupyDevice
 from moss_jt.kernels.nvml import used_memory
 from moss_jt.layout import TILE_ROWS, RowsLayout, TileLayout
@@ -61,7 +62,7 @@ ALLOWED: dict[Compute, float] = {"exact": 1e-3, "fast": 2e-2}
 Results = dict[str, Any]
 
 
-def timed(device: CupyDevice, work: Callable[[], None], *, least_s: float = 0.05, runs: int = 9) -> list[float]:
+def timed(device: Device, work: Callable[[], None], *, least_s: float = 0.05, runs: int = 9) -> list[float]:
     """Seconds of each of several runs, each long enough that queueing does not count."""
     work()
     device.wait(device.record("compute"))
@@ -177,7 +178,8 @@ def _product(device: CupyDevice, way: str, layout: TileLayout | RowsLayout, toke
     """Seconds of one product whose weights no cache holds."""
     n, k = layout.shape
     if isinstance(layout, RowsLayout):
-        kept, nbytes, sizes = layout.dtype, n * layout.row_bytes, (TILE_ROWS * layout.row_bytes, 0, 0, k, k, ROW_BLOCK)
+        kept, nbytes = str(layout.dtype), n * layout.row_bytes
+        sizes = (TILE_ROWS * layout.row_bytes, 0, 0, k, k, ROW_BLOCK)
     else:
         where = (layout.tile_bytes, layout.code_bytes, layout.code_bytes + layout.scale_bytes)
         kept, nbytes = f"int{layout.bits}", layout.n_tiles * layout.tile_bytes

@@ -35,7 +35,10 @@ def attention(open_device: Callable[[], Device], timed: Timed) -> Results:
             device = open_device()
             layer = Layer(device, KVLayout(1, HEADS, WIDTH, kind), number, tokens, context)
             size = 8 if tokens <= 8 else 32
-            works = {"ours": partial(layer.tiles, f"attend_{name}_{size}"), "attend": layer.tokens}
+            works: dict[str, Callable[[], None]] = {
+                "ours": partial(layer.tiles, f"attend_{name}_{size}"),
+                "attend": layer.tokens,
+            }
             row: Results = {}
             made = []
             for what, work in works.items():

@@ -229,7 +229,7 @@ def test_fast_bits_do_not_depend_on_passes_and_company(
 ) -> None:
     """How much memory there is decides how long a pass is; and a turn that goes on computes its new tokens only."""
     ids = np.resize(expected(golden, name)["b0_ids"][0], 50)
-    seat = Seat(golden_model(name), HostDevice(folder), compute="fast", kv=kv)
+    seat = Seat(golden_model(name), HostDevice(folder), compute="fast", kv=kv, context=128)
     whole = seat.forward(single_batch(ids, wanted=np.arange(50)))
     for cuts in ((0, 33, 50), (0, 1, 2, 19, 36, 49, 50)):
         seat.runner.cache.release(0)

@@ -31,7 +31,7 @@ class Both(NamedTuple):
         tokens, blocks = len(x), -(-k // ROW_BLOCK)
         codes = np.zeros((tokens, k), np.float16)
         steps, sums = np.zeros((blocks, tokens), np.float32), np.zeros((blocks, tokens), np.int32)
-        rounded = [codes, steps, sums]
+        rounded: list[Argument] = [codes, steps, sums]
         numbers = (tokens, k, k, k, ROW_BLOCK, 0, 0)
         given: list[Argument] = [np.ascontiguousarray(x), None, *rounded, *numbers]
         self.rounding.launch("halve_activations", (-(-blocks // WARPS), tokens), 32 * WARPS, given)
