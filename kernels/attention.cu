@@ -8,7 +8,7 @@
 // A stretch of kStretch positions, counted from the start of the sequence, gives its largest score, the sum of
 // exp(score - largest) and the values summed with these weights; `merge` adds the stretches of a token and head up in
 // their order. So the bits of a token depend on its own sequence alone. What is written to the cache has the bits that
-// the CPU would write.
+// the CPU would write. Fast compute has `attend` replaced by attention_rounded.cu, for keys and values in half or int8.
 
 constexpr i32 kStretch = Cache::kStretch;
 constexpr i32 kReaders = 4;     // warps of `attend`

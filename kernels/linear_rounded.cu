@@ -1,13 +1,16 @@
-// y = x W^T + bias, W in int4 or int8 tiles (moss_jt/layout.py), x rounded to int8 or to half (rounding.cu):
+// y = x W^T + bias, W in int4 or int8 tiles or in rows of 16-bit numbers (moss_jt/layout.py), x rounded to int8 or to half
+// (rounding.cu); rows with x in half only:
 //
 //   int8: y[t, n] = sum over blocks of float(sum of code * x - zero * sum of x) * (scale * step)
 //   half: y[t, n] = sum over blocks of (sum of (code - zero) * x) * (scale * step)
+//   rows: y[t, n] = sum over blocks of (sum of w * x) * step; inputs must be a multiple of 8
 //
 // The codes as they lie in a tile are the left side of a tensor core's product of bytes: four bytes of a row belong
 // to neighbouring inputs. For halves they become halves: a code in the low bits of 1024.0 makes 1024 + code, and the zero
 // point is taken off with the 1024, exactly. A lane reads 8 bytes, which are two rows of one chunk, so the rows of the
-// product are not in the order of the tile: row r of the product is row 2r, row r + 8 is row 2r + 1. Tokens are its
-// columns, and 8 of them cost what one costs.
+// product are not in the order of the tile: row r of the product is row 2r, row r + 8 is row 2r + 1; 16 rows of 16-bit
+// numbers make a tile likewise, of which a lane reads 16 bytes of each. Tokens are the columns of the product, and 8 of
+// them cost what one costs.
 //
 // The blocks fall into kWarps classes, by their number; those of a class are added up in their order, and then the
 // classes. For up to 16 tokens a warp takes a class of one tile; for more it takes all, one after the other. So the bits

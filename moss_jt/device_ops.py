@@ -85,7 +85,8 @@ class DeviceOps:
         assert STEP_CHANNELS == _WARP, "a warp keeps the channels that share a step"
         assert isinstance(kv.blocks, DeviceBlocks), "the cache is not on the device"
         self.config, self.device, self.store, self.cache = config, space.device, space.store, kv
-        self.space, self.capacity, self.inputs, self.buffers = space, space.capacity, inputs, space.buffers
+        self.space, self.capacity, self.buffers = space, space.capacity, space.buffers
+        self.inputs: Inputs = inputs
         self.observe: Callable[[str, Floats], None] | None = None
         self.on_layer: Callable[[int], None] | None = None
         self._blocks = kv.blocks
@@ -340,8 +341,8 @@ class DeviceOps:
         ready = None if share is None else self.device.record("compute")
         grid: tuple[int, ...] = (-(-blocks_of(layout) // _ROUND_WARPS), tokens)
         numbers = (tokens, x.width, *sizes[-3:], int(matrix.order is not None), 0)
-        in_rows = isinstance(layout, RowsLayout)
-        how, product_name = _ROUNDED["float16" if in_rows else self.inputs]
+        inputs: Inputs = "float16" if isinstance(layout, RowsLayout) else self.inputs
+        how, product_name = _ROUNDED[inputs]
         self.device.launch("rounding", how, grid, _ROUND_WARPS * _WARP, (x.place, matrix.order, *rounded, *numbers))
         first = None if share is None else share.first_row(matrix.name, self._weights.held_rows(matrix.name), tokens)
         few = next((size for size in _FEW if tokens <= size), None)
