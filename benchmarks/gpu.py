@@ -5,7 +5,8 @@
 bandwidth  copies within the device, and to it from pinned and from ordinary memory
 kernels    the tests of every kernel against numpy, run on this device (needs pytest)
 golden     logits of the original's small models, exact and fast, on this device
-products   int4 and int8 products of one layer for 1 to 512 tokens, inputs rounded to half and to int8, bytes per second against copies on the device
+products   int4 and int8 products of one layer for 1 to 512 tokens, inputs rounded to half and to int8, and fp16 and bf16 ones, bytes per second against copies on the device
+attention  of one layer for single tokens and prompts: the kernels of fast compute beside the exact one
 resident   the full-size model of random weights, all on the device: prompts of 128 and 512, and the tokens after them
 batch      what a step of 16 conversations takes against a step of one
 context    int4 with 2048 tokens within 12 and 4 GiB
@@ -33,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_attention
 import gpu_jittor
 import gpu_model
 import gpu_offload
@@ -43,10 +45,10 @@ from gpu_peers import PAST_CACHES, SHAPES
 from peers.environment import folder_of, python_of
 
 from moss_jt.checkpoint import Checkpoint
-from moss_jt.config import Bits
+from moss_jt.device import Device
 from moss_jt.kernels.cupy_device import CupyDevice
 from moss_jt.kernels.nvml import used_memory
-from moss_jt.layout import TILE_ROWS, TileLayout
+from moss_jt.layout import TILE_ROWS, RowsLayout, TileLayout
 from moss_jt.load import native_folder
 from moss_jt.memory import GIB
 from moss_jt.ops import ROUND_BLOCK
@@ -55,6 +57,7 @@ from moss_jt.progress import Quiet
 from moss_jt.record import keep, spread
 from moss_jt.runner import DEFAULT_KV, Compute, Model
 from moss_jt.startup.gpu import ask_driver
+from moss_jt.workspace import ROW_BLOCK
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -65,7 +68,7 @@ ALLOWED: dict[Compute, float] = {"exact": 1e-3, "fast": 2e-2}
 Results = dict[str, Any]
 
 
-def timed(device: CupyDevice, work: Callable[[], None], *, least_s: float = 0.05, runs: int = 9) -> list[float]:
+def timed(device: Device, work: Callable[[], None], *, least_s: float = 0.05, runs: int = 9) -> list[float]:
     """Seconds of each of several runs, each long enough that queueing does not count."""
     work()
     device.wait(device.record("compute"))
@@ -108,7 +111,8 @@ def bandwidth(_: argparse.Namespace) -> Results:
 
 def kernels(_: argparse.Namespace) -> Results:
     """What pytest says of the kernels' tests, run on the device."""
-    files = [str(ROOT / "tests" / "kernels" / f"test_cuda_{name}.py") for name in ("products", "attention")]
+    names = ("products", "rows", "attention", "attention_rounded", "shortlist")
+    files = [str(ROOT / "tests" / "kernels" / f"test_cuda_{name}.py") for name in names]
     variables = {**os.environ, "MOSS_JT_TEST_DEVICE": "0", "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(ROOT), *files]
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=variables, check=False)
@@ -127,7 +131,7 @@ def golden(_: argparse.Namespace) -> Results:
         path = GOLDEN / name / "expected.npz"
         want = np.load(path if path.is_file() else path.parents[1] / "expected.npz")
         checkpoint = Checkpoint.open(native_folder(GOLDEN / name, Quiet()))
-        ways: tuple[Compute, ...] = ("exact", "fast") if "int" in name else ("exact",)
+        ways: tuple[Compute, ...] = ("exact", "fast")
         for way in ways:
             device = CupyDevice()
             kv = DEFAULT_KV[way]
@@ -155,12 +159,13 @@ def products(_: argparse.Namespace) -> Results:
     device = CupyDevice()
     limit = copy_rate(device)
     results: Results = {"copy_gb_per_s": round(limit / 1e9, 1)}
-    for way, bits, (name, shape) in itertools.product(WAYS, (4, 8), SHAPES.items()):
+    kinds = [*itertools.product(WAYS, ("int4", "int8")), ("halves", "float16"), ("halves", "bfloat16")]
+    for (way, kept), (name, shape) in itertools.product(kinds, SHAPES.items()):
         device_here = CupyDevice()
         for tokens in TOKENS:
-            found = _product(device_here, way, TileLayout(shape, _bits(bits), 128), tokens)
+            found = _product(device_here, way, _layout(kept, shape), tokens)
             rates = [found["nbytes"] / each for each in found["seconds"]]
-            results[f"int{bits} {name} {tokens} {way}"] = {
+            results[f"{kept} {name} {tokens} {way}"] = {
                 "gb_per_s": spread([rate / 1e9 for rate in rates], 1),
                 "of_copy": round(sorted(rates)[len(rates) // 2] / limit, 3),
             }
@@ -169,35 +174,44 @@ def products(_: argparse.Namespace) -> Results:
     return results
 
 
-def _bits(bits: int) -> Bits:
-    return 4 if bits == 4 else 8
+def _layout(kept: str, shape: tuple[int, int]) -> TileLayout | RowsLayout:
+    if kept in ("int4", "int8"):
+        return TileLayout(shape, 4 if kept == "int4" else 8, 128)
+    return RowsLayout(shape, "float16" if kept == "float16" else "bfloat16")
 
 
-def _product(device: CupyDevice, way: str, layout: TileLayout, tokens: int) -> Results:
+def _product(device: CupyDevice, way: str, layout: TileLayout | RowsLayout, tokens: int) -> Results:
     """Seconds of one product whose weights no cache holds."""
-    nbytes, blocks = layout.n_tiles * layout.tile_bytes, layout.padded_in // ROUND_BLOCK
+    n, k = layout.shape
+    if isinstance(layout, RowsLayout):
+        kept, nbytes = str(layout.dtype), n * layout.row_bytes
+        sizes = (TILE_ROWS * layout.row_bytes, 0, 0, k, k, ROW_BLOCK)
+    else:
+        where = (layout.tile_bytes, layout.code_bytes, layout.code_bytes + layout.scale_bytes)
+        kept, nbytes = f"int{layout.bits}", layout.n_tiles * layout.tile_bytes
+        sizes = (*where, layout.padded_in, 128, ROUND_BLOCK)
+    blocks = k // sizes[-1]
     copies = -(-PAST_CACHES // nbytes)
     blob = device.allocate(copies * nbytes, "measuring")
     some = np.random.default_rng(0).integers(0, 0x38, nbytes, np.uint8)  # below 0x3800: finite scales
     for copy in range(copies):
         device.write(blob.after(copy * nbytes), some)
-    ones = np.ones(tokens * layout.padded_in, WAYS[way])
+    ones = np.ones(tokens * k, WAYS[way])
     codes = device.allocate(ones.nbytes, "measuring")
     steps, sums = (device.allocate(4 * tokens * blocks, "measuring") for _ in range(2))
     device.write(codes, ones)
     device.write(steps, np.ones(tokens * blocks, np.float32))
     device.write(sums, np.full(tokens * blocks, ROUND_BLOCK, np.int32))
-    y = device.allocate(4 * tokens * layout.shape[0], "measuring")
+    y = device.allocate(4 * tokens * n, "measuring")
     size = 8 if tokens <= 8 else 16 if tokens <= 16 else "many"
-    tiles = layout.n_tiles
-    grid = (-(-tiles // 8), -(-tokens // 64)) if size == "many" else (tiles,)
-    where = (layout.tile_bytes, layout.code_bytes, layout.code_bytes + layout.scale_bytes, layout.padded_in, 128)
-    numbers = (tokens, tiles * TILE_ROWS, 0, *where, ROUND_BLOCK, layout.shape[0], 0)
+    tiles = -(-n // TILE_ROWS)
+    grid = (-(-tokens // 64), -(-tiles // 8)) if size == "many" else (tiles,)
+    numbers = (tokens, n, 0, *sizes, n, 0)
 
     def work() -> None:
         for copy in range(copies):
             arguments = (blob.after(copy * nbytes), codes, steps, sums, None, y, *numbers)
-            device.launch("linear_rounded", f"{way}_int{layout.bits}_{size}", grid, 256, arguments)
+            device.launch("linear_rounded", f"{way}_{kept}_{size}", grid, 256, arguments)
 
     return {"nbytes": nbytes, "seconds": [each / copies for each in timed(device, work)]}
 
@@ -240,6 +254,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
     "kernels": kernels,
     "golden": golden,
     "products": products,
+    "attention": lambda _: gpu_attention.attention(CupyDevice, timed),
     "resident": of_copy,
     "batch": lambda arguments: gpu_model.batch(stage_of(arguments)),
     "context": lambda arguments: gpu_model.context(stage_of(arguments)),

@@ -3,7 +3,7 @@
 #
 #   sh benchmarks/gpu_suite.sh [--wheels DIR] [--only PART,PART] [--layers N] [--caps GIB,GIB]
 #
-# Parts: bandwidth kernels golden products resident batch context caps share peers offload swap jittor
+# Parts: bandwidth kernels golden products attention resident batch context caps share peers offload swap jittor
 #
 # Without a device it says "not measured" and exits with 0. --wheels names a folder of wheels for a machine without
 # network; what Python has already is used in any case. PYTHON names another Python.

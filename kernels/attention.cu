@@ -1,35 +1,21 @@
 // Rotary positions, the cache of keys and values, and attention over it.
 //
 //   qkv    (T, 3C) float: 4 slices, each query, value, key of H/4 heads of width D (the checkpoint's order)
-//   cache  blocks of block_bytes; in a block the keys of one layer lie at keys_at, its values at values_at, each
-//          (H, kBlock) rows of row_bytes (moss_jt/kv_layout.py); position p of a slot lies in block table[slot][p / kBlock]
+//   cache  blocks of keys and values, see Cache in cuda.h
 //   table  (slots, table_width) int32; slots, positions (T,) int32: whose token, and where in its sequence
 //   sincos (n_positions, R) float: R/2 sines, then R/2 cosines
 //
 // A stretch of kStretch positions, counted from the start of the sequence, gives its largest score, the sum of
 // exp(score - largest) and the values summed with these weights; `merge` adds the stretches of a token and head up in
 // their order. So the bits of a token depend on its own sequence alone. What is written to the cache has the bits that
-// the CPU would write.
+// the CPU would write. Fast compute has `attend` replaced by attention_rounded.cu, for keys and values in half or int8.
 
-constexpr i32 kBlock = 32;      // positions of a block of the cache
-constexpr i32 kStretch = 256;
+constexpr i32 kStretch = Cache::kStretch;
 constexpr i32 kReaders = 4;     // warps of `attend`
 constexpr i32 kMostWidth = 1024;
 constexpr i32 kLaneWidth = 8;   // neighbouring channels of a lane
 constexpr i32 kWide = kWarp * kLaneWidth;
 enum Kind { kFloat = 0, kHalf = 1, kInt8 = 2 };
-
-struct Cache {
-    u8* memory;
-    const i32* table;
-    i64 block_bytes;
-    i32 table_width, row_bytes, kind, width;
-
-    __device__ u8* row(i32 at, i32 slot, i32 head, i32 position) const {
-        const i64 block = table[slot * table_width + position / kBlock];
-        return memory + block * block_bytes + at + (i64)(head * kBlock + position % kBlock) * row_bytes;
-    }
-};
 
 // Channel `i` of a row, `value` of each lane; lanes of one warp hold a group of channels that share a step.
 MOSS_INLINE void store(const Cache& cache, u8* row, i32 i, float value) {

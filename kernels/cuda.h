@@ -107,6 +107,22 @@ MOSS_INLINE float warp_max(float value) {
     return value;
 }
 
+// Keys and values: blocks of block_bytes; in a block the keys of one layer lie at keys_at, its values at values_at, each
+// (H, kBlock) rows of row_bytes (moss_jt/kv_layout.py); position p of a slot lies in block table[slot][p / kBlock].
+struct Cache {
+    static constexpr i32 kBlock = 32;      // positions
+    static constexpr i32 kStretch = 256;  // positions of a partial result of attention, from the start of a sequence
+    u8* memory;
+    const i32* table;
+    i64 block_bytes;
+    i32 table_width, row_bytes, kind, width;
+
+    __device__ u8* row(i32 at, i32 slot, i32 head, i32 position) const {
+        const i64 block = table[slot * table_width + position / kBlock];
+        return memory + block * block_bytes + at + (i64)(head * kBlock + position % kBlock) * row_bytes;
+    }
+};
+
 // The runs in which activations are rounded: up to `block` positions of one group.
 struct Block {
     i32 group, start, size;

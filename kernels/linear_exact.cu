@@ -1,4 +1,5 @@
-// y = x W^T + bias in float32, for exact compute and for matrices in floating point. Activations are not rounded.
+// y = x W^T + bias in float32, for exact compute and for rows that linear_rounded.cu does not take. Activations are not
+// rounded.
 //
 // Quantised tiles (moss_jt/layout.py): W[n, p] = (code - zero) * scale; of each block of up to 128 positions in a group
 // the sum of (code - zero) * x is taken, then multiplied by the scale. A thread block makes the 16 rows of a tile:

@@ -51,3 +51,16 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
         if x != y:
             return i
     return min(len(a), len(b))
+
+
+def tiles_of(slots: IntArray, positions: IntArray, most: int) -> IntArray:
+    """Tokens of one sequence at neighbouring positions, up to `most` together: (tiles, 2) int32, first and how many."""
+    follows = (np.diff(slots) == 0) & (np.diff(positions) == 1)
+    ends = np.append(np.flatnonzero(~follows) + 1, len(slots))
+    starts = np.append(0, ends[:-1])
+    tiles = [
+        (first, min(most, end - first))
+        for start, end in zip(starts, ends, strict=True)
+        for first in range(start, end, most)
+    ]
+    return np.array(tiles, np.int32)

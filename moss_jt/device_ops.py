@@ -14,16 +14,16 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from moss_jt.batch import Batch
+from moss_jt.batch import Batch, tiles_of
 from moss_jt.cache import KVCache
 from moss_jt.device import Event, Graph, Place
 from moss_jt.device_blocks import DeviceBlocks
 from moss_jt.errors import ShapeError
-from moss_jt.kv_layout import STEP_CHANNELS
-from moss_jt.layout import TileLayout
+from moss_jt.kv_layout import STEP_CHANNELS, KVLayout
+from moss_jt.layout import TILE_ROWS, RowsLayout, TileLayout
 from moss_jt.ops import LOGIT_ROWS, ROUND_BLOCK, STRETCH, Linear
 from moss_jt.shortlist import FOUND, Shortlist, Wish, read_found
-from moss_jt.workspace import DeviceBuffer, Inputs, Workspace, blocks_of
+from moss_jt.workspace import ROW_BLOCK, TOLD, DeviceBuffer, Inputs, Workspace, blocks_of
 
 Floats = npt.NDArray[np.float32]
 
@@ -37,15 +37,17 @@ _ROUNDED: dict[Inputs, tuple[str, str]] = {  # who rounds inputs, and whose prod
     "int8": ("round_activations", "bytes"),
 }
 _KV_KIND = {"float32": 0, "float16": 1, "int8": 2}
+_KV_NAME = {"float16": "half", "int8": "int8"}
+_TILE_TOKENS, _TILE_THREADS, _TILE_WIDTH = (8, 32), 256, 256  # of attention_rounded.cu
 _LAYERS_AHEAD = 2  # queued before the device has done them, where weights are streamed: Ctrl-C waits for these
 
 
 @dataclass(frozen=True)
-class _Tiles:
-    """A matrix in tiles: its name, where the order of its inputs and its bias lie."""
+class _Matrix:
+    """A matrix: its name, where the order of its inputs and its bias lie."""
 
     name: str
-    layout: TileLayout
+    layout: TileLayout | RowsLayout
     order: Place | None
     bias: Place | None
 
@@ -65,7 +67,7 @@ class DeviceOps:
     Args:
         space: buffers and weights, shared by all caches of a model.
         kv: the cache, its blocks from the pool of `space`.
-        inputs: what products with int4 and int8 matrices make of theirs: they stay float32, or are rounded.
+        inputs: what products make of theirs: they stay float32, or are rounded; queries of attention likewise.
 
     Attributes:
         capacity: T at most, new tokens of one pass.
@@ -83,7 +85,8 @@ class DeviceOps:
         assert STEP_CHANNELS == _WARP, "a warp keeps the channels that share a step"
         assert isinstance(kv.blocks, DeviceBlocks), "the cache is not on the device"
         self.config, self.device, self.store, self.cache = config, space.device, space.store, kv
-        self.space, self.capacity, self.inputs, self.buffers = space, space.capacity, inputs, space.buffers
+        self.space, self.capacity, self.buffers = space, space.capacity, space.buffers
+        self.inputs: Inputs = inputs
         self.observe: Callable[[str, Floats], None] | None = None
         self.on_layer: Callable[[int], None] | None = None
         self._blocks = kv.blocks
@@ -91,7 +94,8 @@ class DeviceOps:
         self._captured: dict[str, _Captured] = {}
         self._queued: list[Event] = []
         self._masks = False
-        self._tokens = self._picked_rows = self._stretches = 0
+        self._rounds_attention = inputs != "float32" and _can_round_attention(kv.layout)
+        self._tokens = self._picked_rows = self._stretches = self._tiles = self._tile_tokens = 0
 
     def begin(self, batch: Batch) -> None:
         """Take up a new pass.
@@ -108,8 +112,12 @@ class DeviceOps:
         self._queued.clear()
         self._tokens, self._stretches = batch.size, last // STRETCH + 1
         used, which = np.unique(batch.slots, return_inverse=True)  # only their rows of the table go to the device
-        self.device.write(self.space.slots, which.astype(np.int32))
-        self.device.write(self.space.positions, batch.positions)
+        tiles = tiles_of(batch.slots, batch.positions, _TILE_TOKENS[-1])
+        self._tiles, self._tile_tokens = len(tiles), int(tiles[:, 1].max())
+        told = np.zeros((TOLD, self.capacity), np.int32)
+        told[0, : batch.size], told[1, : batch.size] = which, batch.positions
+        told[2:].reshape(-1)[: tiles.size] = tiles.reshape(-1)
+        self.device.write(self.space.slots, told)
         self.device.write(self.space.table, self._blocks.units[self.cache.table[used]])
 
     def layer_done(self, layer: int) -> None:
@@ -128,7 +136,8 @@ class DeviceOps:
         """A block of the network: queued step by step, then captured, then replayed as long as nothing has changed."""
         if self.observe is not None or not self._weights.is_whole:
             return compute(x)
-        state = (self._tokens, self._stretches, self._weights.version, self.inputs)
+        attends = (self._stretches, self._tiles, self._tile_tokens <= _TILE_TOKENS[0])
+        state = (self._tokens, attends, self._weights.version, self.inputs)
         known = self._captured.get(name)
         if known is None or known.state != state:
             result = compute(x)
@@ -184,8 +193,14 @@ class DeviceOps:
         threads = -(-width // _WARP) * _WARP
         append = (qkv.place, space.sincos, *whose, queries.place, pool, *common, config.rotary_dim, *places)
         self.device.launch("attention", "rotate_and_append", (heads, tokens), threads, append)
-        attend = (queries.place, pool, *whose, space.parts, *common, *places)
-        self.device.launch("attention", "attend", (self._stretches, heads, tokens), _ATTEND_THREADS, attend)
+        given, shape = (queries.place, pool, *whose), (space.parts, *common, *places)
+        if self._rounds_attention:
+            size = next(size for size in _TILE_TOKENS if self._tile_tokens <= size)
+            kernel, grid = f"attend_{_KV_NAME[kv.kind]}_{size}", (self._stretches, heads, self._tiles)
+            self.device.launch("attention_rounded", kernel, grid, _TILE_THREADS, (*given, space.tiles, *shape))
+        else:
+            grid = (self._stretches, heads, tokens)
+            self.device.launch("attention", "attend", grid, _ATTEND_THREADS, (*given, *shape))
         merge = (space.parts, space.positions, merged.place, self._stretches, width)
         self.device.launch("attention", "merge", (heads, tokens), _ATTEND_THREADS, merge)
         return self._seen(f"transformer.h.{layer}.attn.merged", merged)
@@ -282,15 +297,16 @@ class DeviceOps:
 
     def _multiply(self, x: DeviceBuffer, name: str, bias: Place | None, y: DeviceBuffer) -> None:
         layout, perm = self.store.layout(name), self.store.perm(name)
-        if isinstance(layout, TileLayout):
-            tiles = _Tiles(name, layout, None if perm is None else self.space.small(name), bias)
-            multiply = self._multiply_exact if self.inputs == "float32" else self._multiply_rounded
-            return multiply(x, tiles, y)
-        for piece in self._weights.pieces(name):
-            self._rows_product(
-                layout.dtype, x, piece.place, y, bias, rows=piece.count, first=piece.first, inputs=layout.shape[1]
-            )
-        return None
+        matrix = _Matrix(name, layout, None if perm is None else self.space.small(name), bias)
+        if self.inputs != "float32" and _can_round_inputs(layout):
+            self._multiply_rounded(x, matrix, y)
+        elif isinstance(layout, TileLayout):
+            self._multiply_exact(x, matrix, layout, y)
+        else:
+            for piece in self._weights.pieces(name):
+                self._rows_product(
+                    layout.dtype, x, piece.place, y, bias, rows=piece.count, first=piece.first, inputs=layout.shape[1]
+                )
 
     def _rows_product(
         self,
@@ -311,35 +327,35 @@ class DeviceOps:
         arguments = (x.place, matrix, bias, y.place, tokens, rows, first, inputs, x.width, y.width, int(add))
         self.device.launch("linear_exact", f"rows_{stored}", grid, _ROW_WARPS * _WARP, arguments)
 
-    def _multiply_exact(self, x: DeviceBuffer, tiles: _Tiles, y: DeviceBuffer) -> None:
-        tokens, layout = self._rows(x), tiles.layout
-        for piece in self._weights.pieces(tiles.name):
-            grid = (-(-piece.count // 16), -(-tokens // _TOGETHER))
-            sizes = (tokens, piece.count, piece.first, *_tile_sizes(layout), x.width, y.width, 0)
-            arguments = (x.place, tiles.order, piece.place, tiles.bias, y.place, *sizes)
+    def _multiply_exact(self, x: DeviceBuffer, matrix: _Matrix, layout: TileLayout, y: DeviceBuffer) -> None:
+        tokens = self._rows(x)
+        for piece in self._weights.pieces(matrix.name):
+            grid = (-(-piece.count // TILE_ROWS), -(-tokens // _TOGETHER))
+            sizes = (tokens, piece.count, piece.first, *_sizes(layout), x.width, y.width, 0)
+            arguments = (x.place, matrix.order, piece.place, matrix.bias, y.place, *sizes)
             self.device.launch("linear_exact", f"exact_int{layout.bits}", grid, _EXACT_THREADS, arguments)
 
-    def _multiply_rounded(self, x: DeviceBuffer, tiles: _Tiles, y: DeviceBuffer) -> None:
-        layout, share = tiles.layout, self.space.share
-        tokens, rounded = self._rows(x), self.space.rounded
+    def _multiply_rounded(self, x: DeviceBuffer, matrix: _Matrix, y: DeviceBuffer) -> None:
+        layout, share = matrix.layout, self.space.share
+        tokens, rounded, sizes = self._rows(x), self.space.rounded, _sizes(layout)
         ready = None if share is None else self.device.record("compute")
         grid: tuple[int, ...] = (-(-blocks_of(layout) // _ROUND_WARPS), tokens)
-        sizes = (tokens, x.width, layout.padded_in, layout.padded_group, ROUND_BLOCK, int(tiles.order is not None), 0)
-        arguments = (x.place, tiles.order, *rounded, *sizes)
-        how, product_name = _ROUNDED[self.inputs]
-        self.device.launch("rounding", how, grid, _ROUND_WARPS * _WARP, arguments)
-        first = None if share is None else share.first_row(tiles.name, self._weights.held_rows(tiles.name), tokens)
+        numbers = (tokens, x.width, *sizes[-3:], int(matrix.order is not None), 0)
+        inputs: Inputs = "float16" if isinstance(layout, RowsLayout) else self.inputs
+        how, product_name = _ROUNDED[inputs]
+        self.device.launch("rounding", how, grid, _ROUND_WARPS * _WARP, (x.place, matrix.order, *rounded, *numbers))
+        first = None if share is None else share.first_row(matrix.name, self._weights.held_rows(matrix.name), tokens)
         few = next((size for size in _FEW if tokens <= size), None)
-        kernel = f"{product_name}_int{layout.bits}_{'many' if few is None else few}"
-        for piece in self._weights.pieces(tiles.name, first):
-            blocks = -(-piece.count // 16)
-            grid = (blocks,) if few is not None else (-(-blocks // _PRODUCT_WARPS), -(-tokens // _MANY))
-            numbers = (tokens, piece.count, piece.first, *_tile_sizes(layout), y.width, 0)
-            product = (piece.place, *rounded, tiles.bias, y.place, *numbers)
-            self.device.launch("linear_rounded", kernel, grid, _PRODUCT_WARPS * _WARP, product)
+        kept = layout.dtype if isinstance(layout, RowsLayout) else f"int{layout.bits}"
+        kernel = f"{product_name}_{kept}_{'many' if few is None else few}"
+        for piece in self._weights.pieces(matrix.name, first):
+            tiles = -(-piece.count // TILE_ROWS)
+            grid = (tiles,) if few is not None else (-(-tokens // _MANY), -(-tiles // _PRODUCT_WARPS))
+            product = (piece.place, *rounded, matrix.bias, y.place, tokens, piece.count, piece.first)
+            self.device.launch("linear_rounded", kernel, grid, _PRODUCT_WARPS * _WARP, (*product, *sizes, y.width, 0))
         if share is not None and first is not None:
-            name = tiles.name.removesuffix("weight") + "bias" if tiles.bias is not None else None
-            share.multiply(tiles.name, first, x.place, y.place, tokens=tokens, ready=ready, bias=name)
+            name = matrix.name.removesuffix("weight") + "bias" if matrix.bias is not None else None
+            share.multiply(matrix.name, first, x.place, y.place, tokens=tokens, ready=ready, bias=name)
 
     def _seen(self, name: str, buffer: DeviceBuffer) -> DeviceBuffer:
         if self.observe is not None:
@@ -351,7 +367,20 @@ def _run(compute: Callable[[DeviceBuffer], DeviceBuffer], x: DeviceBuffer) -> No
     compute(x)
 
 
-def _tile_sizes(layout: TileLayout) -> tuple[int, ...]:
-    """What the kernels must know of a matrix in tiles, its rows apart."""
+def _can_round_attention(layout: KVLayout) -> bool:
+    """Whether attention_rounded.cu takes keys and values that are kept so."""
+    fits = layout.width % 8 == 0 and layout.width <= _TILE_WIDTH
+    return fits and (layout.kind == "float16" or (layout.kind == "int8" and layout.row_bytes % 4 == 0))
+
+
+def _can_round_inputs(layout: TileLayout | RowsLayout) -> bool:
+    """Whether linear_rounded.cu takes such a matrix: of rows, those that can be read in 16 bytes."""
+    return isinstance(layout, TileLayout) or (layout.dtype != "float32" and layout.shape[1] % 8 == 0)
+
+
+def _sizes(layout: TileLayout | RowsLayout) -> tuple[int, ...]:
+    """What the kernels must know of a matrix, its rows apart; the last three tell how its inputs are rounded."""
+    if isinstance(layout, RowsLayout):
+        return (TILE_ROWS * layout.row_bytes, 0, 0, layout.shape[1], layout.shape[1], ROW_BLOCK)
     where = (layout.tile_bytes, layout.code_bytes, layout.code_bytes + layout.scale_bytes)
     return (*where, layout.padded_in, layout.padded_group, ROUND_BLOCK)

@@ -27,9 +27,11 @@ from moss_jt.sharing import ShareChoice, best_share
 from moss_jt.shortlist import FOUND
 from moss_jt.weights import WeightStore
 
+TOLD = 4  # numbers of a token that a pass tells the device at once: slot, position, two of a tile
+ROW_BLOCK = 64  # inputs, at most, that share a step where a matrix of 16-bit numbers takes them rounded; of the kernels
 _ALIGNMENT = 256  # of what is taken from the slab
 
-Inputs = Literal["float32", "float16", "int8"]  # of products with matrices in int4 and int8
+Inputs = Literal["float32", "float16", "int8"]  # of products with matrices in int4 and int8; of others, float16 at most
 Layouts = Mapping[str, RowsLayout | TileLayout]
 Terms = Mapping[str, npt.NDArray[np.float32]]
 
@@ -41,8 +43,7 @@ def workspace_bytes(config: MossConfig, layouts: Layouts, capacity: int, rank: i
     by_token = {
         **{name: 4 * width for name, width in buffer_widths(config).items()},
         "parts": 4 * config.n_head * stretches * (2 + config.head_dim),
-        "slots": 4,
-        "positions": 4,
+        "tokens": 4 * TOLD,
         "middle": 4 * rank,
         "table": 4 * per_sequence,
         "codes": 2 * max(_padded_in(layout) for layout in layouts.values()),
@@ -103,7 +104,7 @@ def rank_of(terms: Terms | None) -> int:
 def blocks_of(layout: RowsLayout | TileLayout) -> int:
     """Runs in which the inputs of a matrix are rounded."""
     if isinstance(layout, RowsLayout):
-        return 1
+        return -(-layout.shape[1] // ROW_BLOCK)
     per_group = -(-layout.padded_group // ROUND_BLOCK)
     whole, rest = divmod(layout.padded_in, layout.padded_group)
     return whole * per_group + -(-rest // ROUND_BLOCK)
@@ -133,7 +134,8 @@ class Workspace:
 
     Attributes:
         buffers: the results of steps by name.
-        parts: of attention; `slots`, `positions`, `table`, `sincos`: where they lie.
+        parts: of attention; `slots`, `positions`, `tiles`, `table`, `sincos`: where they lie. The first three are one
+            stretch: (capacity,), (capacity,) and (capacity, 2) int32.
         rounded: codes, steps and sums of rounded inputs.
         allowed, history, penalties, wanted, found: what choosing tokens needs, see kernels/shortlist.cu.
         pool: blocks of keys and values.
@@ -162,9 +164,10 @@ class Workspace:
         places = {name: slab.take(nbytes, name) for name, nbytes in wanted.items()}
         widths = buffer_widths(config) | {"picked": config.n_embd, "logits": config.vocab_size}
         self.buffers = {name: DeviceBuffer(places[name], width) for name, width in widths.items()}
-        self.parts, self.slots, self.positions, self.table, self.sincos = (
-            places[name] for name in ("parts", "slots", "positions", "table", "sincos")
+        self.parts, self.slots, self.table, self.sincos = (
+            places[name] for name in ("parts", "tokens", "table", "sincos")
         )
+        self.positions, self.tiles = (self.slots.after(4 * part * self.capacity) for part in (1, 2))
         self.rounded = (places["codes"], places["steps"], places["sums"])
         self.allowed, self.history, self.penalties, self.wanted, self.found = (
             places[name] for name in ("allowed", "history", "penalties", "wanted", "found")

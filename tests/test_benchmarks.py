@@ -312,3 +312,23 @@ def test_the_gpu_suite_compares_caps(benchmark_module: Import, tmp_path: Path, m
     found = gpu_model.context(stage, limits=(fixed + whole // 2,))
     (row,) = (row for row in found.values() if isinstance(row, dict))
     assert row["context"] == 64 and row["streamed_bytes"] > 0
+
+
+def test_the_gpu_suite_measures_attention(
+    benchmark_module: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it launches runs on a device that is the host; both kernels leave the same result behind."""
+    gpu_attention = benchmark_module("gpu_attention")
+    monkeypatch.setattr(gpu_attention, "HEADS", 2)
+    monkeypatch.setattr(gpu_attention, "WIDTH", 64)
+    monkeypatch.setattr(gpu_attention, "CASES", ((1, 300), (40, 64)))
+
+    def once(device: HostDevice, work: Any) -> list[float]:
+        work()
+        return [1e-6]
+
+    found = gpu_attention.attention(lambda: HostDevice(tmp_path), once)
+    assert found.pop("wrong") is False
+    assert sorted(found) == ["float16 1 of 300", "float16 40 of 64", "int8 1 of 300", "int8 40 of 64"]
+    assert all(0 < row["off"] < 2e-3 for row in found.values()), "two kernels, so not the same to the bit"
+    assert found["int8 1 of 300"]["ours_gb_per_s"]["median"] == 81.6, "2 heads, keys and values, 68 bytes each"

@@ -31,6 +31,12 @@ def test_a_device_that_computes_right(folder: Path) -> None:
         ("bytes_int8_8", "with 8-bit weights and inputs in int8"),
         ("bytes_int4_many", "with 4-bit weights and inputs in int8"),
         ("rows_float16", "with 16-bit weights and inputs in float32"),
+        ("halves_float16_many", "with 16-bit weights and inputs in float16"),
+        ("halves_float16_8", "with 16-bit weights and inputs in float16"),
+        ("attend_half_32", "with 4-bit weights and inputs in float16"),
+        ("attend_half_8", "with 4-bit weights and inputs in float16"),
+        ("attend_int8_32", "with 4-bit weights and inputs in int8"),
+        ("attend_int8_8", "with 4-bit weights and inputs in int8"),
     ],
 )
 def test_a_kernel_that_does_nothing_is_found(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from moss_jt.errors import ConfigError, DeviceMemoryError, ShapeError
 from moss_jt.layout import ALIGNMENT, PlainLayout, round_up
 from moss_jt.placement import place
 from moss_jt.plan import MatrixSize, matrix_sizes, smallest_memory
-from moss_jt.runner import Compute, Model
+from moss_jt.runner import DEFAULT_KV, Compute, Model
 from moss_jt.workspace import device_needs
 
 Load = Callable[[str], Model]
@@ -124,7 +125,7 @@ def test_exact_logits_are_the_originals(name: str, golden: Path, golden_model: L
     assert np.abs(found - want["b0_logits"][0]).max() < 1e-4
 
 
-@pytest.mark.parametrize("name", GOLDEN[2:])
+@pytest.mark.parametrize("name", GOLDEN)
 def test_fast_logits_are_near_the_originals(name: str, golden: Path, golden_model: Load, folder: Path) -> None:
     """And the best token is the same wherever the original's two best are further apart than twice the error."""
     want = expected(golden, name)
@@ -142,11 +143,14 @@ def test_fast_logits_are_near_the_originals(name: str, golden: Path, golden_mode
 def test_with_a_share_of_the_host_logits_are_near_those_of_the_cpu(
     name: str, golden: Path, golden_model: Load, folder: Path
 ) -> None:
-    """The same roundings: what is left is the order of sums, and here and there a code that falls to the other side."""
+    """The same roundings: what is left is the order of sums, and here and there a code that falls to the other side.
+
+    Keys and values in float32, as only then queries and weights of attention are not rounded further on the device.
+    """
     ids = expected(golden, name)["b0_ids"][0]
     model = golden_model(name)
-    fast = Model(Checkpoint.open(model.path), model.store, compute="fast", device="cpu", max_tokens=64)
-    seat = Seat(model, HostDevice(folder), kv="float16", compute="fast", host_share=1.0)
+    fast = Model(Checkpoint.open(model.path), model.store, compute="fast", device="cpu", max_tokens=64, kv="float32")
+    seat = Seat(model, HostDevice(folder), kv="float32", compute="fast", host_share=1.0)
     assert seat.runner.device_ops.inputs == "int8"
     assert np.abs(seat.logits(ids) - fast.logits(ids)[0]).max() < 2e-2
 
@@ -159,16 +163,18 @@ def test_bits_do_not_depend_on_what_is_where(
     """Streams run in random orders; a forgotten event would show. Copying goes on over the end of a pass."""
     ids = expected(golden, name)["b0_ids"][0][:7]
     model = golden_model(name)
-    whole = Seat(model, HostDevice(folder), compute=compute)
+    kv = DEFAULT_KV[compute]
+    whole = Seat(model, HostDevice(folder), compute=compute, kv=kv)
     want = whole.logits(ids)
     assert whole.placed.plans.host is None
     assert whole.placed.space.weights.copied_bytes == 0
     assert whole.device.replayed > 0, "graphs of the blocks"
-    least, most = needed(Checkpoint.open(model.path), whole.device, "float32")
+    least, most = needed(Checkpoint.open(model.path), whole.device, kv)
     for seed, share in enumerate((0.0, 0.3, 0.6, 0.9)):
-        for memory in (PLENTY, _host_needs(model, least + int((most - least) * share))):
+        vram = least + int((most - least) * share)
+        for memory in (PLENTY, _host_needs(model, vram, kv)):
             device = HostDevice(folder, seed=seed)
-            seat = Seat(model, device, vram=least + int((most - least) * share), memory=memory, compute=compute)
+            seat = Seat(model, device, vram=vram, memory=memory, compute=compute, kv=kv)
             assert np.array_equal(seat.logits(ids), want), (share, memory)
             assert seat.placed.space.weights.copied_bytes > 0
             assert device.own_bytes + device.taken <= seat.placed.plans.device.memory
@@ -177,25 +183,25 @@ def test_bits_do_not_depend_on_what_is_where(
             assert (seat.placed.store.streamed_bytes > 0) == (memory != PLENTY), reads
 
 
-def _host_needs(model: Model, vram: int) -> int:
+def _host_needs(model: Model, vram: int, kv: KVType) -> int:
     """Memory of the host in which a part of what is not on the device must be read from disk."""
     device = HostDevice(Path("unused"))
     try:
-        _plans(model, device, vram, 1)
+        _plans(model, device, vram, 1, kv)
     except ConfigError as error:
         assert "give at least" in str(error)
     low, high = 1, PLENTY
     while high - low > 4096:  # the least that is accepted
         middle = (low + high) // 2
         try:
-            _plans(model, device, vram, middle)
+            _plans(model, device, vram, middle, kv)
             high = middle
         except ConfigError:
             low = middle
     return high
 
 
-def _plans(model: Model, device: HostDevice, vram: int, memory: int) -> Any:
+def _plans(model: Model, device: HostDevice, vram: int, memory: int, kv: KVType) -> Any:
     from moss_jt.placement import plan_both
 
     checkpoint = Checkpoint.open(model.path)
@@ -207,13 +213,69 @@ def _plans(model: Model, device: HostDevice, vram: int, memory: int) -> Any:
         checkpoint.config,
         sizes,
         wanted,
-        "float32",
+        kv,
         vram=vram,
         device_base=device.own_bytes,
         memory=memory,
         host_base=0,
         context=CONTEXT,
     )
+
+
+@pytest.mark.parametrize("kv", ["float16", "int8"])
+@pytest.mark.parametrize("name", ["tiny-int4/g32", "tiny-fp/safetensors-fp16"])
+def test_fast_bits_do_not_depend_on_passes_and_company(
+    name: str, kv: KVType, golden: Path, golden_model: Load, folder: Path
+) -> None:
+    """How much memory there is decides how long a pass is; and a turn that goes on computes its new tokens only."""
+    ids = np.resize(expected(golden, name)["b0_ids"][0], 50)
+    seat = Seat(golden_model(name), HostDevice(folder), compute="fast", kv=kv, context=128)
+    whole = seat.forward(single_batch(ids, wanted=np.arange(50)))
+    for cuts in ((0, 33, 50), (0, 1, 2, 19, 36, 49, 50)):
+        seat.runner.cache.release(0)
+        for start, end in itertools.pairwise(cuts):
+            found = seat.forward(single_batch(ids[start:end], start=start, wanted=np.arange(end - start)))
+            assert np.array_equal(found, whole[start:end]), (start, end)
+    seat.runner.cache.release(0)
+    slots, positions = np.repeat(np.array([1, 0], np.int32), [5, 40]), np.append(np.arange(5), np.arange(40))
+    both = np.append(ids[::-1][:5], ids[:40]).astype(np.int32)
+    found = seat.forward(Batch(both, slots, positions.astype(np.int32), np.arange(5, 45, dtype=np.int32)))
+    assert np.array_equal(found, whole[:40])
+
+
+KERNELS: dict[Compute, tuple[set[str], set[str]]] = {  # of prompts and of single tokens
+    "exact": ({"attend", "rows_float16"}, {"attend", "rows_float16"}),
+    "fast": ({"attend_half_32", "halves_float16_many"}, {"attend_half_8", "halves_float16_8"}),
+}
+
+
+@pytest.mark.parametrize("compute", ["exact", "fast"])
+def test_fast_compute_takes_tensor_cores(
+    compute: Compute, golden_model: Load, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, seen = HostDevice(folder), set[str]()
+    seat = Seat(golden_model("tiny-fp/safetensors-fp16"), device, compute=compute, kv=DEFAULT_KV[compute])
+    launch = device.launch
+
+    def noted(source: str, kernel: str, *rest: Any) -> None:
+        seen.add(kernel)
+        launch(source, kernel, *rest)
+
+    monkeypatch.setattr(device, "launch", noted)
+    for start, count, kernels in ((0, 20, KERNELS[compute][0]), (20, 1, KERNELS[compute][1])):
+        seen.clear()
+        seat.forward(single_batch(np.arange(1, 1 + count), start=start, wanted=np.arange(count)))
+        assert {name for name in seen if name.startswith(("attend", "rows", "halves"))} == kernels
+
+
+def test_fast_logits_of_bfloat16_are_near_the_exact_ones(golden: Path, golden_model: Load, folder: Path) -> None:
+    model = golden_model("tiny-fp/safetensors-bf16")
+    assert model.store.layout("lm_head.weight").dtype == "bfloat16"  # type: ignore[union-attr]
+    ids = np.arange(1, 41)
+    exact, fast = (
+        Seat(model, HostDevice(folder), compute=compute, kv=DEFAULT_KV[compute]).logits(ids) for compute in DEFAULT_KV
+    )
+    assert 0 < np.abs(fast - exact).max() < 2e-2
 
 
 def test_sequences_of_a_batch_do_not_meet(golden: Path, golden_model: Load, folder: Path) -> None:

@@ -35,6 +35,12 @@ struct uint2 {
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct float2 {
+    float x, y;
+};
+struct float4 {
+    float x, y, z, w;
+};
 struct Dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
@@ -240,13 +246,26 @@ __attribute__((noinline)) inline float __fdiv_rn(float a, float b) { return a / 
 __attribute__((noinline)) inline float __fadd_rn(float a, float b) { return a + b; }
 __attribute__((noinline)) inline float __fsub_rn(float a, float b) { return a - b; }
 
-static inline float half_to_float(unsigned short bits) {
-    const int sign = bits >> 15, exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const float value = exponent == 31 ? (fraction ? NAN : INFINITY)
-                        : exponent     ? std::ldexp((float)(1024 + fraction), exponent - 25)
-                                       : std::ldexp((float)fraction, -24);
-    return sign ? -value : value;
-}
+namespace shim {
+
+struct HalfTable {  // every half as float: products ask for them again and again
+    float of[1 << 16];
+
+    HalfTable() {
+        for (int bits = 0; bits < 1 << 16; bits++) {
+            const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+            const float value = exponent == 31 ? (fraction ? NAN : INFINITY)
+                                : exponent     ? std::ldexp((float)(1024 + fraction), exponent - 25)
+                                               : std::ldexp((float)fraction, -24);
+            of[bits] = bits >> 15 ? -value : value;
+        }
+    }
+};
+static const HalfTable halves;
+
+}  // namespace shim
+
+static inline float half_to_float(unsigned short bits) { return shim::halves.of[bits]; }
 
 static inline unsigned short float_to_half(float value) {
     unsigned bits;

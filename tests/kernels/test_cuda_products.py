@@ -201,7 +201,7 @@ class Product:
             sizes = (tokens, rows, tile * TILE_ROWS, *where, layout.padded_in, layout.padded_group, ROUND_BLOCK)
             piece = np.ascontiguousarray(self.blob[tile * layout.tile_bytes :])
             inputs = [piece, rounded.codes, rounded.steps, rounded.sums, self.bias if options.get("bias") else None]
-            grid = (-(-count // WARPS), -(-tokens // MANY)) if size == "many" else (count,)
+            grid = (-(-tokens // MANY), -(-count // WARPS)) if size == "many" else (count,)
             rest = (y, *sizes, y.shape[1], int(options.get("add", False)))
             products.launch(f"{way}_int{layout.bits}_{size}", grid, 32 * WARPS, [*inputs, *rest])
 
