@@ -103,28 +103,29 @@ def load_model(
     terms = None if adapter is None else load_adapter(adapter, checkpoint.config)
     accelerator = _accelerator(device, vram_limit, progress)
     if accelerator is not None:
-        shares = host_share != 0 and compute == "fast"
-        if shares:
-            launch.warm_up(progress)
-        placed = _place(
-            checkpoint, accelerator, kind, limit=limit, max_tokens=max_tokens, adapter=terms, progress=progress
-        )
-        if shares and host_share == "auto":
-            _log.info("host_share: %s.", placed.space.choose_share())
-        elif shares:
-            placed.space.leave_to_host(float(host_share))
-        return Model(
-            checkpoint,
-            placed.store,
-            compute=compute,
-            device=accelerator.name,
-            max_tokens=placed.plans.device.context,
-            kv=kind,
-            budget=placed.budget,
-            tokenizer=tokenizer,
-            placed=placed,
-            adapter=terms,
-        )
+        with _given_back(accelerator, ours=isinstance(device, str)):
+            shares = host_share != 0 and compute == "fast"
+            if shares:
+                launch.warm_up(progress)
+            placed = _place(
+                checkpoint, accelerator, kind, limit=limit, max_tokens=max_tokens, adapter=terms, progress=progress
+            )
+            if shares and host_share == "auto":
+                _log.info("host_share: %s.", placed.space.choose_share())
+            elif shares:
+                placed.space.leave_to_host(float(host_share))
+            return Model(
+                checkpoint,
+                placed.store,
+                compute=compute,
+                device=accelerator.name,
+                max_tokens=placed.plans.device.context,
+                kv=kind,
+                budget=placed.budget,
+                tokenizer=tokenizer,
+                placed=placed,
+                adapter=terms,
+            )
     if vram is not None or host_share not in (0, "auto"):
         raise ConfigError("vram or host_share was given, and no device is used. Leave it out, or see `moss-jt doctor`.")
     launch.warm_up(progress)
@@ -142,6 +143,18 @@ def load_model(
         tokenizer=tokenizer,
         adapter=terms,
     )
+
+
+@contextlib.contextmanager
+def _given_back(device: Device, *, ours: bool) -> Iterator[None]:
+    """Close a device that was opened here, where loading onto it fails."""
+    try:
+        yield
+    except BaseException:
+        if ours:
+            with contextlib.suppress(KernelError):  # it may no longer answer at all
+                device.close()
+        raise
 
 
 def _accelerator(device: DeviceName | Device, vram: int | None, progress: Progress) -> Device | None:

@@ -15,7 +15,7 @@ from moss_jt.adapter import Adapter, AdapterShape, save_adapter
 from moss_jt.batch import single_batch
 from moss_jt.config import GenerationConfig
 from moss_jt.engine import Engine
-from moss_jt.errors import ConfigError
+from moss_jt.errors import ConfigError, DeviceMemoryError
 from moss_jt.load import load_model
 from moss_jt.memory import parse_size
 from moss_jt.messages import Request, TokenEvent
@@ -233,3 +233,23 @@ def test_what_loading_refuses(golden_model: Load, folder: Path) -> None:
     device: Any = HostDevice(folder, capacity=1 << 22)
     with pytest.raises(ConfigError, match="is too little for a context of"):
         load_model(model.path, device, "fast", memory=1 << 20)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_device_is_given_back_where_loading_fails(
+    ours: bool, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was opened for it; another stays its owner's."""
+    device = HostDevice(tmp_path)
+    closed: list[bool] = []
+    monkeypatch.setattr(device, "close", lambda: closed.append(True))
+    monkeypatch.setattr("moss_jt.load.open_accelerator", lambda *_: device)
+    monkeypatch.setattr("moss_jt.load.check_device", lambda _: None)
+
+    def full(*_: object, **__: object) -> None:
+        raise DeviceMemoryError("the device is full.")
+
+    monkeypatch.setattr("moss_jt.load.place", full)
+    with pytest.raises(DeviceMemoryError, match="is full"):
+        load_model(golden / "tiny-int4" / "g32", device="cuda" if ours else device)
+    assert closed == ([True] if ours else [])
