@@ -17,7 +17,7 @@ from moss_jt.errors import ServerError
 from moss_jt.language import Language
 from moss_jt.tools.citations import cited, without_begun
 from moss_jt.web.asking import NOT_FOUND, Asked, Asking
-from moss_jt.web.client import Picture, ServerClient, Turn, Wishes
+from moss_jt.web.client import Figures, Picture, ServerClient, Turn, Wishes
 from moss_jt.web.rendering import PICTURE_TYPES
 from moss_jt.web.rendering_markdown import answer_markdown, escaped, source_markdown
 from moss_jt.web.streamlit_uids import remember
@@ -47,10 +47,17 @@ STYLE = """<style>
 
 @dataclass
 class _Talk:
-    """A conversation of this page; without a uid until its first answer has begun."""
+    """A conversation of this page.
+
+    Attributes:
+        uid: None until its first answer has begun.
+        asking: what is being asked.
+        failed: the last question, where the server has nothing of it.
+    """
 
     uid: str | None = None
     asking: Asking | None = None
+    failed: Asked | None = None
 
 
 @dataclass
@@ -59,23 +66,29 @@ class _State:
 
     Attributes:
         talk: the conversation that is shown.
+        count: of its turns that the server had when it was drawn.
         asked: all in which something is being asked, also those that are not shown.
         uids: of one's conversations, the newest first, where the server lists none.
+        added: of these, what the browser has not confirmed yet.
         dropped: uids that were deleted here.
         titles: of conversations that were seen.
         pictures: that were fetched, by conversation and name.
         editing: the last question is being changed.
         speed: of the last answer, tokens per second; 0 where it is not known.
+        problem: to tell once.
     """
 
     talk: _Talk = field(default_factory=_Talk)
+    count: int = 0
     asked: list[_Talk] = field(default_factory=list)
     uids: list[str] = field(default_factory=list)
+    added: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     titles: dict[str, str] = field(default_factory=dict)
     pictures: dict[tuple[str, str], bytes] = field(default_factory=dict)
     editing: bool = False
     speed: float = 0.0
+    problem: str = ""
 
 
 def show() -> None:
@@ -87,27 +100,31 @@ def show() -> None:
         _show_languages()
     st.title(_say("title"), anchor=False)
     try:
-        figures = _client().figures()
-        ready = _client().readiness().ready
+        _show_page(state, _client().figures())
     except ServerError as error:
         if error.status == UNAUTHORISED:
             _show_login(error)
         else:
             _show_unreachable(str(error))
-        return
+
+
+def _show_page(state: _State, figures: Figures) -> None:
+    """What there is to see where the server answers."""
+    ready = _client().readiness().ready
     _settle(state, lists=figures.lists)
-    turns = _turns(state.talk.uid)
-    asks = state.talk.asking is not None
+    talk = state.talk
+    turns = _turns(talk.uid)
+    state.count = len(turns)
     with st.sidebar:
         _show_conversations(state, lists=figures.lists)
         with st.container(horizontal=True):  # also where it is empty: what comes behind it keeps its place
-            if turns and not asks:
-                _show_ways_out(state.talk.uid)
+            if talk.uid is not None and turns and talk.asking is None:
+                _show_ways_out(talk.uid)
         _show_sampling(figures.longest_answer or LONGEST_ANSWER)
         _show_figures(state.speed)
     if not ready:
         _show_loading()
-    st.chat_input(_say("ask"), key="prompt", disabled=asks or not ready, on_submit=_send)
+    st.chat_input(_say("ask"), key="prompt", disabled=talk.asking is not None or not ready, on_submit=_send)
     _show_talk(state, turns)
 
 
@@ -148,18 +165,20 @@ def _say(key: str, **values: object) -> str:
 
 def _send() -> None:
     """Ask what was typed."""
-    _ask(st.session_state["prompt"], number=len(_turns(_state().talk.uid)))
+    _ask(st.session_state["prompt"])
 
 
-def _ask(text: str, *, number: int, instead: bool = False) -> None:
+def _ask(text: str, *, instead: bool = False) -> None:
+    """Ask; where it is `instead`, the last turn is taken back before."""
     state = _state()
     talk = state.talk
-    if not text.strip() or (talk.asking is not None and not talk.asking.look().over):
+    if not text.strip() or talk.asking is not None:
         return
+    number = state.count - 1 if instead else state.count
     talk.asking = Asking(_client(), text, uid=talk.uid, number=number, wishes=_wishes(), instead=instead)
+    talk.failed = None
     state.editing = False
-    if talk not in state.asked:
-        state.asked.append(talk)
+    state.asked.append(talk)
 
 
 def _open(uid: str | None) -> None:
@@ -174,7 +193,7 @@ def _delete(uid: str) -> None:
         _client().delete(uid)
     except ServerError as error:
         if error.status != NOT_FOUND:
-            st.session_state["problem"] = str(error)
+            _state().problem = str(error)
             return
     _state().dropped.append(uid)
     _open(None)
@@ -200,20 +219,21 @@ def _wishes() -> Wishes:
 
 def _settle(state: _State, *, lists: bool) -> None:
     """Take note of conversations that have begun and of answers that are over."""
-    begun = []
     for talk in list(state.asked):
-        asked = talk.asking.look() if talk.asking is not None else None
-        if asked is not None and asked.uid is not None:
-            if talk.uid is None:
-                state.titles[asked.uid] = _title(asked.turn.human)
+        assert talk.asking is not None, "so it came into this list"
+        asked = talk.asking.look()
+        if asked.uid is not None and talk.uid is None:
             talk.uid = asked.uid
-            begun.append(asked.uid)
-        if asked is None or asked.kept:
-            state.speed = asked.tokens_per_s if asked is not None else state.speed
-            talk.asking = None
+            state.added.insert(0, asked.uid)
+        if asked.uid is not None and asked.number == 0:
+            state.titles[asked.uid] = _title(asked.turn.human)
+        if asked.over:
+            state.speed = asked.tokens_per_s or state.speed
+            talk.asking, talk.failed = None, None if asked.kept else asked
             state.asked.remove(talk)
     if not lists:
-        state.uids = remember(_server(), known=state.uids, added=begun[::-1], dropped=state.dropped)
+        state.uids = remember(_server(), known=state.uids, added=state.added, dropped=state.dropped)
+        state.added = [uid for uid in state.added if uid not in state.uids]
 
 
 def _title(text: str) -> str:
@@ -261,62 +281,59 @@ def _show_conversations(state: _State, *, lists: bool) -> None:
             )
 
 
-def _show_ways_out(uid: str | None) -> None:
-    if uid is not None:
-        st.download_button(
-            _say("export"), _client().export(uid), f"moss-{uid[:8]}.json", "application/json", on_click="ignore"
-        )
-        st.button(_say("delete"), on_click=_delete, args=(uid,))
+def _show_ways_out(uid: str) -> None:
+    name, content = f"moss-{uid[:8]}.json", _client().export(uid)
+    st.download_button(_say("export"), content, name, "application/json", on_click="ignore")
+    st.button(_say("delete"), on_click=_delete, args=(uid,))
 
 
 # ---- the conversation that is shown ---------------------------------------------------------------------------------
 
 
 def _show_talk(state: _State, turns: tuple[Turn, ...]) -> None:
-    if "problem" in st.session_state:
-        st.error(escaped(st.session_state.pop("problem")))
+    if state.problem:
+        st.error(escaped(state.problem))
+        state.problem = ""
     talk = state.talk
     if talk.asking is not None:
         turns = turns[: talk.asking.look().number]
-    elif not turns:
+    elif not turns and talk.failed is None:
         st.caption(_say("empty") if talk.uid is None else _say("gone"))
-    for number, turn in enumerate(turns):
-        edited = number if state.editing and number == len(turns) - 1 else None
-        _show_turn(turn, talk.uid, edited)
+    for turn in turns[:-1]:
+        _show_turn(turn, talk.uid)
+    if turns:
+        _show_turn(turns[-1], talk.uid, edits=state.editing)
     if talk.asking is not None:
         _show_asked(talk)
+    elif talk.failed is not None:
+        _show_failed(talk.failed)
     elif turns and not state.editing:
-        _show_ways_on(turns)
+        with st.container(horizontal=True):
+            st.button(_say("retry"), key="retry", on_click=_ask, args=(turns[-1].human,), kwargs={"instead": True})
+            st.button(_say("edit"), key="edit", on_click=_edit, args=(True,))
 
 
-def _show_turn(turn: Turn, uid: str | None, edited: int | None) -> None:
-    """Draw a turn; its question with a field to change it in, where `edited` is its number."""
+def _show_turn(turn: Turn, uid: str | None, *, edits: bool = False) -> None:
+    """Draw a turn, its question with a field to change it in where it `edits`."""
     with st.chat_message("user"):
-        if edited is None:
-            st.text(turn.human)
+        if edits:
+            _show_editor(turn.human)
         else:
-            _show_editor(turn.human, edited)
+            st.text(turn.human)
     with st.chat_message("assistant"):
         _show_answer(turn, uid)
 
 
-def _show_editor(text: str, number: int) -> None:
+def _show_editor(text: str) -> None:
     st.caption(_say("editing"))
     st.text_area(_say("edit"), text, key="edited", label_visibility="collapsed")
     with st.container(horizontal=True):
-        st.button(_say("send"), type="primary", on_click=_send_edited, args=(number,))
+        st.button(_say("send"), type="primary", on_click=_send_edited)
         st.button(_say("keep"), on_click=_edit, args=(False,))
 
 
-def _send_edited(number: int) -> None:
-    _ask(st.session_state["edited"], number=number, instead=True)
-
-
-def _show_ways_on(turns: tuple[Turn, ...]) -> None:
-    again = {"number": len(turns) - 1, "instead": True}
-    with st.container(horizontal=True):
-        st.button(_say("retry"), key="retry", on_click=_ask, args=(turns[-1].human,), kwargs=again)
-        st.button(_say("edit"), key="edit", on_click=_edit, args=(True,))
+def _send_edited() -> None:
+    _ask(st.session_state["edited"], instead=True)
 
 
 def _show_answer(turn: Turn, uid: str | None, *, over: bool = True) -> None:
@@ -359,28 +376,27 @@ def _show_asked(talk: _Talk) -> None:
     if talk.asking is None:
         return
     asked = talk.asking.look()
-    if asked.kept or (asked.uid is not None and talk.uid is None):
+    if asked.over or asked.uid != talk.uid:
         st.rerun()
     with st.chat_message("user"):
         st.text(asked.turn.human)
     with st.chat_message("assistant"):
         _show_answer(asked.turn, asked.uid, over=False)
-        if not asked.over:
-            if not asked.begun:
-                st.caption(_say("waiting"))
-            st.button(_say("stop"), key="stop", on_click=talk.asking.stop)
+        if not asked.begun:
+            st.caption(_say("waiting"))
+        st.button(_say("stop"), key="stop", on_click=talk.asking.stop)
+
+
+def _show_failed(asked: Asked) -> None:
+    """A question of which the server has nothing: it may be asked again."""
+    with st.chat_message("user"):
+        st.text(asked.turn.human)
+    with st.chat_message("assistant"):
+        if asked.error:
+            st.error(escaped(asked.error))
         else:
-            _show_failed(talk, asked)
-
-
-def _show_failed(talk: _Talk, asked: Asked) -> None:
-    """A question that the server does not have: it may be asked again."""
-    if asked.error:
-        st.error(escaped(asked.error))
-    else:
-        st.caption(_say("stopped"))
-    number = len(_turns(talk.uid))
-    st.button(_say("retry"), key="retry", on_click=_ask, args=(asked.turn.human,), kwargs={"number": number})
+            st.caption(_say("stopped"))
+        st.button(_say("retry"), key="retry", on_click=_ask, args=(asked.turn.human,))
 
 
 # ---- the side -------------------------------------------------------------------------------------------------------
@@ -439,12 +455,12 @@ def _show_login(error: ServerError) -> None:
     with st.form("login"):
         given = st.text_input(_say("key"), type="password")
         st.form_submit_button(_say("send"))
-    if given:
-        if st.session_state.get("key") == given.strip():
-            st.error(escaped(str(error)))
-        else:
-            st.session_state["key"] = given.strip()
-            st.rerun()
+    key = given.strip()
+    if key and key != st.session_state.get("key") and key.isascii() and key.isprintable():
+        st.session_state["key"] = key
+        st.rerun()
+    if key:
+        st.error(escaped(str(error)))
 
 
 def _show_unreachable(error: str) -> None:

@@ -8,20 +8,20 @@ from html import unescape
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from xss import TEXTS
 
 from moss_jt.web.client import Source
 from moss_jt.web.markup import cleaned
 from moss_jt.web.rendering_markdown import answer_markdown, escaped, source_markdown
 
-markdown_it = pytest.importorskip("markdown_it", reason="markdown-it-py is not installed: pip install -e '.[web]'")
 JOINER = "\u2060"
 SOURCES = (Source(1, "First *page*", "https://example.org/a_b?c=(d)"), Source(2, "Trap", "javascript:alert(1)"))
 
 
 def read(markdown: str) -> str:
     """HTML as a reader that takes GitHub's dialect makes it, HTML in the text included."""
-    html: str = markdown_it.MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
+    html: str = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(markdown)
     return html
 
 
