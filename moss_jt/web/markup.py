@@ -57,8 +57,8 @@ def _parser() -> MarkdownIt:
     parser.use(dollarmath_plugin, allow_labels=False, allow_space=False, allow_digits=False, double_inline=True)
     parser.inline.ruler.before("escape", "math_brackets", _math_in_brackets)
     parser.inline.ruler.before("escape", CITATION, _citation)
-    interrupts = {"alt": ["paragraph", "reference", "blockquote", "list"]}
-    parser.block.ruler.before("fence", "math_brackets_block", _block_in_brackets, interrupts)
+    interrupted = ["paragraph", "reference", "blockquote", "list"]
+    parser.block.ruler.before("fence", "math_brackets_block", _block_in_brackets, {"alt": interrupted})
     parser.validateLink = lambda url: bool(safe_url(url))  # type: ignore[method-assign]
     return parser
 
@@ -82,7 +82,7 @@ def _block_in_brackets(state: StateBlock, first: int, end: int, silent: bool) ->
     r"""\[ at the begin of a line up to \] at the end of one, whatever stands on the lines between."""
     if state.is_code_block(first) or not _line(state, first).startswith(r"\["):
         return False
-    lines = []
+    lines: list[str] = []
     for number in range(first, end):
         if state.sCount[number] < state.blkIndent and lines and _line(state, number):
             return False  # the list item that it began in is over

@@ -32,14 +32,14 @@ ROOT = Path(__file__).parents[2]
 SERVE = """
 import sys
 from moss_jt.web.streamlit_run import serve
-serve(sys.argv[1], sys.argv[2], port=0, on_listening=lambda url: print(url, flush=True))
+serve(sys.argv[1], port=0, on_listening=lambda url: print(url, flush=True))
 """
 
 
 @contextmanager
-def streamlit(server: LiveServer, key: str = "") -> Iterator[str]:
+def streamlit(server: LiveServer) -> Iterator[str]:
     """The address of a page that asks a server; Ctrl-C ends it."""
-    line = [sys.executable, "-c", SERVE, f"http://127.0.0.1:{server.port}", key]
+    line = [sys.executable, "-c", SERVE, f"http://127.0.0.1:{server.port}"]
     with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -315,12 +315,3 @@ def test_moss_tiny_thinks_calculates_and_answers(tab: Tab, tiny_server: LiveServ
         expect(fold).to_contain_text("Calculate(")
         expect(chat.page.get_by_test_id("stSidebar")).to_contain_text(re.compile(r"[1-9][0-9.]* tokens/s"))
         expect(chat.page.get_by_test_id("stSidebar")).to_contain_text(re.compile(r"held in memory: [1-9]"))
-
-
-def test_with_a_key_the_server_lists_ones_conversations(tab: Tab, keyed_server: LiveServer) -> None:
-    keyed_server.client("alice").say("of alice")
-    keyed_server.client("bob").say("of bob")
-    with streamlit(keyed_server, keyed_server.keys["alice"]) as address:
-        chat = Chat(tab.page).open(address)
-        expect(chat.titles()).to_have_text(["of alice"])
-        assert chat.page.evaluate("Object.keys(localStorage).filter(k => k.startsWith('moss-jt'))") == []

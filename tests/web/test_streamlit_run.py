@@ -79,9 +79,9 @@ def test_streamlit_sends_nothing_home_and_knows_no_other_names(monkeypatch: pyte
     assert (found["MOSS_JT_SERVER"], found["MOSS_JT_KEY"]) == ("http://127.0.0.1:9", "moss-key")
 
 
-def page(monkeypatch: pytest.MonkeyPatch, server: str, script: Path = SCRIPT) -> Any:
+def page(monkeypatch: pytest.MonkeyPatch, server: str, script: Path = SCRIPT, key: str = "") -> Any:
     monkeypatch.setenv("MOSS_JT_SERVER", server)
-    monkeypatch.delenv("MOSS_JT_KEY", raising=False)
+    monkeypatch.setenv("MOSS_JT_KEY", key)
     return AppTest.from_file(str(script), default_timeout=60).run()
 
 
@@ -120,3 +120,11 @@ def test_visitors_log_in_each_with_their_own_key(monkeypatch: pytest.MonkeyPatch
     labels = [button.label for button in app.sidebar.button]
     assert "of alice" in labels and "of bob" not in labels
     assert "of alice" not in [button.label for button in page(monkeypatch, os.environ["MOSS_JT_SERVER"]).button]
+
+
+def test_a_key_of_the_page_is_used_by_all_who_see_it(monkeypatch: pytest.MonkeyPatch, keyed_server: LiveServer) -> None:
+    keyed_server.client("alice").say("said by alice")
+    keyed_server.client("bob").say("said by bob")
+    app = page(monkeypatch, f"http://127.0.0.1:{keyed_server.port}", key=keyed_server.keys["bob"])
+    labels = [button.label for button in app.sidebar.button]
+    assert "said by bob" in labels and "said by alice" not in labels and not app.text_input
