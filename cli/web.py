@@ -204,7 +204,7 @@ def _show(ui: UI, url: str, key: str | None, *, host: str, port: int, logs_in: b
 
     visitors = Visitors(url, key)
     app = page_app(visitors, logs_in=logs_in)
-    PageServer(app, host=host, port=port, guarded=logs_in, on_listening=_greet, on_end=visitors.stop_all).run()
+    PageServer(app, host=host, port=port, guarded=logs_in, on_listening=_greet, on_end=visitors.close).run()
 
 
 def _greet(url: str) -> None:

@@ -14,7 +14,7 @@ import json
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -231,7 +231,7 @@ class Answer(Iterator[Event]):
         self._events.close()
         self._client.close()
 
-    def _read(self) -> Iterator[Event]:
+    def _read(self) -> Generator[Event, None, None]:
         uid, told = self._body.get("uid"), list[str]()
         try:
             with self._client.stream("POST", "/", json=self._body, extensions={"trace": self._traced}) as reply:

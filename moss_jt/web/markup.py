@@ -24,7 +24,10 @@ MATH = DISPLAY_MATH | {"math_inline"}
 
 MARKS = ("\ue0f0", "\ue0f1", "\ue0f2", "\ue0f3")  # our own around formulas; no text may hold them
 _NOT_TEXT = re.compile(f"[{''.join(MARKS)}\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
-_NOT_IN_URL = re.compile(r"[\s\x00-\x1f\x7f\\<>\"'`]")
+_FORMULA = {  # up to its end, which no backslash of its own takes away, as in \\\\)
+    end: re.compile(rf"((?:[^\\]|\\(?!{re.escape(end[1])}).)*){re.escape(end)}", re.DOTALL) for end in (r"\)", r"\]")
+}
+_NOT_IN_URL = re.compile(r"[\s\x00-\x1f\x7f\\<>\"`]")
 
 
 def cleaned(text: str) -> str:
@@ -54,8 +57,8 @@ def _parser() -> MarkdownIt:
     parser.use(dollarmath_plugin, allow_labels=False, allow_space=False, allow_digits=False, double_inline=True)
     parser.inline.ruler.before("escape", "math_brackets", _math_in_brackets)
     parser.inline.ruler.before("escape", CITATION, _citation)
-    interrupts = {"alt": ["paragraph", "reference", "blockquote", "list"]}
-    parser.block.ruler.before("fence", "math_brackets_block", _block_in_brackets, interrupts)
+    interrupted = ["paragraph", "reference", "blockquote", "list"]
+    parser.block.ruler.before("fence", "math_brackets_block", _block_in_brackets, {"alt": interrupted})
     parser.validateLink = lambda url: bool(safe_url(url))  # type: ignore[method-assign]
     return parser
 
@@ -64,13 +67,13 @@ def _math_in_brackets(state: StateInline, silent: bool) -> bool:
     r"""\( … \) and \[ … \] within a paragraph."""
     for opening, closing, kind in ((r"\(", r"\)", "math_inline"), (r"\[", r"\]", "math_inline_double")):
         if state.src.startswith(opening, state.pos):
-            end = state.src.find(closing, state.pos + 2, state.posMax)
-            if not state.src[state.pos + 2 : end].strip() or end < 0:
+            found = _FORMULA[closing].match(state.src, state.pos + 2, state.posMax)
+            if found is None or not found[1].strip():
                 return False
             if not silent:
                 token = state.push(kind, "math", 0)
-                token.content, token.markup = state.src[state.pos + 2 : end], opening
-            state.pos = end + 2
+                token.content, token.markup = found[1], opening
+            state.pos = found.end()
             return True
     return False
 
@@ -79,7 +82,7 @@ def _block_in_brackets(state: StateBlock, first: int, end: int, silent: bool) ->
     r"""\[ at the begin of a line up to \] at the end of one, whatever stands on the lines between."""
     if state.is_code_block(first) or not _line(state, first).startswith(r"\["):
         return False
-    lines = []
+    lines: list[str] = []
     for number in range(first, end):
         if state.sCount[number] < state.blkIndent and lines and _line(state, number):
             return False  # the list item that it began in is over

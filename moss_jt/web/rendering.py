@@ -1,7 +1,7 @@
 """Texts of people, models and tools as HTML that can do nothing: no script, no style, no picture from elsewhere.
 
 Everything is escaped that is not made here. An answer is Markdown (moss_jt.web.markup); all else is plain text.
-The HTML has no line breaks, so that nothing that reads it as Markdown or cuts its lines changes it. Formulas stand
+The HTML has no line breaks and tabs, so that nothing that reads it as Markdown or cuts its lines changes it. Formulas stand
 between FORMULAS, for KaTeX in the browser; no text can hold these marks.
 """
 
@@ -45,7 +45,7 @@ class Source(Protocol):
 def answer_html(text: str, sources: Sequence[Source] = ()) -> str:
     """An answer, its citations as links to the sources that they point to."""
     env = {"sources": {source.number: source for source in sources}}
-    return _block("answer", _AnswerRenderer().render(parse(text), _OPTIONS, env))
+    return _block("answer", _AnswerRenderer().render(parse(text), _OPTIONS, env).strip())
 
 
 def plain_html(text: str, kind: str = "plain") -> str:
@@ -81,7 +81,8 @@ def picture_html(content: bytes, type: str, words: str) -> str:
 
 
 def _block(kind: str, html: str) -> str:
-    return f'<div class="moss moss-{kind}" dir="auto">{html.strip()}</div>'.replace("\n", "&#10;")
+    made = f'<div class="moss moss-{kind}" dir="auto">{html}</div>'
+    return made.replace("\n", "&#10;").replace("\t", "&#9;")
 
 
 def _link(url: str, words: str, title: str = "") -> str:
@@ -101,9 +102,12 @@ class _AnswerRenderer(RendererHTML):
         return f"<pre><code{name}>{escape(tokens[idx].content)}</code></pre>"
 
     def link_open(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
-        """A link; markup.py let only http and https pass."""
+        """A link; markup.py let only http and https pass, and links to nowhere."""
+        where = safe_url(str(tokens[idx].attrGet("href")))
+        if not where:
+            return "<a>"  # leads nowhere
         named = f' title="{escape(str(tokens[idx].attrGet("title")))}"' if tokens[idx].attrGet("title") else ""
-        return f'<a href="{escape(safe_url(str(tokens[idx].attrGet("href"))))}"{named} {_LINK}>'
+        return f'<a href="{escape(where)}"{named} {_LINK}>'
 
     def image(self, tokens: Sequence[Token], idx: int, options: Any, env: Any) -> str:
         """A picture from elsewhere is not fetched: it becomes a link to it."""

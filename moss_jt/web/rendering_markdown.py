@@ -192,4 +192,5 @@ def _is_in(node: SyntaxTreeNode, *types: str) -> bool:
 
 def _tex(node: SyntaxTreeNode) -> str:
     """A formula without what would end it."""
-    return re.sub(r"(?<!\\)\$", r"\\$", node.content.strip().replace("\n\n", "\n"))
+    tex = re.sub(r"(?<!\\)((?:\\\\)*)\$", r"\1\\$", node.content.strip().replace("\n\n", "\n"))
+    return re.sub(r"(?<!\\)((?:\\\\)*)\\$", r"\1", tex)

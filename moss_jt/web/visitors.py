@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from moss_jt.errors import ServerError
@@ -61,13 +62,15 @@ class Visitors:
 
     def login(self, name: str, key: str) -> bool:
         """Let somebody in who has a key of the server and knows its name."""
-        try:
-            client = ServerClient(self._url, key.strip())
-            known = client.figures().user
-        except (ServerError, UnicodeEncodeError):  # a key is plain letters
-            return False
-        if not known or known != name.strip():
-            return False
+        with contextlib.ExitStack() as stack:
+            try:
+                client = stack.enter_context(ServerClient(self._url, key.strip()))
+                known = client.figures().user
+            except (ServerError, UnicodeEncodeError):  # a key is plain letters
+                return False
+            if not known or known != name.strip():
+                return False
+            stack.pop_all()  # it stays open
         self._own[known] = client
         return True
 
@@ -75,7 +78,9 @@ class Visitors:
         """One of them, by name where they logged in."""
         return Visitor(self._common if name is None else self._own[name], session, self._answers)
 
-    def stop_all(self) -> None:
-        """End all answers, when the page ends."""
+    def close(self) -> None:
+        """End all answers and connections, when the page ends."""
         for answer in list(self._answers.values()):
             answer.stop()
+        for client in (self._common, *self._own.values()):
+            client.close()

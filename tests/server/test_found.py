@@ -142,6 +142,7 @@ def test_a_file_of_the_first_version_is_taken_along(tmp_path: Path) -> None:
     )
     connection.commit()
     connection.close()
+    turns: list[dict[str, Any]] = []
     for _ in range(2):
         with LiveServer(tmp_path, tools=FindingTools()) as live:  # the first takes it along, the second finds it done
             client = live.client()

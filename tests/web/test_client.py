@@ -54,6 +54,13 @@ def ask(client: ServerClient, text: str, uid: str | None = None, wishes: Wishes 
         return list(answer)
 
 
+def uid_of(events: list[Event]) -> str:
+    """The conversation of an answer."""
+    last = events[-1]
+    assert isinstance(last, Finished) and last.uid is not None
+    return last.uid
+
+
 def test_an_answer_comes_in_order_and_is_kept(client: ServerClient) -> None:
     events = ask(client, "hello")
     started, thoughts, results, *deltas, finished = events
@@ -71,8 +78,7 @@ def test_sources_and_pictures_are_told_and_kept(client: ServerClient) -> None:
     events = ask(client, "@search rain")
     (results,) = [event for event in events if isinstance(event, Results)]
     assert results.sources == (Source(1, "A page", "https://example.org/page"), Source(2, "A book", ""))
-    uid = events[-1].uid if isinstance(events[-1], Finished) else None
-    assert uid is not None
+    uid = uid_of(events)
     (turn,) = client.conversation(uid).turns
     assert (turn.sources, turn.pictures, turn.results) == (results.sources, results.pictures, results.text)
     assert client.picture(uid, turn.pictures[0].name) == PictureFile(PICTURE, "image/png")
@@ -91,7 +97,7 @@ def test_a_wish_that_cannot_be_is_refused_in_the_words_of_the_server(client: Ser
 
 
 def test_a_turn_is_taken_back_and_said_anew(client: ServerClient) -> None:
-    uid = ask(client, "one")[-1].uid  # type: ignore[union-attr]
+    uid = uid_of(ask(client, "one"))
     ask(client, "two", uid)
     with pytest.raises(ServerError) as refused:
         client.take_back(uid, number=0)
@@ -153,7 +159,7 @@ def test_a_uid_leads_to_no_other_route(client: ServerClient) -> None:
 
 
 def test_a_conversation_is_exported_and_deleted(client: ServerClient) -> None:
-    uid = ask(client, "你好")[-1].uid  # type: ignore[union-attr]
+    uid = uid_of(ask(client, "你好"))
     assert "你好" in client.export(uid)
     assert json.loads(client.export(uid))["turns"][0]["answer"] == "you said 你好"
     client.delete(uid)

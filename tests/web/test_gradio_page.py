@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -48,7 +49,7 @@ def gradio(server: LiveServer, *, logs_in: bool = False) -> Iterator[str]:
         from moss_jt.web.gradio_page import page_app
 
         app = page_app(visitors, logs_in=logs_in)
-    page = PageServer(app, host="127.0.0.1", port=0, guarded=logs_in, on_end=visitors.stop_all)
+    page = PageServer(app, host="127.0.0.1", port=0, guarded=logs_in, on_end=visitors.close)
     thread = threading.Thread(target=page.run)
     thread.start()
     until(lambda: page.started or not thread.is_alive(), "the page listens")
@@ -64,11 +65,18 @@ def gradio(server: LiveServer, *, logs_in: bool = False) -> Iterator[str]:
 class Chat:
     """The page as its user sees it."""
 
-    page: Page
+    tab: Tab
+
+    @property
+    def page(self) -> Page:
+        return self.tab.page
 
     def open(self, address: str) -> Chat:
+        """Open the page, or open it again: Gradio then complains of the connection that ended with the last."""
         self.page.goto(address)
         expect(self.send).to_have_text(re.compile(f"{say('send', 'en')}|{say('send', 'zh')}"))
+        ended = ("AbortError: signal is aborted", "Connection errored out")
+        self.tab.problems[:] = [one for one in self.tab.problems if not any(words in one for words in ended)]
         return self
 
     def part(self, name: str) -> Locator:
@@ -146,8 +154,7 @@ class Opened:
 
     def begin(self) -> Chat:
         if not self.chat.send.is_visible():  # a test has failed in the midst of an answer
-            self.chat.page.reload()
-            expect(self.chat.send).to_be_visible()
+            self.chat.open(self.chat.page.url)
         self.chat.begin()
         return self.chat
 
@@ -160,14 +167,14 @@ class Opened:
 def opened(profile: Profile, address: str) -> Iterator[Opened]:
     """The page on the server without tools."""
     with profile.tab() as tab:
-        yield Opened(tab, Chat(tab.page).open(address))
+        yield Opened(tab, Chat(tab).open(address))
 
 
 @pytest.fixture(scope="module")
 def opened_finding(profile: Profile, finding_address: str) -> Iterator[Opened]:
     """The page on the server with tools."""
     with profile.tab() as tab:
-        yield Opened(tab, Chat(tab.page).open(finding_address))
+        yield Opened(tab, Chat(tab).open(finding_address))
 
 
 @pytest.fixture
@@ -225,7 +232,7 @@ def test_an_answer_is_stopped_and_kept(chat: Chat, toy_server: LiveServer) -> No
 
 def test_closing_the_tab_ends_the_answer(profile: Profile, address: str, toy_server: LiveServer) -> None:
     with profile.tab() as tab:
-        chat = Chat(tab.page).open(address)
+        chat = Chat(tab).open(address)
         chat.begin()
         chat.say("wait @hold")
         expect(chat.answers.last).to_contain_text("you said wait @hold")
@@ -308,7 +315,8 @@ def test_a_conversation_is_exported_as_the_server_has_it(chat: Chat) -> None:
 
 
 def test_tools_are_folded_sources_are_links_and_pictures_are_seen(finding: Chat, finding_address: str) -> None:
-    finding.say("@search rain <sup><|1|></sup> and <sup><|2|></sup>")
+    query = f"rain <sup><|1|></sup> and <sup><|2|></sup> {TEXTS['image']}"
+    finding.say(f"@search {query}")
     finding.await_answer("you said @search rain")
     for _ in range(2):  # as it came, and as it was kept
         thoughts = finding.page.get_by_text(say("thoughts", "en"), exact=True)
@@ -316,11 +324,11 @@ def test_tools_are_folded_sources_are_links_and_pictures_are_seen(finding: Chat,
         thoughts.click()
         parts = finding.page.locator(".moss-parts pre")
         expect(parts).to_have_count(3)
-        assert parts.first.inner_text() == "I think"
+        assert parts.all_inner_texts()[:2] == ["I think", f'Search("{query}")']
         assert parts.last.inner_text().endswith(f"=>\n<|1|>: '{TEXTS['image'] + TEXTS['breaks out']}'")
         links = finding.answers.last.locator("sup a")
-        assert [link.get_attribute("href") for link in links.all()] == [SOURCES[0].url]
-        assert links.first.get_attribute("rel") == "noopener noreferrer nofollow"
+        assert {link.get_attribute("href") for link in links.all()} == {SOURCES[0].url}
+        assert "noopener noreferrer" in (links.first.get_attribute("rel") or "")
         listed = finding.page.locator(".moss-sources li")
         assert listed.all_inner_texts() == [f"[1] {SOURCES[0].title}", f"[2] {SOURCES[1].title}"]
         picture = finding.page.locator(".moss-picture img")
@@ -330,19 +338,17 @@ def test_tools_are_folded_sources_are_links_and_pictures_are_seen(finding: Chat,
         expect(finding.questions).to_have_count(1)
 
 
-def test_texts_stay_texts(finding: Chat) -> None:
-    """In a question, in its answer, in thoughts, calls and results, in the list of conversations."""
-    for number, text in enumerate(TEXTS.values()):
-        finding.say(f"@search {text}")
-        expect(finding.questions).to_have_count(number + 1)
-        finding.await_answer("and found Search")
-    assert finding.questions.all_text_contents() == [f"@search {text}" for text in TEXTS.values()]
-    for thoughts in finding.page.get_by_text(say("thoughts", "en"), exact=True).all():
-        thoughts.click()
-    calls = finding.page.locator(".moss-parts pre:nth-of-type(2)")
-    expect(calls).to_have_count(len(TEXTS))
-    assert calls.all_text_contents() == [f'Search("{text}")' for text in TEXTS.values()]
-    expect(finding.titles.first).to_contain_text(f"@search {TEXTS['script']}"[:30])
+def test_texts_stay_texts(chat: Chat) -> None:
+    """In a question, in its answer, in the list of conversations; what tools find is in the test above."""
+    texts = list(TEXTS.values())
+    heaps = ["\n\n".join(texts[at : at + 4]) for at in range(0, len(texts), 4)]
+    for number, heap in enumerate(heaps):
+        chat.say(f"{heap}\n\nthe end of {number}")
+        chat.await_answer(f"the end of {number}")
+    assert chat.questions.all_text_contents() == [f"{heap}\n\nthe end of {n}" for n, heap in enumerate(heaps)]
+    for text in (TEXTS["script"], TEXTS["frame"], TEXTS["half"], TEXTS["link"]):
+        expect(chat.answers.filter(has_text=text)).to_have_count(1)
+    expect(chat.titles.first).to_contain_text(TEXTS["script"][:30])
 
 
 @pytest.mark.parametrize("name", ["script", "half", "link", "code", "formula"])
@@ -354,17 +360,17 @@ def test_a_text_that_still_arrives_stays_a_text(chat: Chat, name: str) -> None:
     expect(chat.send).to_be_visible()
 
 
-def test_the_language_is_switched_and_remembered(chromium: Chromium, address: str) -> None:
-    with chromium.tab(locale="zh-CN") as tab:
-        chat = Chat(tab.page).open(address)
-        expect(chat.send).to_have_text(say("send", "zh"))
-        chat.ask("你好")
-        tab.page.locator("#moss-language label").filter(has_text="English").click()
-        expect(chat.send).to_have_text(say("send", "en"))
-        expect(chat.part("state")).to_contain_text(say("tools", "en"))
-        expect(chat.questions).to_have_text(["你好"])
-        chat.open(address)
-        expect(chat.send).to_have_text(say("send", "en"))
+def test_the_language_is_switched_and_remembered(chat: Chat, address: str) -> None:
+    chat.ask("你好")
+    chat.part("language").get_by_text("中文").click()
+    expect(chat.send).to_have_text(say("send", "zh"))
+    expect(chat.part("state")).to_contain_text(say("tools", "zh"))
+    expect(chat.part("new")).to_have_text(say("new", "zh"))
+    expect(chat.questions).to_have_text(["你好"])
+    chat.open(address)
+    expect(chat.send).to_have_text(say("send", "zh"))
+    chat.part("language").get_by_text("English").click()
+    expect(chat.send).to_have_text(say("send", "en"))
 
 
 def told(chat: Chat) -> dict[str, str]:
@@ -388,8 +394,9 @@ def test_the_sliders_do_what_they_say(chat: Chat) -> None:
     chat.part("reset").click()
     expect(chat.part("temperature").locator("input[type=number]")).to_have_value("0.7")
     chat.ask("@settings", "temperature 0.7")
-    default = GenerationConfig()
-    assert told(chat) == {name: str(getattr(default, name)) for name in WISHES}
+    found, default = told(chat), GenerationConfig()
+    assert found.pop("seed") != "12", "another each time"
+    assert found == {name: str(getattr(default, name)) for name in found}
 
 
 def test_speed_and_memory_are_shown(chat: Chat) -> None:
@@ -409,32 +416,6 @@ def test_a_refusal_is_told_and_the_words_come_back(chat: Chat) -> None:
     chat.ask("well then")
 
 
-def test_each_logs_in_with_a_key_and_sees_their_own(chromium: Chromium, tmp_path: Path) -> None:
-    with LiveServer(tmp_path, keys=("alice", "bob")) as live, gradio(live, logs_in=True) as address:
-        with chromium.profile() as browser, browser.tab() as tab:
-            login(tab, address, "alice", live.keys["alice"])
-            chat = Chat(tab.page).open(address)
-            chat.ask("a secret")
-            expect(chat.titles).to_have_text(["a secret"])
-        with chromium.profile() as browser, browser.tab() as tab:
-            login(tab, address, "bob", live.keys["bob"])
-            chat = Chat(tab.page).open(address)
-            expect(chat.titles).to_have_count(0)
-            chat.ask("hello")
-            expect(chat.titles).to_have_text(["hello"])
-
-
-def login(tab: Tab, address: str, name: str, key: str) -> None:
-    """Show a key."""
-    tab.page.goto(address)
-    fields = tab.page.locator("input")
-    expect(fields).to_have_count(2)
-    fields.nth(0).fill(name)
-    fields.nth(1).fill(key)
-    tab.page.get_by_role("button").last.click()
-    expect(tab.page.locator("#moss-send")).to_be_visible()
-
-
 @pytest.fixture(scope="module")
 def keyed_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveServer, int]]:
     """A page that wants a key, and its port."""
@@ -443,22 +424,45 @@ def keyed_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveS
         yield live, int(address.rpartition(":")[2])
 
 
+def test_one_logs_in_with_a_key_and_sees_ones_own(profile: Profile, keyed_page: tuple[LiveServer, int]) -> None:
+    live, port = keyed_page
+    live.client("bob").say("what bob says")
+    with profile.tab() as tab:
+        tab.page.goto(f"http://127.0.0.1:{port}")
+        fields = tab.page.locator("input")
+        expect(fields).to_have_count(2)
+        fields.nth(0).fill("alice")
+        fields.nth(1).fill(live.keys["alice"])
+        tab.page.get_by_role("button").last.click()
+        chat = Chat(tab)
+        expect(chat.send).to_have_text(say("send", "en"))
+        expect(chat.titles).to_have_count(0)
+        chat.ask("a secret")
+        expect(chat.titles).to_have_text(["a secret"])
+    assert [one["title"] for one in live.client("alice").get("/v1/conversations").json["data"]] == ["a secret"]
+
+
 @pytest.mark.parametrize(
     ("name", "key"), [("alice", "wrong"), ("bob", "alice's"), ("", "alice's"), ("alice", ""), ("alice", "é\n")]
 )
 def test_nobody_gets_in_without_a_key_of_theirs(keyed_page: tuple[LiveServer, int], name: str, key: str) -> None:
     from moss_jt.web.visitors import Visitors
 
-    live, port = keyed_page
-    visitors = Visitors(f"http://127.0.0.1:{live.port}")
-    assert not visitors.login(name, live.keys["alice"] if key == "alice's" else key)
-    assert visitors.login("alice", live.keys["alice"])
-    page = Client(port)
-    assert b"moss-send" not in page.get("/").body, "the page itself is not told before the login"
-    assert page.get("/config").status == 401
-    assert page.get("/gradio_api/info").status == 401
-    joined = page.post("/gradio_api/queue/join", {"fn_index": 0, "data": [], "session_hash": "x"})
-    assert joined.status == 401
+    live, _ = keyed_page
+    with contextlib.closing(Visitors(f"http://127.0.0.1:{live.port}")) as visitors:
+        assert not visitors.login(name, live.keys["alice"] if key == "alice's" else key)
+        assert visitors.login("alice", live.keys["alice"])
+        assert visitors.visitor("alice", "x").client.figures().user == "alice"
+
+
+def test_a_page_that_wants_a_key_does_nothing_without(keyed_page: tuple[LiveServer, int]) -> None:
+    page = Client(keyed_page[1])
+    assert b"moss-send" not in page.get("/").body, "what is on the page is not told before the login"
+    for path in ("/config", "/gradio_api/info"):
+        assert page.get(path).status == 401, path
+    asked = {"fn_index": 0, "data": [], "session_hash": "x"}
+    for path in ("/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/upload"):
+        assert page.post(path, asked).status == 401, path
 
 
 @pytest.mark.parametrize(
