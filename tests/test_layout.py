@@ -309,7 +309,9 @@ def test_both_readmes_say_the_same() -> None:
     assert sorted(numbers.findall(english)) == sorted(numbers.findall(chinese))
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/architecture.md", "docs/tools.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "README.zh.md", "docs/architecture.md", "docs/tools.md", "docs/web.md", "CHANGELOG.md"]
+)
 def test_links_of_pages_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]

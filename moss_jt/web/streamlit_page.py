@@ -6,32 +6,34 @@ Every text of a person, a model or a tool goes through st.text, or through moss_
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import streamlit as st
 
 from moss_jt.errors import ServerError
-from moss_jt.language import Language
 from moss_jt.tools.citations import cited, without_begun
 from moss_jt.web.asking import NOT_FOUND, Asked, Asking
-from moss_jt.web.client import Figures, Picture, ServerClient, Turn, Wishes
+from moss_jt.web.client import Figures, Picture, Turn, Wishes
 from moss_jt.web.rendering import PICTURE_TYPES
 from moss_jt.web.rendering_markdown import answer_markdown, escaped, source_markdown
+from moss_jt.web.streamlit_access import (
+    client,
+    language,
+    server_url,
+    show_loading,
+    show_login,
+    show_unreachable,
+    told,
+    words,
+)
 from moss_jt.web.streamlit_uids import remember
 from moss_jt.web.talks import rows_of
-from moss_jt.web.words import LANGUAGES, language_of, say
+from moss_jt.web.words import LANGUAGES, language_of
 
-SERVER_VARIABLE = "MOSS_JT_SERVER"
-KEY_VARIABLE = "MOSS_JT_KEY"
-DEFAULT_SERVER = "http://127.0.0.1:19324"
 POLL_S = 0.25
 FIGURES_S = 3.0
-LOADING_S = 1.0
 LISTED = 50
-CLIENTS = 100  # that are kept, each for a key
 UNAUTHORISED = 401
 UNSCROLLED = 5  # conversations
 LIST_HEIGHT = 240
@@ -51,11 +53,13 @@ class _Talk:
 
     Attributes:
         uid: None until its first answer has begun.
+        is_new: its first answer has begun, and the server has nothing of it yet.
         asking: what is being asked.
         failed: the last question, where the server has nothing of it.
     """
 
     uid: str | None = None
+    is_new: bool = False
     asking: Asking | None = None
     failed: Asked | None = None
 
@@ -73,6 +77,7 @@ class _State:
         dropped: uids that were deleted here.
         titles: of conversations that were seen.
         pictures: that were fetched, by conversation and name.
+        wishes: what the sliders said; Streamlit forgets it while they are not drawn.
         editing: the last question is being changed.
         speed: of the last answer, tokens per second; 0 where it is not known.
         problem: to tell once.
@@ -86,6 +91,7 @@ class _State:
     dropped: list[str] = field(default_factory=list)
     titles: dict[str, str] = field(default_factory=dict)
     pictures: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    wishes: Wishes = field(default_factory=Wishes)
     editing: bool = False
     speed: float = 0.0
     problem: str = ""
@@ -98,19 +104,19 @@ def show() -> None:
     state = _state()
     with st.sidebar:
         _show_languages()
-    st.title(_say("title"), anchor=False)
+    st.title(words("title"), anchor=False)
     try:
-        _show_page(state, _client().figures())
+        _show_page(state, client().figures())
     except ServerError as error:
         if error.status == UNAUTHORISED:
-            _show_login(error)
+            show_login(error)
         else:
-            _show_unreachable(str(error))
+            show_unreachable(str(error))
 
 
 def _show_page(state: _State, figures: Figures) -> None:
     """What there is to see where the server answers."""
-    ready = _client().readiness().ready
+    ready = client().readiness().ready
     _settle(state, lists=figures.lists)
     talk = state.talk
     turns = _turns(talk.uid)
@@ -120,11 +126,11 @@ def _show_page(state: _State, figures: Figures) -> None:
         with st.container(horizontal=True):  # also where it is empty: what comes behind it keeps its place
             if talk.uid is not None and turns and talk.asking is None:
                 _show_ways_out(talk.uid)
-        _show_sampling(figures.longest_answer or LONGEST_ANSWER)
+        _show_sampling(state, figures.longest_answer or LONGEST_ANSWER)
         _show_figures(state.speed)
     if not ready:
-        _show_loading()
-    st.chat_input(_say("ask"), key="prompt", disabled=talk.asking is not None or not ready, on_submit=_send)
+        show_loading()
+    st.chat_input(words("ask"), key="prompt", disabled=talk.asking is not None or not ready, on_submit=_send)
     _show_talk(state, turns)
 
 
@@ -132,32 +138,8 @@ def _state() -> _State:
     if "state" not in st.session_state:
         st.session_state["state"] = _State()
         st.session_state["language"] = language_of(st.context.headers.get("Accept-Language"))
-        _reset_sampling()
     state: _State = st.session_state["state"]
     return state
-
-
-def _client() -> ServerClient:
-    """Asks the server with the key of the page, or else with that of this visitor."""
-    return _client_of(_server(), os.environ.get(KEY_VARIABLE) or st.session_state.get("key") or None)
-
-
-@st.cache_resource(show_spinner=False, max_entries=CLIENTS)
-def _client_of(server: str, key: str | None) -> ServerClient:
-    return ServerClient(server, key)
-
-
-def _server() -> str:
-    return os.environ.get(SERVER_VARIABLE) or DEFAULT_SERVER
-
-
-def _language() -> Language:
-    language: Language = st.session_state["language"]
-    return language
-
-
-def _say(key: str, **values: object) -> str:
-    return say(key, _language(), **values)
 
 
 # ---- what is clicked ------------------------------------------------------------------------------------------------
@@ -175,7 +157,7 @@ def _ask(text: str, *, instead: bool = False) -> None:
     if not text.strip() or talk.asking is not None:
         return
     number = state.count - 1 if instead else state.count
-    talk.asking = Asking(_client(), text, uid=talk.uid, number=number, wishes=_wishes(), instead=instead)
+    talk.asking = Asking(client(), text, uid=talk.uid, number=number, wishes=_wishes(), instead=instead)
     talk.failed = None
     state.editing = False
     state.asked.append(talk)
@@ -190,7 +172,7 @@ def _open(uid: str | None) -> None:
 
 def _delete(uid: str) -> None:
     try:
-        _client().delete(uid)
+        client().delete(uid)
     except ServerError as error:
         if error.status != NOT_FOUND:
             _state().problem = str(error)
@@ -223,29 +205,39 @@ def _settle(state: _State, *, lists: bool) -> None:
         assert talk.asking is not None, "so it came into this list"
         asked = talk.asking.look()
         if asked.uid is not None and talk.uid is None:
-            talk.uid = asked.uid
+            talk.uid, talk.is_new = asked.uid, True
             state.added.insert(0, asked.uid)
         if asked.uid is not None and asked.number == 0:
             state.titles[asked.uid] = _title(asked.turn.human)
         if asked.over:
-            state.speed = asked.tokens_per_s or state.speed
-            talk.asking, talk.failed = None, None if asked.kept else asked
-            state.asked.remove(talk)
+            _end(state, talk, asked)
     if not lists:
-        state.uids = remember(_server(), known=state.uids, added=state.added, dropped=state.dropped)
-        state.added = [uid for uid in state.added if uid not in state.uids]
+        state.uids = remember(server_url(), known=state.uids, added=state.added, dropped=state.dropped)
+        state.added = [uid for uid in state.added if uid not in (*state.uids, *state.dropped)]
+
+
+def _end(state: _State, talk: _Talk, asked: Asked) -> None:
+    """Take note that an answer is over."""
+    state.asked.remove(talk)
+    state.speed = asked.tokens_per_s or state.speed
+    talk.asking, talk.failed = None, None if asked.kept else asked
+    if talk.is_new and talk.uid is not None and not asked.kept:
+        state.dropped.append(talk.uid)  # it has never been
+        talk.uid = None
+    talk.is_new = False
 
 
 def _title(text: str) -> str:
-    return " ".join(text.split())[:60] or _say("no_title")
+    return " ".join(text.split())[:60] or words("no_title")
 
 
 def _listed(state: _State, *, lists: bool) -> Iterator[tuple[str, str]]:
     """One's conversations, the newest first, with their titles."""
     if lists:
-        yield from ((one.uid, _title(one.title)) for one in _client().conversations()[:LISTED])
+        yield from ((one.uid, _title(one.title)) for one in client().conversations()[:LISTED])
         return
-    for uid in state.uids[:LISTED]:
+    own = [uid for uid in dict.fromkeys([*state.added, *state.uids]) if uid not in state.dropped]
+    for uid in own[:LISTED]:
         if uid not in state.titles:
             turns = _turns(uid)
             if not turns:
@@ -259,7 +251,7 @@ def _turns(uid: str | None) -> tuple[Turn, ...]:
     if uid is None:
         return ()
     try:
-        return _client().conversation(uid).turns
+        return client().conversation(uid).turns
     except ServerError as error:
         if error.status != NOT_FOUND:
             raise
@@ -267,7 +259,7 @@ def _turns(uid: str | None) -> tuple[Turn, ...]:
 
 
 def _show_conversations(state: _State, *, lists: bool) -> None:
-    st.button(_say("new"), key="new", on_click=_open, args=(None,), width="stretch")
+    st.button(words("new"), key="new", on_click=_open, args=(None,), width="stretch")
     listed = list(_listed(state, lists=lists))
     with st.container(height=LIST_HEIGHT if len(listed) > UNSCROLLED else "content", border=False, key="conversations"):
         for uid, title in listed:
@@ -282,9 +274,9 @@ def _show_conversations(state: _State, *, lists: bool) -> None:
 
 
 def _show_ways_out(uid: str) -> None:
-    name, content = f"moss-{uid[:8]}.json", _client().export(uid)
-    st.download_button(_say("export"), content, name, "application/json", on_click="ignore")
-    st.button(_say("delete"), on_click=_delete, args=(uid,))
+    name, content = f"moss-{uid[:8]}.json", client().export(uid)
+    st.download_button(words("export"), content, name, "application/json", on_click="ignore")
+    st.button(words("delete"), on_click=_delete, args=(uid,))
 
 
 # ---- the conversation that is shown ---------------------------------------------------------------------------------
@@ -298,7 +290,7 @@ def _show_talk(state: _State, turns: tuple[Turn, ...]) -> None:
     if talk.asking is not None:
         turns = turns[: talk.asking.look().number]
     elif not turns and talk.failed is None:
-        st.caption(_say("empty") if talk.uid is None else _say("gone"))
+        st.caption(words("empty") if talk.uid is None else words("gone"))
     for turn in turns[:-1]:
         _show_turn(turn, talk.uid)
     if turns:
@@ -309,8 +301,8 @@ def _show_talk(state: _State, turns: tuple[Turn, ...]) -> None:
         _show_failed(talk.failed)
     elif turns and not state.editing:
         with st.container(horizontal=True):
-            st.button(_say("retry"), key="retry", on_click=_ask, args=(turns[-1].human,), kwargs={"instead": True})
-            st.button(_say("edit"), key="edit", on_click=_edit, args=(True,))
+            st.button(words("retry"), key="retry", on_click=_ask, args=(turns[-1].human,), kwargs={"instead": True})
+            st.button(words("edit"), key="edit", on_click=_edit, args=(True,))
 
 
 def _show_turn(turn: Turn, uid: str | None, *, edits: bool = False) -> None:
@@ -325,11 +317,11 @@ def _show_turn(turn: Turn, uid: str | None, *, edits: bool = False) -> None:
 
 
 def _show_editor(text: str) -> None:
-    st.caption(_say("editing"))
-    st.text_area(_say("edit"), text, key="edited", label_visibility="collapsed")
+    st.caption(words("editing"))
+    st.text_area(words("edit"), text, key="edited", label_visibility="collapsed")
     with st.container(horizontal=True):
-        st.button(_say("send"), type="primary", on_click=_send_edited)
-        st.button(_say("keep"), on_click=_edit, args=(False,))
+        st.button(words("send"), type="primary", on_click=_send_edited)
+        st.button(words("keep"), on_click=_edit, args=(False,))
 
 
 def _send_edited() -> None:
@@ -338,10 +330,10 @@ def _send_edited() -> None:
 
 def _show_answer(turn: Turn, uid: str | None, *, over: bool = True) -> None:
     if turn.thoughts or turn.commands or turn.results:
-        with st.expander(_say("thoughts")):
+        with st.expander(words("thoughts")):
             for key, text in (("thinks", turn.thoughts), ("commands", turn.commands), ("results", turn.results)):
                 if text:
-                    st.caption(_say(key))
+                    st.caption(words(key))
                     st.text(text)
     st.markdown(answer_markdown(turn.answer if over else without_begun(turn.answer), turn.sources))
     if over and uid is not None:
@@ -350,24 +342,24 @@ def _show_answer(turn: Turn, uid: str | None, *, over: bool = True) -> None:
     numbers = cited(turn.answer)
     lines = [f"- {escaped(f'[{one.number}]')} {source_markdown(one)}" for one in turn.sources if one.number in numbers]
     if lines:
-        st.caption(f"{_say('sources')}\n" + "\n".join(lines))
+        st.caption(f"{words('sources')}\n" + "\n".join(lines))
     note = {"cancelled": "stopped", "length": "cut_length", "time": "cut_time"}.get(turn.reason)
     if over and note is not None:
-        st.caption(_say(note))
+        st.caption(words(note))
 
 
 def _show_picture(uid: str, picture: Picture) -> None:
     kept = _state().pictures
     if (uid, picture.name) not in kept:
         try:
-            found = _client().picture(uid, picture.name)
+            found = client().picture(uid, picture.name)
         except ServerError as error:
             st.caption(escaped(str(error)))
             return
         kept[uid, picture.name] = found.content if found.type in PICTURE_TYPES else b""
     if kept[uid, picture.name]:
         st.image(kept[uid, picture.name])
-    st.caption(escaped(picture.note or _say("picture")))
+    st.caption(escaped(picture.note or words("picture")))
 
 
 @st.fragment(run_every=POLL_S)
@@ -383,8 +375,8 @@ def _show_asked(talk: _Talk) -> None:
     with st.chat_message("assistant"):
         _show_answer(asked.turn, asked.uid, over=False)
         if not asked.begun:
-            st.caption(_say("waiting"))
-        st.button(_say("stop"), key="stop", on_click=talk.asking.stop)
+            st.caption(words("waiting"))
+        st.button(words("stop"), key="stop", on_click=talk.asking.stop)
 
 
 def _show_failed(asked: Asked) -> None:
@@ -395,8 +387,8 @@ def _show_failed(asked: Asked) -> None:
         if asked.error:
             st.error(escaped(asked.error))
         else:
-            st.caption(_say("stopped"))
-        st.button(_say("retry"), key="retry", on_click=_ask, args=(asked.turn.human,))
+            st.caption(words("stopped"))
+        st.button(words("retry"), key="retry", on_click=_ask, args=(asked.turn.human,))
 
 
 # ---- the side -------------------------------------------------------------------------------------------------------
@@ -404,85 +396,40 @@ def _show_failed(asked: Asked) -> None:
 
 def _show_languages() -> None:
     st.radio(
-        _say("language"),
+        words("language"),
         list(LANGUAGES),
         key="language",
-        format_func=lambda language: LANGUAGES[language],
+        format_func=lambda name: LANGUAGES[name],
         horizontal=True,
         label_visibility="collapsed",
     )
 
 
-def _show_sampling(longest: int) -> None:
+def _show_sampling(state: _State, longest: int) -> None:
+    for name, value in vars(state.wishes).items():
+        st.session_state.setdefault(name, value)
     st.session_state["max_new_tokens"] = min(st.session_state["max_new_tokens"], longest)
-    with st.expander(_say("sampling")):
-        st.slider(_say("temperature"), 0.0, 2.0, step=0.05, key="temperature", help=_say("temperature_info"))
-        st.slider(_say("top_p"), 0.0, 1.0, step=0.01, key="top_p", help=_say("top_p_info"))
-        st.slider(_say("top_k"), 0, 200, step=1, key="top_k", help=_say("top_k_info"))
+    with st.expander(words("sampling")):
+        st.slider(words("temperature"), 0.0, 2.0, step=0.05, key="temperature", help=words("temperature_info"))
+        st.slider(words("top_p"), 0.0, 1.0, step=0.01, key="top_p", help=words("top_p_info"))
+        st.slider(words("top_k"), 0, 200, step=1, key="top_k", help=words("top_k_info"))
         st.slider(
-            _say("repetition_penalty"),
+            words("repetition_penalty"),
             1.0,
             2.0,
             step=0.01,
             key="repetition_penalty",
-            help=_say("repetition_penalty_info"),
+            help=words("repetition_penalty_info"),
         )
-        st.slider(_say("max_new_tokens"), 1, longest, step=1, key="max_new_tokens")
-        st.number_input(_say("seed"), min_value=0, step=1, key="seed", help=_say("seed_info"))
-        st.button(_say("reset"), on_click=_reset_sampling)
+        st.slider(words("max_new_tokens"), 1, longest, step=1, key="max_new_tokens")
+        st.number_input(words("seed"), min_value=0, step=1, key="seed", help=words("seed_info"))
+        st.button(words("reset"), on_click=_reset_sampling)
+    state.wishes = _wishes()
 
 
 @st.fragment(run_every=FIGURES_S)
 def _show_figures(speed: float) -> None:
     """What the server does, drawn anew by itself."""
-    with _told():
-        rows = rows_of(_client().figures(), _language(), speed)
+    with told():
+        rows = rows_of(client().figures(), language(), speed)
         st.caption("\\\n".join(f"{escaped(name)}: {escaped(value)}" for name, value in rows))
-
-
-@st.fragment(run_every=LOADING_S)
-def _show_loading() -> None:
-    """How far loading has come; at the end of it the page is drawn anew."""
-    with _told():
-        found = _client().readiness()
-        if found.ready:
-            st.rerun()
-        st.progress(min(1.0, found.share), _say("loading", task=escaped(found.task), percent=round(found.share * 100)))
-
-
-def _show_login(error: ServerError) -> None:
-    """Ask for a key; it stays in the memory of this page, for as long as its visitor is there."""
-    with st.form("login"):
-        given = st.text_input(_say("key"), type="password")
-        st.form_submit_button(_say("send"))
-    key = given.strip()
-    if key and key != st.session_state.get("key") and key.isascii() and key.isprintable():
-        st.session_state["key"] = key
-        st.rerun()
-    if key:
-        st.error(escaped(str(error)))
-
-
-def _show_unreachable(error: str) -> None:
-    st.error(escaped(error))
-    _wait_for_server(error)
-
-
-@st.fragment(run_every=LOADING_S)
-def _wait_for_server(error: str) -> None:
-    st.caption(_say("waiting"))
-    try:
-        _client().figures()
-    except ServerError as now:
-        if str(now) == error:
-            return
-    st.rerun()
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Show an error of the server in place of what is missing."""
-    try:
-        yield
-    except ServerError as error:
-        st.caption(escaped(str(error)))

@@ -89,9 +89,10 @@ def test_why_a_server_cannot_start_is_told(tmp_path: Path) -> None:
 class Running:
     """The program, in a group of processes of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.log = folder / "log"
-        line = [sys.executable, "-m", "moss_jt.cli", "web", "--port", "0", "--database", str(folder / "moss.db")]
+        options = options or ("--database", str(folder / "moss.db"))
+        line = [sys.executable, "-m", "moss_jt.cli", "web", "--port", "0", *options]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 line, stderr=log, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True
@@ -121,6 +122,27 @@ def test_page_and_server_begin_with_one_command_and_end_with_ctrl_c(tmp_path: Pa
     assert running.process.wait(60) == 0, running.told
     assert "Traceback" not in running.told
     until(running.is_gone, "the server has ended, too")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_other_page_begins_and_ends_in_the_same_way(
+    servers: dict[str, LiveServer], tmp_path: Path, number: signal.Signals
+) -> None:
+    pytest.importorskip("streamlit", reason="streamlit is not installed: pip install -e '.[web]'")
+    running = Running(tmp_path, "--ui", "streamlit", "--server", f"http://127.0.0.1:{servers['open'].port}")
+    assert b"<title>Streamlit</title>" in running.page.get("/").body
+    os.killpg(running.process.pid, number)
+    running.process.wait(60)
+    assert "Traceback" not in running.told
+
+    def is_gone() -> bool:
+        try:
+            running.page.get("/healthz")
+        except ConnectionError:
+            return True
+        return False
+
+    until(is_gone, "Streamlit has ended, too")
 
 
 def test_a_server_ends_with_a_page_that_is_killed(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from live_server import LiveServer, until
 
-from moss_jt.errors import ConfigError
+from moss_jt.errors import ConfigError, ServerError
 from moss_jt.web import streamlit_run
+from moss_jt.web.asking import Asking
 from moss_jt.web.client import Readiness, ServerClient
 from moss_jt.web.streamlit_run import SCRIPT, serve
 from moss_jt.web.words import say
@@ -79,6 +80,12 @@ def test_streamlit_sends_nothing_home_and_knows_no_other_names(monkeypatch: pyte
     assert (found["MOSS_JT_SERVER"], found["MOSS_JT_KEY"]) == ("http://127.0.0.1:9", "moss-key")
 
 
+@pytest.fixture(autouse=True)
+def own_main(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An app in this process becomes the program; processes that later tests start must not run it."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+
 def page(monkeypatch: pytest.MonkeyPatch, server: str, script: Path = SCRIPT, key: str = "") -> Any:
     monkeypatch.setenv("MOSS_JT_SERVER", server)
     monkeypatch.setenv("MOSS_JT_KEY", key)
@@ -128,3 +135,39 @@ def test_a_key_of_the_page_is_used_by_all_who_see_it(monkeypatch: pytest.MonkeyP
     app = page(monkeypatch, f"http://127.0.0.1:{keyed_server.port}", key=keyed_server.keys["bob"])
     labels = [button.label for button in app.sidebar.button]
     assert "said by bob" in labels and "said by alice" not in labels and not app.text_input
+
+
+def test_the_sliders_keep_their_places_while_the_server_is_away(
+    monkeypatch: pytest.MonkeyPatch, toy_server: LiveServer
+) -> None:
+    app = page(monkeypatch, f"http://127.0.0.1:{toy_server.port}")
+    app.slider(key="temperature").set_value(0.25).run()
+
+    def fail(_: ServerClient) -> None:
+        raise ServerError("it is away.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ServerClient, "figures", fail)
+        assert "it is away" in app.run().error[0].value
+    app.run()
+    assert not app.exception and not app.error
+    assert app.slider(key="temperature").value == 0.25
+
+
+def test_a_conversation_that_never_began_is_begun_anew(monkeypatch: pytest.MonkeyPatch, toy_server: LiveServer) -> None:
+    app = page(monkeypatch, f"http://127.0.0.1:{toy_server.port}")
+
+    def await_button(key: str) -> None:
+        until(lambda: key in [button.key for button in app.run().button], key)
+        assert not app.exception
+
+    monkeypatch.setattr(Asking, "_is_stored", lambda _: False)  # as where the server dies in the middle
+    app.chat_input[0].set_value("gone @hold").run()
+    until(lambda: any("you said gone" in text.value for text in app.run().markdown), "the answer")
+    app.button(key="stop").click().run()
+    await_button("retry")
+    assert [text.value for text in app.text] == ["gone @hold"]
+    app.chat_input[0].set_value("hello").run()
+    await_button("edit")
+    assert [text.value for text in app.text] == ["hello"]
+    assert [button.label for button in app.sidebar.button][1] == "hello"
