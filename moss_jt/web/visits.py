@@ -20,7 +20,7 @@ from moss_jt.web.talks import RUNNING, Talk, advanced, open_talk, with_pictures
 from moss_jt.web.visitors import Visitor
 from moss_jt.web.words import say
 
-SHOW_S = 0.05  # what comes within it is shown together
+SHOW_S = 0.1  # what comes within it is shown together
 _MOST_KEPT = 200  # conversations that a browser remembers
 NOT_FOUND = 404
 
@@ -130,30 +130,33 @@ def said(visitor: Visitor, view: View, text: str, wishes: Wishes) -> Iterator[Vi
         view = replace(view, text="", draft=Turn(text, "", RUNNING))
         yield view
         answer = visitor.begin(client.ask(text, uid=view.talk.uid, wishes=wishes))
-        view = yield from _answered(answer, view)
+        view = yield from _answered(client, answer, view)
         view = replace(view, talk=with_pictures(client, view.talk))
-    except ServerError as error:
+    except ServerError as error:  # the last turn is not what it was taken for
         view = _broken(client, view, text, error)
     finally:
         visitor.end()
     yield _listed(client, replace(view, draft=None))
 
 
-def _answered(answer: Answer, view: View) -> Generator[View, None, View]:
+def _answered(client: ServerClient, answer: Answer, view: View) -> Generator[View, None, View]:
     """What is shown while an answer comes; what it returns has the turn as part of the conversation."""
     draft, before = view.draft, view.talk
     assert draft is not None, "there is a question"
     speed = 0.0
-    for events in _batches(answer):
-        for event in events:
-            draft = advanced(draft, event)
-            if isinstance(event, Started):
-                view = _remembered(replace(view, talk=replace(view.talk, uid=event.uid)), draft.human)
-            elif isinstance(event, Finished):
-                speed = event.tokens_per_s
-        view = replace(view, draft=draft)
-        if draft.reason == RUNNING:
-            yield view
+    try:
+        for events in _batches(answer):
+            for event in events:
+                draft = advanced(draft, event)
+                if isinstance(event, Started):
+                    view = _remembered(replace(view, talk=replace(view.talk, uid=event.uid)), draft.human)
+                elif isinstance(event, Finished):
+                    speed = event.tokens_per_s
+            view = replace(view, draft=draft)
+            if draft.reason == RUNNING:
+                yield view
+    except ServerError as error:
+        return _broken(client, view, draft.human, error)
     if draft.reason == "cancelled" and not draft.answer:  # the server keeps nothing of it
         return replace(view, talk=before, text=draft.human)
     return replace(view, talk=replace(view.talk, turns=(*before.turns, draft), speed=speed))
@@ -217,8 +220,8 @@ def _broken(client: ServerClient, view: View, text: str, error: ServerError) -> 
         try:
             view = replace(view, talk=open_talk(client, view.talk.uid))
         except ServerError as second:
-            view = _failed(client, view, view.talk.uid, second) if turns else replace(view, talk=Talk())
-    kept = len(view.talk.turns) > turns
+            view = _failed(client, view, view.talk.uid, second)
+    kept = view.draft is not None and len(view.talk.turns) > turns
     return replace(view, text="" if kept else text, editing=False, warning=str(error))
 
 
