@@ -18,7 +18,7 @@ from moss_tiny.intents import frames_of, read_intents
 from moss_tiny.numbers import draw, draw_decimal, is_held_back
 from moss_tiny.questions import COUNTS, Question, make_questions
 from moss_tiny.results import calls_of, results_of
-from moss_tiny.roughness import noisy, reworded, rough, wrapped
+from moss_tiny.roughness import noisy, reworded, rough, thinned, wrapped
 from moss_tiny.scoring import is_same_call
 from moss_tiny.turns import TOOL_OF
 from moss_tiny.wordings import LANGUAGES, Language, expand, read_blocks, texts
@@ -250,7 +250,11 @@ def test_rough_questions_keep_what_they_ask() -> None:
         words = noisy(rng, "one two three", "en").split()
         assert [word for word in words if word in ("one", "two", "three")] == ["one", "two", "three"]
         assert len(words) <= 4
-        assert "--memory" in rough(rng, "What does --memory do?", "en")
+        assert "--memory" in reworded(rng, "What does --memory do?", "en")
+        left = thinned(rng, "one two three four five six", "en").split()
+        assert 1 <= len(left) <= 6 and set(left) <= {"one", "two", "three", "four", "five", "six"}
+        assert set(thinned(rng, "怎么用moss-jt聊天呢", "zh")) <= set("怎么用moss-jt聊天呢")
+        assert thinned(rng, "one two", "en") == "one two"
         assert rough(rng, "?", "zh")
     said = {reworded(rng, "Find the folder.", "en") for _ in range(200)}
     assert {"Find the folder.", "Find the directory."} < said

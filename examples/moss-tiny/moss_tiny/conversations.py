@@ -19,16 +19,16 @@ from moss_tiny.copying import draw_name, draw_picture, draw_repeat
 from moss_tiny.equations import draw_equation
 from moss_tiny.intents import read_intents
 from moss_tiny.results import Search
-from moss_tiny.roughness import rough, wrapped
+from moss_tiny.roughness import JOINED, rough, wrapped
 from moss_tiny.sums import Task, draw_following, draw_pair, draw_sum
 from moss_tiny.turns import Answered, Tools, lost_turn, plain_turn, search_turn, task_turn
 from moss_tiny.wordings import LANGUAGES, Language
 
 FIELDS, README = Template("fields"), Template("readme")
 TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
-    ((), 43),
-    (("calc", "solve"), 25),
-    (("search", "calc", "solve"), 14),
+    ((), 40),
+    (("calc", "solve"), 20),
+    (("search", "calc", "solve"), 22),
     (("search", "calc", "solve", "draw"), 5),
     (("calc",), 6),
     (("solve",), 3),
@@ -37,7 +37,7 @@ TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conver
     (("calc", "solve", "draw"), 3),
 )
 KINDS_PLAIN = {"product": 46, "small": 34, "sum": 5, "equation": 2, "picture": 2, "repeat": 4, "name": 2}
-KINDS_TOOLS = {"product": 16, "small": 13, "sum": 38, "pair": 4, "equation": 22, "picture": 2, "repeat": 3, "name": 1}
+KINDS_TOOLS = {"product": 20, "small": 20, "sum": 32, "pair": 4, "equation": 18, "picture": 2, "repeat": 3, "name": 1}
 TURNS = (1, 1, 1, 2, 2, 3)  # of a conversation, in tasks; some tasks take more than one turn
 IN_FIELDS = 0.1  # of conversations without tools, those in the five-field form all the same
 FOLLOWED = 0.45  # of calculations, those that a next question goes on with
@@ -86,6 +86,8 @@ class Maker:
         """A question about the product, or small talk."""
         intent = rng.choice([one for one in read_intents() if one.product == product])
         question = rough(rng, intent.question(rng, language), language)
+        if rng.random() < JOINED:
+            question += {"en": " ", "zh": ""}[language] + rough(rng, intent.question(rng, language), language)
         if "search" in tools and product:
             return search_turn(intent, question, language, self.search)
         if "search" in tools and intent.name == "unknown":

@@ -1,6 +1,7 @@
-"""Questions as people type them: in other words, with words around, words too many, without capitals or marks.
+"""Questions as people type them: in other words, with words around, too many or too few, without capitals or marks.
 
-Words that mean nothing to the task teach the model to look for those that do.
+Words that mean nothing to the task teach the model to look for those that do. Words that are missing keep it from
+learning whole sentences by heart: it must make do with what is there, as it must with a sentence that nobody wrote for it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,32 @@ from moss_tiny.wordings import Language, read_blocks, texts
 WRAPPED = 0.3  # of questions, those with something before or behind
 REWORDED = 0.5  # of questions in words, those in which words may be replaced
 NOISY = 0.15  # of questions in words, those with a word too many
+THINNED = 0.5  # of questions in words, those with words too few
+MOST_LEFT_OUT = 0.4  # of the words of such a question; half as much on average
+JOINED = 0.15  # of questions in words, those behind which the same is asked once more
 _NOT_NAMES = r"(?<![-/])(?<!moss-jt )(?<!moss-convert )"  # before a word: else it is an option or a command
+_CHARACTERS = re.compile(r"[\x21-\x7e]+|\s+|.")  # of Chinese; a word in Latin letters is one
+_FEW = 4  # a question of fewer words keeps them all
 _KEEP_CAPITAL = ("I ", "I'", "MO")
 
 
 def rough(rng: random.Random, question: str, language: Language) -> str:
     """A question in words as somebody might type it."""
-    return wrapped(rng, noisy(rng, reworded(rng, question, language), language), language)
+    changed = thinned(rng, reworded(rng, question, language), language)
+    return wrapped(rng, noisy(rng, changed, language), language)
+
+
+def thinned(rng: random.Random, question: str, language: Language) -> str:
+    """Perhaps a question with some of its words left out, and some neighbours in each other's place."""
+    words = question.split(" ") if language == "en" else _CHARACTERS.findall(question)
+    if len(words) < _FEW or rng.random() >= THINNED:
+        return question
+    share = rng.random() * MOST_LEFT_OUT
+    kept = [word for word in words if rng.random() >= share] or words
+    for place in range(len(kept) - 1):
+        if rng.random() < share / 3:
+            kept[place], kept[place + 1] = kept[place + 1], kept[place]
+    return (" " if language == "en" else "").join(kept)
 
 
 def wrapped(rng: random.Random, question: str, language: Language) -> str:
