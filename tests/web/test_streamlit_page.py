@@ -29,6 +29,7 @@ expect = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'"
 ).expect
 ROOT = Path(__file__).parents[2]
+NO_MARKDOWN = ("script", "image", "vector", "frame", "details", "style", "form", "breaks out", "half", "template")
 SERVE = """
 import sys
 from moss_jt.web.streamlit_run import serve
@@ -290,6 +291,9 @@ def test_texts_stay_texts(chat: Chat, tool_server: LiveServer) -> None:
     expect(chat.answers).to_have_count(len(TEXTS))
     chat.button("retry").wait_for()
     assert chat.questions.all_inner_texts() == [f"@search {text}" for text in TEXTS.values()]
+    answers = [" ".join(answer.split()) for answer in chat.answers.all_inner_texts()]
+    for (name, text), answer in zip(TEXTS.items(), answers, strict=True):
+        assert name not in NO_MARKDOWN or f"you said @search {text}" in answer, name
     chat.page.evaluate("document.querySelectorAll('summary').forEach(summary => summary.click())")
     expect(chat.answer.get_by_text("I think", exact=True)).to_be_visible()
     assert_harmless(chat.page)
