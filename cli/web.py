@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -203,12 +204,17 @@ def _show(ui: UI, url: str, key: str | None, *, host: str, port: int, logs_in: b
     from moss_jt.web.visitors import Visitors
 
     visitors = Visitors(url, key)
+
+    def end() -> None:
+        visitors.close()
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # that open tabs are cut off now is no fault
+
     app = page_app(visitors, logs_in=logs_in)
-    PageServer(app, host=host, port=port, guarded=logs_in, on_listening=_greet, on_end=visitors.close).run()
+    PageServer(app, host=host, port=port, guarded=logs_in, on_listening=_greet, on_end=end).run()
 
 
 def _greet(url: str) -> None:
     click.echo(
-        pick(f"The page is at {url} Ctrl-C ends it.", f"网页地址：{url} 按 Ctrl-C 结束。"),
+        pick(f"The page is at {url} (Ctrl-C ends it).", f"网页地址：{url} （按 Ctrl-C 结束）。"),
         err=True,
     )

@@ -127,6 +127,7 @@ def _serve(pipe: Connection, wanted: Order) -> None:
     from moss_jt.server.running import serve
     from moss_jt.server.tool_runner import BoxRunner
 
+    os.setpgrp()  # the Ctrl-C of a terminal is for the page, which ends first and this then
     set_language(wanted.language)
     threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     try:

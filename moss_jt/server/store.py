@@ -173,10 +173,12 @@ def list_conversations(connection: sqlite3.Connection, owner: str, *, before: fl
 
 
 def _turn(row: list[Any], sources: str | None, pictures: tuple[DrawnPicture, ...]) -> StoredTurn:
-    human, answer, reason, passes, *others = row
+    human, answer, reason, passes, first, thoughts, commands, results, created = row
     ids = tuple(tuple(int(i) for i in one) for one in json.loads(passes))
     found = tuple(FoundSource(**one) for one in json.loads(sources or "[]"))
-    return StoredTurn(human, answer, reason, ids, *others, sources=found, pictures=pictures)
+    return StoredTurn(
+        human, answer, reason, ids, first, thoughts, commands, results, created, sources=found, pictures=pictures
+    )
 
 
 def _pictures(connection: sqlite3.Connection, conversation: int) -> dict[int, tuple[DrawnPicture, ...]]:

@@ -349,7 +349,8 @@ class ServerClient:
     def figures(self) -> Figures:
         """Speed, memory, queue, and what may be asked for."""
         found = self._get("/v1/figures")
-        return _make(Figures, {**found, "tools": tuple(found["tools"])})
+        made: Figures = _make(Figures, {**found, "tools": tuple(found["tools"])})
+        return made
 
     def _get(self, path: str) -> Any:
         reply = self._send("GET", path)

@@ -317,7 +317,7 @@ def page_app(visitors: Visitors, *, logs_in: bool = False) -> FastAPI:
         logs_in: each must show a key of the server first.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         Page(visitors).blocks,
         path="/",
@@ -334,3 +334,4 @@ def page_app(visitors: Visitors, *, logs_in: bool = False) -> FastAPI:
         theme=theme(),
         css=CSS.read_text("utf-8"),
     )
+    return app

@@ -216,11 +216,12 @@ def _taken_back(client: ServerClient, talk: Talk) -> Talk:
 def _broken(client: ServerClient, view: View, text: str, error: ServerError) -> View:
     """An answer did not come, or broke off: what the server has of the conversation is what counts."""
     turns = len(view.talk.turns)
-    if view.talk.uid is not None:
+    uid = view.talk.uid
+    if uid is not None:
         try:
-            view = replace(view, talk=open_talk(client, view.talk.uid))
+            view = replace(view, talk=open_talk(client, uid))
         except ServerError as second:
-            view = _failed(client, view, view.talk.uid, second)
+            view = _failed(client, view, uid, second)
     kept = view.draft is not None and len(view.talk.turns) > turns
     return replace(view, text="" if kept else text, editing=False, warning=str(error))
 

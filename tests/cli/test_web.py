@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,7 +89,7 @@ def test_why_a_server_cannot_start_is_told(tmp_path: Path) -> None:
 
 
 class Running:
-    """The program, in a group of processes of its own."""
+    """The program, in a session of its own."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.log = folder / "log"
@@ -107,19 +109,28 @@ class Running:
         return self.log.read_text()
 
     def is_gone(self) -> bool:
-        """Whether no process of the group is left."""
-        try:
-            os.killpg(self.process.pid, 0)
-        except ProcessLookupError:
-            return True
-        return False
+        """Whether no process of the session is left."""
+        return self.process.pid not in set(sessions())
+
+
+def sessions() -> Iterator[int]:
+    """Of every process on this machine that has not ended."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ends just now
+            state, _, _, session, *_ = path.read_text().rpartition(")")[2].split()
+            if state != "Z":
+                yield int(session)
 
 
 def test_page_and_server_begin_with_one_command_and_end_with_ctrl_c(tmp_path: Path) -> None:
     running = Running(tmp_path)
     assert b"moss-send" in running.page.get("/").body
-    os.killpg(running.process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    assert running.process.wait(60) == 0, running.told
+    assert len([session for session in sessions() if session == running.process.pid]) > 1, "page and server"
+    with socket.create_connection(("127.0.0.1", running.page.port)) as tab:  # it stays open
+        tab.sendall(b"GET /gradio_api/heartbeat/x HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert tab.recv(12) == b"HTTP/1.1 200"
+        os.killpg(running.process.pid, signal.SIGINT)  # as a terminal does
+        assert running.process.wait(60) == 0, running.told
     assert "Traceback" not in running.told
     until(running.is_gone, "the server has ended, too")
 

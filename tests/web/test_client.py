@@ -148,7 +148,7 @@ def test_an_error_behind_the_beginning_is_raised_too(client: ServerClient) -> No
 def test_an_unknown_conversation_is_told(client: ServerClient) -> None:
     for what in (client.conversation, client.delete, client.take_back, client.export):
         with pytest.raises(ServerError, match="no conversation with this uid") as refused:
-            what("no such?x=#y")  # type: ignore[operator]
+            what("no such?x=#y")
         assert (refused.value.status, refused.value.code) == (404, "unknown_uid")
 
 
