@@ -60,7 +60,7 @@ SERVE = ["fastapi>=0.115", "prometheus-client>=0.20", "pydantic>=2.7", "uvicorn>
 
 WEB = [
     *SERVE,
-    "gradio>=6",
+    "gradio>=6,<7",
     "httpx>=0.27",
     "markdown-it-py>=3",
     "mdit-py-plugins>=0.4",
