@@ -142,8 +142,10 @@ def test_going_on_after_a_kill_gives_the_same_model(request_of: Make) -> None:
     with pytest.raises(ConfigError, match="is the checkpoint of an earlier run"):
         finetune(request_of("cut"))
     again = finetune(request_of("cut", resume=True))
-    assert again.figures["loss"] == whole.figures["loss"] and again.figures["val_loss"] == whole.figures["val_loss"]
+    assert again.figures["loss"] == whole.figures["loss"]
     assert np.array_equal(logits(again.path), logits(whole.path))
+    # how Jittor adds up losses depends on where they lie in memory
+    assert again.figures["val_loss"] == pytest.approx(whole.figures["val_loss"], rel=1e-6)
     assert not list(folder.glob(".step-*"))
     steps = [json.loads(line)["step"] for line in (folder / "log" / "log.jsonl").read_text("utf-8").splitlines()]
     assert steps == sorted(steps) and steps[-1] == again.steps, "what was done again is noted once"

@@ -75,6 +75,7 @@ class Chat:
         """Open the page, or open it again: Gradio then complains of the connection that ended with the last."""
         self.page.goto(address)
         expect(self.send).to_have_text(re.compile(f"{say('send', 'en')}|{say('send', 'zh')}"))
+        expect(self.part("state")).to_contain_text(re.compile(r"\w.*\d|\w \w"))  # what opening brings has come
         ended = ("AbortError: signal is aborted", "Connection errored out")
         self.tab.problems[:] = [one for one in self.tab.problems if not any(words in one for words in ended)]
         return self
