@@ -102,7 +102,7 @@ class Trained:
     """
 
     def __init__(self, questions: Iterable[str], language: Language) -> None:
-        self.language = language
+        self.language: Language = language
         self.texts = sorted(set(questions))
         self.sizes = [len(grams(text, language)) for text in self.texts]
         self.holders: dict[tuple[str, ...], list[int]] = {}
