@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers of moss-tiny; the defaults are those of the model that ships.
+    """The numbers of moss-tiny.
 
     Attributes:
         conversations: to train on.
@@ -39,7 +39,7 @@ class Recipe:
         group: inputs that share a scale in int8.
     """
 
-    conversations: int = 66000
+    conversations: int = 120000
     validation: int = 120
     for_tokenizer: int = 30000
     width: int = 256
