@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
@@ -150,6 +151,19 @@ def sampling_options(function: F) -> F:
             "--seed", type=int, help=pick("Of the random draws, to repeat an answer.", "随机种子，用于复现回答。")
         ),
         click.option("--greedy", is_flag=True, help=pick("Always take the best token.", "总是选取最优词元。")),
+    )
+    return add(function)
+
+
+def database_option(function: F) -> F:
+    """Add --database, the server's file."""
+    add = click.option(
+        "--database",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help=pick(
+            "File of keys and conversations. [default: under MOSS_JT_HOME]",
+            "密钥与对话的数据库文件。[默认：MOSS_JT_HOME 之下]",
+        ),
     )
     return add(function)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from moss_jt.cli.options import load_options, model_options, tool_options
+from moss_jt.cli.options import database_option, load_options, model_options, tool_options
 from moss_jt.errors import ConfigError
 from moss_jt.language import pick
 
@@ -86,14 +86,7 @@ from moss_jt.language import pick
     metavar="SECONDS",
     help=pick("Time for running answers to finish at the end.", "退出时等待回答结束的时间。"),
 )
-@click.option(
-    "--database",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help=pick(
-        "File of keys and conversations. [default: under MOSS_JT_HOME]",
-        "密钥与对话的数据库文件。[默认：MOSS_JT_HOME 之下]",
-    ),
-)
+@database_option
 @tool_options
 @click.option("--name", default="", help=pick("Name of the model for clients.", "向客户端显示的模型名称。"))
 @click.option("--log-texts", is_flag=True, help=pick("Write prompts and answers to the log.", "把提示与回答写入日志。"))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import click
 
-from moss_jt.cli.options import load_options, model_options, tool_options
+from moss_jt.cli.options import database_option, load_options, model_options, tool_options
 from moss_jt.errors import ConfigError, MossError, ServerError
 from moss_jt.language import pick
 
@@ -82,14 +82,7 @@ UNAUTHORIZED = 401
     show_default=True,
     help=pick("Answers that are computed at once.", "同时计算的回答数。"),
 )
-@click.option(
-    "--database",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help=pick(
-        "File of keys and conversations. [default: under MOSS_JT_HOME]",
-        "密钥与对话的数据库文件。[默认：MOSS_JT_HOME 之下]",
-    ),
-)
+@database_option
 @tool_options
 def command(
     *,
