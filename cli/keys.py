@@ -6,16 +6,14 @@ import contextlib
 import datetime
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
 import click
 
+from moss_jt.cli.options import database_option
 from moss_jt.language import pick
-
-T = TypeVar("T")
 
 
 @click.group(
@@ -32,23 +30,11 @@ def command() -> None:
     """Make, list and remove keys."""
 
 
-def _database_option(function: Callable[..., T]) -> Callable[..., T]:
-    """Add --database."""
-    return click.option(
-        "--database",
-        type=click.Path(dir_okay=False, path_type=Path),
-        help=pick(
-            "File of keys and conversations. [default: under MOSS_JT_HOME]",
-            "密钥与对话的数据库文件。[默认：MOSS_JT_HOME 之下]",
-        ),
-    )(function)
-
-
 @command.command(
     "add", help=pick("Make a key, and print it: it cannot be shown again.", "创建密钥并显示；之后无法再次查看。")
 )
 @click.argument("name")
-@_database_option
+@database_option
 @click.option(
     "--requests-per-minute", type=click.IntRange(1), help=pick("[default: no limit]", "每分钟请求数。[默认不限]")
 )
@@ -71,7 +57,7 @@ def add(name: str, database: Path | None, **limits: int | None) -> None:
 
 
 @command.command("list", help=pick("Name every key with its limits.", "列出所有密钥及其限额。"))
-@_database_option
+@database_option
 @click.option("--json", "as_json", is_flag=True, help=pick("Print one JSON array.", "输出一个 JSON 数组。"))
 def list_(database: Path | None, as_json: bool) -> None:
     """Name every key."""
@@ -97,7 +83,7 @@ def list_(database: Path | None, as_json: bool) -> None:
     "remove", help=pick("Remove a key, and the conversations that belong to it.", "删除密钥及其所属对话。")
 )
 @click.argument("name")
-@_database_option
+@database_option
 @click.option(
     "--keep-conversations",
     is_flag=True,
