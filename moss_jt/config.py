@@ -66,6 +66,7 @@ class MossConfig:
 
     Attributes:
         n_inner: width of the MLP; None means 4 * n_embd.
+        initializer_range: standard deviation of a new model's random weights; checked where one is made.
         quantization: of the blocks' matrices, None for floating-point weights.
         head_quantization: of lm_head.weight, None for floating point.
         template: the prompt format that the model was trained for, None where nobody said.
@@ -81,6 +82,7 @@ class MossConfig:
     n_inner: int | None = None
     activation_function: str = "gelu_new"
     layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
     bos_token_id: int | None = 106028
     eos_token_id: int | None = 106068
     quantization: Quantization | None = None

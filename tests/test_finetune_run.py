@@ -142,10 +142,10 @@ def test_going_on_after_a_kill_gives_the_same_model(request_of: Make) -> None:
     with pytest.raises(ConfigError, match="is the checkpoint of an earlier run"):
         finetune(request_of("cut"))
     again = finetune(request_of("cut", resume=True))
-    assert again.figures["loss"] == whole.figures["loss"]
-    assert np.array_equal(logits(again.path), logits(whole.path))
-    # how Jittor adds up losses depends on where they lie in memory
-    assert again.figures["val_loss"] == pytest.approx(whole.figures["val_loss"], rel=1e-6)
+    # how Jittor adds up depends on where the terms lie in memory: equal but for the last bits of a float
+    for name in ("loss", "val_loss"):
+        assert again.figures[name] == pytest.approx(whole.figures[name], rel=1e-6)
+    np.testing.assert_allclose(logits(again.path), logits(whole.path), rtol=1e-5, atol=1e-5)
     assert not list(folder.glob(".step-*"))
     steps = [json.loads(line)["step"] for line in (folder / "log" / "log.jsonl").read_text("utf-8").splitlines()]
     assert steps == sorted(steps) and steps[-1] == again.steps, "what was done again is noted once"
@@ -256,6 +256,19 @@ def test_requests_that_cannot_work(request_of: Make, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "vocab_size": 500}), "utf-8")
     with pytest.raises(ConfigError, match="the model's vocab_size is 500"):
         finetune(request_of())
+    for spread in (0, 1.0, "wide", None, True, float("nan")):
+        (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "initializer_range": spread}), "utf-8")
+        with pytest.raises(ConfigError, match=r"config.json: initializer_range is .*; it must be .* between 0 and 1"):
+            finetune(request_of())
+
+
+def test_new_weights_are_as_wide_as_the_config_says() -> None:
+    config = replace(MossConfig.from_dict(SHAPE), initializer_range=0.06)
+    wide = from_nothing(config, seed=0).parameters.array
+    assert MossConfig.from_dict(config.to_dict()) == config
+    assert MossConfig.from_dict(SHAPE).initializer_range == 0.02, "the original's"
+    for name, spread in {"lm_head.weight": 0.06, "transformer.h.0.mlp.fc_out.weight": 0.06 / (2 * config.n_layer) ** 0.5}.items():
+        assert np.std(wide(name)) == pytest.approx(spread, rel=0.05)
 
 
 def test_new_tokens_have_ids_rows_and_a_meaning(request_of: Make, tmp_path: Path) -> None:

@@ -25,9 +25,6 @@ from moss_jt.progress import Progress
 
 Floats = npt.NDArray[np.float32]
 
-SPREAD = 0.02  # the original's initializer_range
-
-
 class Student(Protocol):
     """What is trained, and how its result is written."""
 
@@ -121,7 +118,7 @@ def without_codes(config: MossConfig) -> MossConfig:
 
 
 def from_nothing(config: MossConfig, *, seed: int, recompute: bool = False) -> Whole:
-    """Random weights: normal with a spread of 0.02, what adds to the residual stream less so the deeper the model is.
+    """Random weights: normal with the config's initializer_range, less for what adds to the residual stream.
 
     Each tensor depends on its name and the seed alone.
 
@@ -136,7 +133,7 @@ def from_nothing(config: MossConfig, *, seed: int, recompute: bool = False) -> W
             continue
         rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
         into_residual = name.endswith((".out_proj.weight", ".fc_out.weight"))
-        spread = SPREAD / (2 * config.n_layer) ** 0.5 if into_residual else SPREAD
+        spread = config.initializer_range / ((2 * config.n_layer) ** 0.5 if into_residual else 1)
         array[...] = rng.standard_normal(shape, np.float32) * np.float32(spread)
     return Whole(config, parameters, recompute)
 
@@ -145,9 +142,12 @@ def read_shape(path: Path) -> MossConfig:
     """The shape in a config.json, for a new model.
 
     Raises:
-        ConfigError: the file is missing or broken, or names a quantised model.
+        ConfigError: the file is missing or broken, names a quantised model, or a spread of weights that cannot be.
     """
     config = MossConfig.from_file(path)
+    spread = config.initializer_range
+    if not isinstance(spread, int | float) or not 0 < spread < 1:
+        raise ConfigError(f"{path}: initializer_range is {spread!r}; it must be a number between 0 and 1, as 0.02.")
     if config.quantization is not None or config.head_quantization is not None:
         raise ConfigError(
             f"{path} is the shape of a quantised model; a new one is trained in floats and quantised later."

@@ -38,6 +38,7 @@ TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conver
 )
 KINDS_PLAIN = {"product": 46, "small": 34, "sum": 5, "equation": 2, "picture": 2, "repeat": 4, "name": 2}
 KINDS_TOOLS = {"product": 20, "small": 20, "sum": 32, "pair": 4, "equation": 18, "picture": 2, "repeat": 3, "name": 1}
+KINDS_SEARCH = {**KINDS_TOOLS, "product": 35}
 TURNS = (1, 1, 1, 2, 2, 3)  # of a conversation, in tasks; some tasks take more than one turn
 IN_FIELDS = 0.1  # of conversations without tools, those in the five-field form all the same
 FOLLOWED = 0.45  # of calculations, those that a next question goes on with
@@ -70,6 +71,8 @@ class Maker:
     def turns(self, rng: random.Random, language: Language, tools: Tools) -> Iterator[Turn]:
         """The turns of one task."""
         kinds = KINDS_TOOLS if {"calc", "solve"} & set(tools) else KINDS_PLAIN
+        if "search" in tools:
+            kinds = KINDS_SEARCH
         kind = rng.choices(list(kinds), weights=list(kinds.values()))[0]
         if kind in ("product", "small"):
             yield self._talk(rng, language, tools, product=kind == "product")

@@ -10,6 +10,7 @@ from functools import cache
 from moss_tiny.wordings import LANGUAGES, Block, Language, choose, expand, read_blocks, texts
 
 FRAME_SHARE = 0.3  # of the questions of an intent with phrases, those made of a phrase and a frame
+PLAIN_SHARE = 0.25  # of whole questions, those in the plain words of product.txt and smalltalk.txt
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Intent:
         do: phrases that follow "How do I".
         what: phrases that follow "What is".
         ask: whole questions.
+        plain: how many of them come first and are in plain words.
         held: whole questions for the evaluation; never trained on.
         say: the answer.
         fact: what an answer must contain to be right.
@@ -32,6 +34,7 @@ class Intent:
     do: Mapping[Language, tuple[str, ...]]
     what: Mapping[Language, tuple[str, ...]]
     ask: Mapping[Language, tuple[str, ...]]
+    plain: Mapping[Language, int]
     held: Mapping[Language, tuple[str, ...]]
     say: Mapping[Language, str]
     fact: Mapping[Language, str]
@@ -43,7 +46,8 @@ class Intent:
         if phrases and (not asks or rng.random() < FRAME_SHARE):
             text = rng.choice(frames).replace("{}", choose(rng, phrases))
             return text[0].upper() + text[1:]
-        return choose(rng, asks)
+        plain = asks[: self.plain[language]]
+        return choose(rng, plain if plain and rng.random() < PLAIN_SHARE else asks)
 
     def _phrases(self, rng: random.Random, language: Language) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The phrases of one kind, drawn by their numbers, with the frames that fit them."""
@@ -90,4 +94,5 @@ def _make(name: str, block: Block, *, product: bool) -> Intent:
     def one(key: str) -> dict[Language, str]:
         return {language: texts(block, key, language)[0] for language in LANGUAGES}
 
-    return Intent(name, product, of("do"), of("what"), of("ask"), of("held"), one("say"), one("fact"))
+    plain = {language: len(texts(block, "ask", language)) for language in LANGUAGES}
+    return Intent(name, product, of("do"), of("what"), of("ask"), plain, of("held"), one("say"), one("fact"))

@@ -35,11 +35,12 @@ class Recipe:
         epochs: times through the conversations.
         batch: conversations of a step.
         learning_rate: the highest.
+        spread: of the random weights at the beginning.
         max_length: tokens of a conversation at most.
         group: inputs that share a scale in int8.
     """
 
-    conversations: int = 120000
+    conversations: int = 90000
     validation: int = 120
     for_tokenizer: int = 30000
     width: int = 256
@@ -48,7 +49,8 @@ class Recipe:
     rotary: int = 16
     epochs: int = 1
     batch: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 7e-4
+    spread: float = 0.06
     max_length: int = 1024
     group: int = 128
 
@@ -108,6 +110,7 @@ def shape(recipe: Recipe) -> dict[str, Any]:
         "n_layer": recipe.layers,
         "n_head": recipe.heads,
         "rotary_dim": recipe.rotary,
+        "initializer_range": recipe.spread,
         "bos_token_id": 1,
         "eos_token_id": 3,
         "moss_jt": {"format": "moss-jt", "version": 1, "template": "readme", "name": "moss-tiny"},
