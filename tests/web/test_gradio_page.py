@@ -386,10 +386,18 @@ WISHES = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens
 def test_the_sliders_do_what_they_say(chat: Chat) -> None:
     chat.part("sampling").get_by_text(say("sampling", "en"), exact=True).click()
     wanted = dict(zip(WISHES, ("1.3", "0.55", "7", "1.11", "240", "12"), strict=True))
-    for name, value in wanted.items():
-        field = chat.part(name.replace("_", "-")).locator("input[type=number]")
-        field.fill(value)
-        field.press("Tab")
+    fields = {name: chat.part(name.replace("_", "-")).locator("input[type=number]") for name in wanted}
+
+    def all_set() -> bool:
+        """Set them; what was set while Gradio still unfolded the sliders may be as before."""
+        for name, field in fields.items():
+            if field.input_value() != wanted[name]:
+                field.fill(wanted[name])
+                field.press("Tab")
+        chat.page.wait_for_timeout(500)
+        return {name: field.input_value() for name, field in fields.items()} == wanted
+
+    until(all_set, "the sliders stay where they were put")
     chat.ask("@settings", "temperature")
     assert told(chat) == wanted
     chat.part("reset").click()
