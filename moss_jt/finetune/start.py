@@ -25,6 +25,7 @@ from moss_jt.progress import Progress
 
 Floats = npt.NDArray[np.float32]
 
+
 class Student(Protocol):
     """What is trained, and how its result is written."""
 

@@ -11,7 +11,7 @@ import datetime
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from moss_jt.chat.reader import AnswerReader
 from moss_jt.chat.window import MIN_ANSWER, first_turn
@@ -21,7 +21,7 @@ from moss_jt.server.calls import ToolResults
 from moss_jt.server.prompts import Prompt, check_length, system_text
 from moss_jt.server.refusals import Refusal, wrong
 from moss_jt.server.service import Service, Speaker
-from moss_jt.server.store import StoredTurn, add_turn, new_uid, read_turns
+from moss_jt.server.store import StoredTurn, add_turn, check_last, new_uid, read_turns
 from moss_jt.server.users import User
 from moss_jt.template import Template, Turn
 
@@ -38,6 +38,7 @@ class Wish:
         max_length: tokens of prompt and answer together, as MOSS counts.
         config: how to choose; its length is cut to what fits.
         streams: what comes is passed on at once.
+        replaces: number of the last turn, whose place this one takes once it is kept; None adds one.
     """
 
     text: str
@@ -45,6 +46,7 @@ class Wish:
     max_length: int
     config: GenerationConfig
     streams: bool = False
+    replaces: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,13 @@ class Answered:
     history: tuple[tuple[str, str], ...]
     asked_at: str
     usage: Usage
+
+
+class _Place(NamedTuple):
+    """Where a turn goes: its number, and whether another gives it its place."""
+
+    number: int
+    replaces: bool
 
 
 @dataclass
@@ -127,13 +136,18 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
     Where the stream ends before the answer does, what was passed on is kept as a turn.
 
     Raises:
-        Refusal: the uid is unknown, the text does not fit, or the request was not taken.
+        Refusal: the uid is unknown, the text does not fit, the turn to replace is not the last, or the request was not
+            taken.
     """
     speaker, asked_at = service.speaker, datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     check_length(len(wish.text), speaker.context_size)
     uid = wish.uid or new_uid()
     async with service.turnstiles.hold(f"{user.owner}\0{uid}"):
         turns = await service.database.run(read_turns, user.owner, uid) if wish.uid is not None else []
+        if wish.replaces is not None:
+            check_last(turns, wish.replaces)
+            turns = turns[:-1]
+        place = _Place(len(turns), wish.replaces is not None)
         question, first = await service.encode(_question, service, speaker, wish, turns)
         question = replace(question, conversation=conversation_name(user.owner, uid))
         draft = _Draft(wish.text, first)
@@ -150,10 +164,10 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
                         yield part
         except (GeneratorExit, asyncio.CancelledError, Refusal):
             if wish.streams and draft.answer:
-                await asyncio.shield(_keep(service, user, uid, draft, len(turns)))
+                await asyncio.shield(_keep(service, user, uid, draft, place))
             raise
         assert draft.done is not None, "an answer ends with Done"
-        turn = await _keep(service, user, uid, draft, len(turns))
+        turn = await _keep(service, user, uid, draft, place)
         history = tuple((one.human, one.answer) for one in (*turns, turn))
         yield Answered(uid, turn, history, asked_at, draft.done.usage)
 
@@ -163,10 +177,11 @@ def conversation_name(owner: str, uid: str) -> str:
     return f"chat {owner} {uid}"
 
 
-async def _keep(service: Service, user: User, uid: str, draft: _Draft, number: int) -> StoredTurn:
+async def _keep(service: Service, user: User, uid: str, draft: _Draft, place: _Place) -> StoredTurn:
     """Put a turn into the store."""
-    turn = draft.turn()
-    await service.database.run(add_turn, user.owner, uid, turn, number=number, most=service.settings.conversations)
+    turn, most = draft.turn(), service.settings.conversations
+    number, replaces = place
+    await service.database.run(add_turn, user.owner, uid, turn, number=number, most=most, replaces=replaces)
     usage = Usage(new_tokens=len(draft.ids)) if draft.done is None else draft.done.usage
     await service.users.charge(user, usage.prompt_tokens + usage.new_tokens)
     return turn

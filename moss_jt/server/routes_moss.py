@@ -53,7 +53,7 @@ async def say(request: Request, body: MossRequest) -> Response:
     user, service = await user_of(request, asks=True), service_of(request)
     length = body.max_new_tokens or GenerationConfig.max_new_tokens
     config = sampling_config(service, body, length)
-    wish = Wish(body.prompt, body.uid, body.max_length or MAX_LENGTH, config, body.stream)
+    wish = Wish(body.prompt, body.uid, body.max_length or MAX_LENGTH, config, body.stream, body.replace_turn)
     if body.stream:
         return await event_stream(request, _events(request, user, wish))
     return JSONResponse(await until_gone(request, _whole(request, user, wish)))
@@ -185,7 +185,7 @@ async def undo(
     uid: Uid,
     number: Annotated[int | None, Query(ge=0, le=1 << 31, description="Only if the last turn is this, from 0.")] = None,
 ) -> dict[str, Any]:
-    """Forget the last question and its answer; to say it again, or in other words, send it to POST /."""
+    """Forget the last question and its answer. To say it again, or in other words, ask POST / to replace it."""
     user, service = await user_of(request), service_of(request)
     async with service.turnstiles.hold(f"{user.owner}\0{uid}"):
         human = await service.database.run(drop_last_turn, user.owner, uid, number=number)

@@ -225,6 +225,10 @@ class MossRequest(Sampling):
         default=None, description="Longest answer; 512."
     )
     stream: bool = Field(default=False, description="Answer with server-sent events.")
+    replace_turn: Annotated[Whole, Field(ge=0, le=1 << 31)] | None = Field(
+        default=None,
+        description="Number of the last turn, from 0: this one takes its place. Until this is kept, the old one stays.",
+    )
 
 
 class ErrorDetail(BaseModel):

@@ -11,6 +11,7 @@ import json
 import sqlite3
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -78,15 +79,26 @@ def read_turns(connection: sqlite3.Connection, owner: str, uid: str) -> list[Sto
     return [_turn(row, sources, pictures.get(number, ())) for number, sources, *row in rows]
 
 
-def add_turn(connection: sqlite3.Connection, owner: str, uid: str, turn: StoredTurn, *, number: int, most: int) -> None:
-    """Write a turn; with turn 0 the conversation begins.
+def add_turn(
+    connection: sqlite3.Connection,
+    owner: str,
+    uid: str,
+    turn: StoredTurn,
+    *,
+    number: int,
+    most: int,
+    replaces: bool = False,
+) -> None:
+    """Write a turn; with turn 0 the conversation begins, unless it replaces the one that is there.
 
     Raises:
         Refusal: 404, the conversation was deleted in between; 403, the owner has `most` already.
     """
-    if number == 0:
+    if number == 0 and not replaces:
         _begin(connection, owner, uid, most)
     conversation = _find(connection, owner, uid)
+    if replaces:
+        connection.execute("DELETE FROM turns WHERE conversation = ? AND number = ?", (conversation, number))
     connection.execute(
         "INSERT INTO turns (conversation, number, human, answer, reason, passes, first, thoughts, commands, results,"
         " created, sources) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -139,17 +151,28 @@ def drop_last_turn(connection: sqlite3.Connection, owner: str, uid: str, *, numb
         Refusal: 404, there is no such conversation, or no turn in it; 409, the last one is not that which is meant.
     """
     conversation = _find(connection, owner, uid)
-    row = connection.execute(
-        "SELECT number, human FROM turns WHERE conversation = ? ORDER BY number DESC LIMIT 1", (conversation,)
-    ).fetchone()
-    if row is None:
-        raise Refusal(404, "the conversation has no turn to take back.", "no_turn")
-    if number is not None and number != row[0]:
+    rows = connection.execute(
+        "SELECT human FROM turns WHERE conversation = ? ORDER BY number", (conversation,)
+    ).fetchall()
+    last = len(rows) - 1
+    check_last(rows, last if number is None else number)
+    connection.execute("DELETE FROM turns WHERE conversation = ? AND number = ?", (conversation, last))
+    return str(rows[last][0])
+
+
+def check_last(turns: Sequence[object], number: int) -> None:
+    """Check that a turn is the last of a conversation.
+
+    Raises:
+        Refusal: 404, it has none; 409, another is.
+    """
+    last = len(turns) - 1
+    if last < 0:
+        raise Refusal(404, "the conversation has no turn to take back or replace.", "no_turn")
+    if number != last:
         raise Refusal(
-            409, f"the last turn is number {row[0]}, not {number}. Read the conversation again.", "not_the_last"
+            409, f"the last turn is number {last}, not {number}. Read the conversation again.", "not_the_last"
         )
-    connection.execute("DELETE FROM turns WHERE conversation = ? AND number = ?", (conversation, row[0]))
-    return str(row[1])
 
 
 def delete_conversation(connection: sqlite3.Connection, owner: str, uid: str) -> None:

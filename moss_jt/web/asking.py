@@ -52,15 +52,15 @@ class Asking:
         client: of the server; it stays the caller's.
         uid: of the conversation, None for a new one.
         number: of the turn, from 0: as many as the conversation has.
-        instead: the question takes the place of the last turn, whose number it has.
+        instead: the question takes the place of the last turn, whose number it has, once the server keeps it.
     """
 
     def __init__(
         self, client: ServerClient, text: str, *, uid: str | None, number: int, wishes: Wishes, instead: bool = False
     ) -> None:
         self._client = client
-        self._instead = instead
-        self._answer: Answer = client.ask(text, uid=uid, wishes=wishes)
+        replaces = number if instead and uid is not None else None
+        self._answer: Answer = client.ask(text, uid=uid, wishes=wishes, replaces=replaces)
         self._lock = threading.Lock()
         self._asked = Asked(number, uid, Turn(text, ""))
         self._pieces: list[str] = []
@@ -79,8 +79,6 @@ class Asking:
 
     def _run(self) -> None:
         try:
-            if self._instead and self._asked.uid is not None:
-                self._client.take_back(self._asked.uid, number=self._asked.number)
             with self._answer as events:
                 for event in events:
                     if isinstance(event, Finished):
@@ -106,17 +104,18 @@ class Asking:
             self.stop()
 
     def _finish(self, event: Finished) -> None:
-        kept = event.reason != "cancelled" or (bool(event.answer) and self._is_stored())
+        kept = event.reason != "cancelled" or (bool(event.answer) and self._is_stored(event.answer))
         turn = replace(self._asked.turn, reason=event.reason)
         self._change(turn=turn, over=True, kept=kept, tokens_per_s=event.tokens_per_s)
 
-    def _is_stored(self) -> bool:
+    def _is_stored(self, told: str) -> bool:
         """Wait for the server to notice that an answer was stopped, and to keep what had come."""
         deadline = time.monotonic() + STORED_S
         while self._asked.uid is not None and time.monotonic() < deadline:
             try:
-                if len(self._client.conversation(self._asked.uid).turns) > self._asked.number:
-                    return True
+                turns = self._client.conversation(self._asked.uid).turns[self._asked.number :]
+                if turns and turns[0].human == self._asked.turn.human and turns[0].answer.startswith(told):
+                    return True  # and not the one whose place it takes
             except ServerError as error:
                 if error.status != NOT_FOUND:  # a new conversation begins with its first turn
                     raise

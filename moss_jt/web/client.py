@@ -294,16 +294,20 @@ class ServerClient:
         """Close the connections, but those of answers that still come."""
         self._client.close()
 
-    def ask(self, text: str, *, uid: str | None, wishes: Wishes) -> Answer:
+    def ask(self, text: str, *, uid: str | None, wishes: Wishes, replaces: int | None = None) -> Answer:
         """Say something in a conversation; nothing is sent before the first event is asked for.
 
         Args:
             uid: of the conversation; None begins one.
+            replaces: number of the last turn, from 0, whose place this one takes once the server keeps it; where the
+                last one is another, that is a ServerError with the status 409.
         """
         body: dict[str, Any] = {"prompt": text, "stream": True}
         body |= {name: value for name, value in asdict(wishes).items() if value is not None}
         if uid is not None:
             body["uid"] = uid
+        if replaces is not None:
+            body["replace_turn"] = replaces
         return Answer(self._make(SILENCE_S), body)  # of its own, so that to stop it concerns nobody else
 
     def conversation(self, uid: str) -> Conversation:

@@ -151,7 +151,7 @@ def _send() -> None:
 
 
 def _ask(text: str, *, instead: bool = False) -> None:
-    """Ask; where it is `instead`, the last turn is taken back before."""
+    """Ask; where it is `instead`, the last turn gives its place once there is an answer."""
     state = _state()
     talk = state.talk
     if not text.strip() or talk.asking is not None:
@@ -207,7 +207,7 @@ def _settle(state: _State, *, lists: bool) -> None:
         if asked.uid is not None and talk.uid is None:
             talk.uid, talk.is_new = asked.uid, True
             state.added.insert(0, asked.uid)
-        if asked.uid is not None and asked.number == 0:
+        if asked.uid is not None and asked.number == 0 and (asked.kept or asked.uid not in state.titles):
             state.titles[asked.uid] = _title(asked.turn.human)
         if asked.over:
             _end(state, talk, asked)

@@ -123,25 +123,29 @@ def said(visitor: Visitor, view: View, text: str, wishes: Wishes) -> Iterator[Vi
     """Something is said, and answered."""
     if not text.strip() or visitor.waits:
         return
-    client = visitor.client
+    client, before = visitor.client, view.talk
+    replaces = len(before.turns) - 1 if view.editing and before.turns else None
+    view = replace(view, talk=replace(before, turns=before.turns[:replaces]), editing=False)
     try:
-        if view.editing:
-            view = replace(view, talk=_taken_back(client, view.talk), editing=False)
         view = replace(view, text="", draft=Turn(text, "", RUNNING))
         yield view
-        answer = visitor.begin(client.ask(text, uid=view.talk.uid, wishes=wishes))
-        view = yield from _answered(client, answer, view)
+        answer = visitor.begin(client.ask(text, uid=view.talk.uid, wishes=wishes, replaces=replaces))
+        view = yield from _answered(client, answer, view, before)
         view = replace(view, talk=with_pictures(client, view.talk))
-    except ServerError as error:  # the last turn is not what it was taken for
+    except ServerError as error:
         view = _broken(client, view, text, error)
     finally:
         visitor.end()
     yield _listed(client, replace(view, draft=None))
 
 
-def _answered(client: ServerClient, answer: Answer, view: View) -> Generator[View, None, View]:
-    """What is shown while an answer comes; what it returns has the turn as part of the conversation."""
-    draft, before = view.draft, view.talk
+def _answered(client: ServerClient, answer: Answer, view: View, before: Talk) -> Generator[View, None, View]:
+    """What is shown while an answer comes; what it returns has the turn as part of the conversation.
+
+    Args:
+        before: the conversation until then; a view that answers anew shows it without its last turn.
+    """
+    draft = view.draft
     assert draft is not None, "there is a question"
     speed = 0.0
     try:
@@ -159,7 +163,7 @@ def _answered(client: ServerClient, answer: Answer, view: View) -> Generator[Vie
         return _broken(client, view, draft.human, error)
     if draft.reason == "cancelled" and not draft.answer:  # the server keeps nothing of it
         return replace(view, talk=before, text=draft.human)
-    return replace(view, talk=replace(view.talk, turns=(*before.turns, draft), speed=speed))
+    return replace(view, talk=replace(view.talk, turns=(*view.talk.turns, draft), speed=speed))
 
 
 def _batches(answer: Answer) -> Iterator[list[Event]]:
@@ -205,14 +209,6 @@ def _take(inbox: Queue[Event | ServerError | None]) -> list[Event | ServerError 
     return found
 
 
-def _taken_back(client: ServerClient, talk: Talk) -> Talk:
-    """The conversation without its last turn."""
-    if talk.uid is None or not talk.turns:
-        return talk
-    client.take_back(talk.uid, number=len(talk.turns) - 1)
-    return replace(talk, turns=talk.turns[:-1])
-
-
 def _broken(client: ServerClient, view: View, text: str, error: ServerError) -> View:
     """An answer did not come, or broke off: what the server has of the conversation is what counts."""
     turns = len(view.talk.turns)
@@ -222,7 +218,7 @@ def _broken(client: ServerClient, view: View, text: str, error: ServerError) -> 
             view = replace(view, talk=open_talk(client, uid))
         except ServerError as second:
             view = _failed(client, view, uid, second)
-    kept = view.draft is not None and len(view.talk.turns) > turns
+    kept = len(view.talk.turns) > turns and view.talk.turns[-1].human == text
     return replace(view, text="" if kept else text, editing=False, warning=str(error))
 
 

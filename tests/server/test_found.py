@@ -77,10 +77,14 @@ def test_a_name_opens_no_picture_of_another_conversation(alice: Client) -> None:
     assert (alice.get(path).status, alice.get(path).code) == (404, "no_picture")
 
 
-@pytest.mark.parametrize("what", ["", "/turns/last"])
+@pytest.mark.parametrize("what", ["", "/turns/last", "replaced"])
 def test_a_picture_goes_with_its_turn(server: LiveServer, alice: Client, what: str) -> None:
     path = picture_path(searched(alice))
-    assert alice.ask("DELETE", path.partition("/pictures")[0] + what).status == 200
+    conversation = path.partition("/pictures")[0]
+    if what == "replaced":
+        alice.say("something else", conversation.rpartition("/")[2], replace_turn=0)
+    else:
+        assert alice.ask("DELETE", conversation + what).status == 200
     assert alice.get(path).status == 404
     name = path.rpartition("/")[2]
     with sqlite3.connect(server.settings.database) as connection:

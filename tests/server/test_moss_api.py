@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finding_tools import FindingTools
@@ -64,6 +65,35 @@ def test_a_turn_is_taken_back_and_said_anew(client: Client) -> None:
     reply = client.ask("DELETE", f"/v1/conversations/{uid}/turns/last")
     assert (reply.status, reply.code) == (404, "no_turn")
     assert client.say("again", uid)["history"] == [["again", "you said again"]]
+
+
+def test_a_turn_gives_its_place_once_there_is_another(client: Client) -> None:
+    uid = client.say("one")["uid"]
+    client.say("two", uid)
+    wanted = {"prompt": "@bad", "uid": uid, "replace_turn": 1}
+    assert client.post("/", wanted).status >= 500
+    assert [turn["human"] for turn in client.get(f"/v1/conversations/{uid}").json["turns"]] == ["one", "two"]
+    said = client.say("three", uid, replace_turn=1)
+    assert said["history"] == [["one", "you said one"], ["three", "you said three"]]
+    assert [turn["human"] for turn in client.get(f"/v1/conversations/{uid}").json["turns"]] == ["one", "three"]
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "code"),
+    [
+        ({"replace_turn": 1}, 409, "not_the_last"),
+        ({"replace_turn": 0, "uid": None}, 404, "no_turn"),
+        ({"replace_turn": -1}, 400, None),
+    ],
+)
+def test_what_is_not_the_last_turn_gives_no_place(
+    client: Client, more: dict[str, Any], status: int, code: str | None
+) -> None:
+    uid = client.say("one")["uid"]
+    reply = client.post("/", {"prompt": "two", "uid": uid, **more})
+    assert reply.status == status
+    assert code is None or reply.code == code
+    assert len(client.get(f"/v1/conversations/{uid}").json["turns"]) == 1
 
 
 def test_markers_in_a_prompt_stay_text(client: Client) -> None:

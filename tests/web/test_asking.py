@@ -65,6 +65,24 @@ def test_of_two_that_take_the_place_of_one_turn_the_second_does_nothing(client: 
     assert [turn.human for turn in client.conversation(first.uid).turns] == ["one"]
 
 
+def test_a_question_that_fails_leaves_the_turn_whose_place_it_wanted(client: ServerClient) -> None:
+    first = over(ask(client, "one"))
+    asked = over(ask(client, "@bad", first.uid, 0, instead=True))
+    assert asked.error and not asked.kept
+    assert first.uid is not None
+    assert [turn.answer for turn in client.conversation(first.uid).turns] == ["you said one"]
+
+
+def test_what_had_come_takes_the_place_when_it_is_stopped(client: ServerClient) -> None:
+    first = over(ask(client, "one"))
+    asking = ask(client, "@hold one", first.uid, 0, instead=True)
+    when(asking, lambda asked: asked.turn.answer == "you said @hold one")
+    asking.stop()
+    assert over(asking).kept
+    assert first.uid is not None
+    assert [turn.answer for turn in client.conversation(first.uid).turns] == ["you said @hold one"]
+
+
 def test_an_error_is_told_in_the_servers_words(client: ServerClient) -> None:
     asked = over(ask(client, "@bad"))
     assert asked.error == "the toy was asked to fail."

@@ -12,7 +12,7 @@ import pytest
 from finding_tools import PICTURE, FindingTools
 from live_server import LiveServer, until
 
-from moss_jt.web.client import ServerClient, Wishes
+from moss_jt.web.client import Answer, ServerClient, Wishes
 from moss_jt.web.talks import RUNNING, Talk, messages, state_html
 from moss_jt.web.visitors import Visitor
 from moss_jt.web.visits import Kept, View, chosen, deleted, edited, opened, said, said_again
@@ -92,6 +92,33 @@ def test_edit_and_retry_take_the_place_of_the_last_turn(visitor: Visitor) -> Non
     assert (humans(view), view.editing) == (["one", "three"], False)
     assert view.talk.uid is not None
     assert [turn.human for turn in visitor.client.conversation(view.talk.uid).turns] == ["one", "three"]
+
+
+@pytest.mark.parametrize("text", ["@bad", "@bad one"])
+def test_a_question_that_fails_takes_nobodys_place(visitor: Visitor, text: str) -> None:
+    view = ask(visitor, "one")
+    view = ask(visitor, text, replace(view, editing=True))
+    assert (humans(view), view.talk.turns[0].answer) == (["one"], "you said one")
+    assert (view.text, bool(view.warning)) == (text, True)
+    assert opened(visitor.client, view.kept, "en").talk.turns == view.talk.turns
+
+
+def test_an_answer_anew_that_is_stopped_at_once_leaves_the_old_one(
+    visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = ask(visitor, "one")
+    begin = Visitor.begin
+
+    def begun_and_stopped(visitor: Visitor, answer: Answer) -> Answer:
+        answer.stop()
+        return begin(visitor, answer)
+
+    monkeypatch.setattr(Visitor, "begin", begun_and_stopped)
+    views = said(visitor, replace(view, editing=True), "two", Wishes())
+    assert humans(next(views)) == [], "the old one is not shown meanwhile"
+    end = last(views)
+    assert (humans(end), end.talk.turns[0].answer, end.text) == (["one"], "you said one", "two")
+    assert opened(visitor.client, end.kept, "en").talk.turns == end.talk.turns
 
 
 def test_a_turn_that_came_from_elsewhere_is_not_taken_back(visitor: Visitor) -> None:
