@@ -61,6 +61,7 @@ def second_turn(model: Model, first: int, new: int) -> dict[str, int]:
     engine = Engine(model, slots=1, tokens=first + 2 * answer + new)
     config = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=answer)
     said = [number % model.config.vocab_size for number in range(7, 7 + first)]
+    computed = 0
     for message in (range(0), range(new)):
         said += message
         engine.submit(Request(tuple(said), config, conversation="chat"))

@@ -40,7 +40,7 @@ def round_activations(x: Array, blocks: list[tuple[int, int, int]]) -> tuple[Arr
     steps = np.zeros((len(x), len(blocks)), np.float32)
     for index, (_, start, size) in enumerate(blocks):
         part = x[:, start : start + size]
-        finite = np.isfinite(part).all(axis=1)
+        finite = np.asarray(np.isfinite(part).all(axis=1))
         part = np.where(finite[:, None], part, np.float32(0))
         step = np.maximum(np.abs(part).max(axis=1) * np.float32(1 / 127), np.finfo(np.float32).tiny)
         codes[:, start : start + size] = np.rint(part * (np.float32(1) / step)[:, None])

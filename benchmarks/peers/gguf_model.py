@@ -106,7 +106,10 @@ def write_model(config: MossConfig, target: Path, kind: Kind, head: Kind) -> Non
     with scratch.open("wb") as file:
         file.write(header(config, tensors, FORMATS[kind].file_type))
         file.write(bytes(-file.tell() % ALIGNMENT))
-        chunks = {wanted: chunk_of(wanted, random) for wanted in {kind, head}}
+        kinds: tuple[Kind, Kind] = (kind, head)
+        chunks: dict[Kind, npt.NDArray[np.uint8]] = {
+            wanted: chunk_of(wanted, random) for wanted in dict.fromkeys(kinds)
+        }
         for tensor in tensors:
             write_tensor(file, tensor, chunks)
             file.write(bytes(-file.tell() % ALIGNMENT))

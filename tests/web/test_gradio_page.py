@@ -385,7 +385,7 @@ WISHES = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens
 
 def test_the_sliders_do_what_they_say(chat: Chat) -> None:
     chat.part("sampling").get_by_text(say("sampling", "en"), exact=True).click()
-    wanted = dict(zip(WISHES, ("1.3", "0.55", "7", "1.11", "240", "12"), strict=True))
+    wanted: dict[str, str] = dict(zip(WISHES, ("1.3", "0.55", "7", "1.11", "240", "12"), strict=True))
     fields = {name: chat.part(name.replace("_", "-")).locator("input[type=number]") for name in wanted}
 
     def all_set() -> bool:

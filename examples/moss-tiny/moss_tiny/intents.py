@@ -94,5 +94,5 @@ def _make(name: str, block: Block, *, product: bool) -> Intent:
     def one(key: str) -> dict[Language, str]:
         return {language: texts(block, key, language)[0] for language in LANGUAGES}
 
-    plain = {language: len(texts(block, "ask", language)) for language in LANGUAGES}
+    plain: dict[Language, int] = {language: len(texts(block, "ask", language)) for language in LANGUAGES}
     return Intent(name, product, of("do"), of("what"), of("ask"), plain, of("held"), one("say"), one("fact"))
