@@ -42,7 +42,7 @@ MOSS_INLINE void store(const Cache& cache, u8* row, i32 i, float value) {
 
 // Rotate queries and keys; write the queries, and keys and values to the cache.
 // Grid: (H, T). Thread block: D threads, rounded up to whole warps.
-MOSS_KERNEL(rotate_and_append)
+MOSS_WIDE_KERNEL(rotate_and_append)
 (const float* qkv, const float* sincos, const i32* slots, const i32* positions, const i32* table, float* queries,
  u8* memory, i64 block_bytes, i32 table_width, i32 row_bytes, i32 kind, i32 width, i32 rotary, i32 keys_at,
  i32 values_at) {

@@ -8,7 +8,7 @@ from importlib import resources
 
 SOURCES = ("attention", "attention_rounded", "linear_exact", "linear_rounded", "pointwise", "rounding", "shortlist")
 OPTIONS = ("--std=c++17",)  # of the compiler
-_ENTRY = re.compile(r"^\s*MOSS_KERNEL\((\w+)\)", re.MULTILINE)
+_ENTRY = re.compile(r"^\s*MOSS_(?:WIDE_)?KERNEL\((\w+)\)", re.MULTILINE)
 _EACH = re.compile(r"^MOSS_\w+\((\w+), ", re.MULTILINE)  # kernels that a macro of the source spells out
 
 

@@ -2,7 +2,8 @@
 
 Memory is taken from the driver directly, not from cupy's pool, so that what is counted is what is taken. Both streams
 are our own and non-blocking: nothing of Jittor's or cupy's, which share the legacy stream, waits for them or they for it.
-Sources are compiled by NVRTC when the device is opened; cupy keeps the machine code on disk, one for each kind of device.
+Kernels are loaded when the device is opened; see machine_code.py. Every error of cupy's is a RuntimeError, and leaves this
+module as a KernelError or a DeviceMemoryError.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy.typing as npt
 
 from moss_jt.device import Account, Argument, Event, Graph, Place, Stream
 from moss_jt.errors import DeviceMemoryError, KernelError
-from moss_jt.kernels.cuda import OPTIONS, SOURCES, entry_points, source
+from moss_jt.kernels.cuda import SOURCES, entry_points
+from moss_jt.kernels.machine_code import Nvrtc, machine_code
 from moss_jt.kernels.nvml import used_memory
 from moss_jt.language import pick
 from moss_jt.memory import format_size
@@ -32,6 +34,7 @@ _LEAST, _MOST = 64 << 20, 1 << 30
 _RESERVE, _RESERVE_SHARE = 256 << 20, 20  # left to the screen and others
 
 _log = logging.getLogger(__name__)
+_own: dict[int, int] = {}  # by device, what opening it first took: the driver's part is taken once in a process
 
 
 class CupyDevice:
@@ -39,7 +42,8 @@ class CupyDevice:
 
     Args:
         index: which, as CUDA counts them.
-        limit: bytes that this process may take there, all in all; None for what is free, less a reserve.
+        limit: bytes that this process may take there, all in all; None for all that is free. A reserve stays free in any
+            case.
         progress: told about compiling.
 
     Raises:
@@ -47,18 +51,18 @@ class CupyDevice:
     """
 
     def __init__(self, index: int = 0, limit: int | None = None, progress: Progress | None = None) -> None:
-        import cupy
-
-        self._cupy = cupy
-        self._device = cupy.cuda.Device(index)
-        self._modules: dict[str, Any] = {}
         self._kernels: dict[tuple[str, str], Any] = {}
         self._addresses: list[int] = []
-        self._pinned: set[int] = set()
+        self._pinned: dict[int, Array] = {}  # memory must not be given back while the device knows it
         try:
+            import cupy
+
+            self._cupy = cupy
+            self._device = cupy.cuda.Device(index)
             found = cupy.cuda.runtime.getDeviceProperties(index)
             self.name = found["name"].decode()
-            _check_generation(self.name, 10 * found["major"] + found["minor"])
+            generation = 10 * found["major"] + found["minor"]
+            _check_generation(self.name, generation)
             before = used_memory(self._device.pci_bus_id)
             with self._device:
                 self._streams: dict[Stream, Any] = {
@@ -66,29 +70,28 @@ class CupyDevice:
                     "copy": cupy.cuda.Stream(non_blocking=True),
                     "back": cupy.cuda.Stream(non_blocking=True),
                 }
-                self._compile(Quiet() if progress is None else progress)
+                self._load(generation, Quiet() if progress is None else progress)
                 free, _ = cupy.cuda.runtime.memGetInfo()
-        except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise KernelError(f"CUDA device {index} does not answer: {error}. `moss-jt doctor` checks it.") from error
-        after = used_memory(self._device.pci_bus_id)
-        self.own_bytes = _CONTEXT if before is None or after is None else min(max(after - before, _LEAST), _MOST)
+            after = used_memory(self._device.pci_bus_id)
+        except (ImportError, RuntimeError) as error:
+            raise KernelError(f"CUDA device {index} cannot be used: {error}. `moss-jt doctor` checks it.") from error
+        taken = _CONTEXT if before is None or after is None else min(max(after - before, _LEAST), _MOST)
+        self.own_bytes = _own[index] = max(taken, _own.get(index, 0))
         usual = free - max(_RESERVE, free // _RESERVE_SHARE)
-        self._account = Account(max(0, usual if limit is None else min(limit - self.own_bytes, free)))
+        self._account = Account(max(0, usual if limit is None else min(limit - self.own_bytes, usual)))
         self.capacity = self._account.capacity
 
-    def _compile(self, progress: Progress) -> None:
+    def _load(self, generation: int, progress: Progress) -> None:
         """Have all kernels ready, so that their memory counts as the process's own."""
-        name = SOURCES[0]
+        compiler = Nvrtc()
         progress.begin(pick("Preparing the CUDA kernels", "准备 CUDA 内核"), len(SOURCES), "")
         try:
             for name in SOURCES:
+                module = self._cupy.cuda.function.Module()
+                module.load(machine_code(name, generation, compiler))
                 for kernel in entry_points(name):
-                    self._kernel(name, kernel)
+                    self._kernels[name, kernel] = module.get_function(kernel)
                 progress.advance(1)
-        except self._cupy.cuda.compiler.CompileException as error:
-            raise KernelError(
-                f"{name}.cu does not compile for {self.name}: {error}. Is CUDA's NVRTC older than 11?"
-            ) from error
         finally:
             progress.end()
 
@@ -107,7 +110,7 @@ class CupyDevice:
         try:
             with self._device:
                 address = int(self._cupy.cuda.runtime.malloc(whole))
-        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+        except RuntimeError as error:
             self._account.taken -= whole
             raise DeviceMemoryError(
                 f"{self.name} does not give {format_size(whole)} for {purpose} ({error}). "
@@ -121,21 +124,21 @@ class CupyDevice:
         try:
             with self._device:
                 self._cupy.cuda.runtime.hostRegister(memory.ctypes.data, memory.nbytes, _PORTABLE)
-        except self._cupy.cuda.runtime.CUDARuntimeError as error:
+        except RuntimeError as error:
             _log.warning(
                 "%s of main memory cannot be pinned (%s): copies from it are slower.",
                 format_size(memory.nbytes),
                 error,
             )
             return False
-        self._pinned.add(memory.ctypes.data)
+        self._pinned[memory.ctypes.data] = memory
         return True
 
     def unpin(self, memory: Array) -> None:
         """End that, when nothing is copied from it any more."""
-        self._pinned.discard(memory.ctypes.data)
-        with self._device:
+        with self._told("unpinning"), self._device:
             self._cupy.cuda.runtime.hostUnregister(memory.ctypes.data)
+        self._pinned.pop(memory.ctypes.data, None)
 
     def write(self, place: Place, values: Array, *, stream: Stream = "compute", stays: bool = False) -> None:
         """Queue a copy to the device. Unless `stays`, the values may change as soon as this returns."""
@@ -167,14 +170,14 @@ class CupyDevice:
         """Queue a kernel on the computing stream.
 
         Raises:
-            KernelError: it does not compile, or cannot be launched.
+            KernelError: it cannot be launched.
         """
         values = tuple(_as_scalar(argument) for argument in arguments)
         shape = (*grid, *(1,) * (3 - len(grid)))
         try:
             with self._device, self._streams["compute"]:
-                self._kernel(source, kernel)(shape, (threads, 1, 1), values)
-        except (self._cupy.cuda.compiler.CompileException, self._cupy.cuda.driver.CUDADriverError) as error:
+                self._kernels[source, kernel](shape, (threads, 1, 1), values)
+        except RuntimeError as error:
             raise KernelError(
                 f"{kernel} of {source}.cu, grid {shape}, {threads} threads, on {self.name}: {error}. "
                 "`moss-jt doctor` checks CUDA."
@@ -183,7 +186,7 @@ class CupyDevice:
     def capture(self, queue: Callable[[], None]) -> Graph:
         """What `queue` launches on the computing stream, kept to be launched again as one; nothing runs now."""
         stream = self._streams["compute"]
-        with self._device, stream:
+        with self._told("capturing"), self._device, stream:
             stream.begin_capture()
             try:
                 queue()
@@ -205,7 +208,8 @@ class CupyDevice:
 
     def follow(self, stream: Stream, event: Event) -> None:
         """What is queued on a stream from here on begins after an event."""
-        self._streams[stream].wait_event(event)
+        with self._told("an event"):
+            self._streams[stream].wait_event(event)
 
     def wait(self, event: Event) -> None:
         """Wait for an event."""
@@ -221,24 +225,15 @@ class CupyDevice:
         with self._told("giving memory back"), self._device:
             for stream in self._streams.values():
                 stream.synchronize()
-            for address in self._pinned:
-                self._cupy.cuda.runtime.hostUnregister(address)
-            self._pinned.clear()
+            while self._pinned:
+                self._cupy.cuda.runtime.hostUnregister(self._pinned.popitem()[0])
             while self._addresses:
                 self._cupy.cuda.runtime.free(self._addresses.pop())
         self._account.taken = 0
 
     def _told(self, what: str) -> _Told:
         """Raise errors of CUDA as ours."""
-        return _Told(self._cupy.cuda.runtime.CUDARuntimeError, self.name, what)
-
-    def _kernel(self, name: str, kernel: str) -> Any:
-        """A kernel; its source is compiled when the first one of it is asked for."""
-        if (name, kernel) not in self._kernels:
-            if name not in self._modules:
-                self._modules[name] = self._cupy.RawModule(code=source(name), options=OPTIONS, backend="nvrtc")
-            self._kernels[name, kernel] = self._modules[name].get_function(kernel)
-        return self._kernels[name, kernel]
+        return _Told(self.name, what)
 
     def _copy(self, target: int, source: int, nbytes: int, kind: int, stream: Stream) -> None:
         with self._told(f"a copy of {nbytes} bytes"), self._device:
@@ -248,14 +243,14 @@ class CupyDevice:
 class _Told:
     """A context in which CUDA's errors become a KernelError; a class, since a generator would cost a microsecond more."""
 
-    def __init__(self, kind: type[Exception], device: str, what: str) -> None:
-        self._kind, self._device, self._what = kind, device, what
+    def __init__(self, device: str, what: str) -> None:
+        self._device, self._what = device, what
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, self._kind):
+        if isinstance(error, RuntimeError):
             raise KernelError(
                 f"{self._device} failed at {self._what}: {error}. Errors of kernels show up late, at whatever is waited for; "
                 "`moss-jt doctor` looks at driver and CUDA."

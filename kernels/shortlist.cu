@@ -32,7 +32,7 @@ MOSS_INLINE float penalized(float score, float penalty) {
     return (float)(result > most ? most : result < -most ? -most : result);
 }
 
-MOSS_KERNEL(shortlist)
+MOSS_WIDE_KERNEL(shortlist)
 (float* logits, const u8* allowed, const i32* history, const float* penalties, const i32* wanted, Found* found,
  i32 vocabulary, i32 longest) {
     __shared__ float largest[kThreads];

@@ -60,14 +60,14 @@ def open_accelerator(name: str, limit: int | None = None, progress: Progress | N
                 _refuse(driver)
             return None
         _require_cupy(driver)
+        from moss_jt.kernels.cupy_device import CupyDevice
+
+        return CupyDevice(index, limit, progress)
     except KernelError as error:
         if name != "auto":
             raise
         _log.warning("%s The CPU computes.", error)
         return None
-    from moss_jt.kernels.cupy_device import CupyDevice
-
-    return CupyDevice(index, limit, progress)
 
 
 def _choose(driver: Driver, index: int | None) -> int | None:

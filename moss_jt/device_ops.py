@@ -39,6 +39,7 @@ _ROUNDED: dict[Inputs, tuple[str, str]] = {  # who rounds inputs, and whose prod
 _KV_KIND = {"float32": 0, "float16": 1, "int8": 2}
 _KV_NAME = {"float16": "half", "int8": "int8"}
 _TILE_TOKENS, _TILE_THREADS, _TILE_WIDTH = (8, 32), 256, 256  # of attention_rounded.cu
+_MOST_CAPTURED = 16  # tokens: with more, launching is a small part of a block, and each prompt would capture its own
 _LAYERS_AHEAD = 2  # queued before the device has done them, where weights are streamed: Ctrl-C waits for these
 
 
@@ -134,7 +135,7 @@ class DeviceOps:
 
     def block(self, name: str, compute: Callable[[DeviceBuffer], DeviceBuffer], x: DeviceBuffer) -> DeviceBuffer:
         """A block of the network: queued step by step, then captured, then replayed as long as nothing has changed."""
-        if self.observe is not None or not self._weights.is_whole:
+        if self.observe is not None or not self._weights.is_whole or self._tokens > _MOST_CAPTURED:
             return compute(x)
         attends = (self._stretches, self._tiles, self._tile_tokens <= _TILE_TOKENS[0])
         state = (self._tokens, attends, self._weights.version, self.inputs)

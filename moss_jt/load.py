@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from numbers import Integral
@@ -114,6 +115,8 @@ def load_model(
                 _log.info("host_share: %s.", placed.space.choose_share())
             elif shares:
                 placed.space.leave_to_host(float(host_share))
+            if isinstance(device, str):
+                weakref.finalize(placed.space, _close, accelerator).atexit = False  # the driver does it then
             return Model(
                 checkpoint,
                 placed.store,
@@ -152,9 +155,14 @@ def _given_back(device: Device, *, ours: bool) -> Iterator[None]:
         yield
     except BaseException:
         if ours:
-            with contextlib.suppress(KernelError):  # it may no longer answer at all
-                device.close()
+            _close(device)
         raise
+
+
+def _close(device: Device) -> None:
+    """Give a device's memory back, as far as it still answers."""
+    with contextlib.suppress(KernelError):
+        device.close()
 
 
 def _accelerator(device: DeviceName | Device, vram: int | None, progress: Progress) -> Device | None:
@@ -170,8 +178,7 @@ def _accelerator(device: DeviceName | Device, vram: int | None, progress: Progre
         try:
             check_device(found)
         except KernelError as error:
-            with contextlib.suppress(KernelError):  # it may no longer answer at all
-                found.close()
+            _close(found)
             if device != "auto":
                 raise
             _log.warning("%s The CPU computes.", error)

@@ -86,6 +86,21 @@ def test_auto_without_cupy(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
         open_accelerator("cuda")
 
 
+def test_auto_goes_on_without_a_device_that_cannot_be_opened(
+    opened: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: object) -> None:
+        raise KernelError("CUDA device 0 cannot be used: there is no NVRTC.")
+
+    driver(monkeypatch, LARGE)
+    monkeypatch.setattr(sys.modules["moss_jt.kernels.cupy_device"], "CupyDevice", failing)
+    with caplog.at_level(logging.WARNING):
+        assert open_accelerator("auto") is None
+    assert "there is no NVRTC. The CPU computes." in caplog.text
+    with pytest.raises(KernelError, match="there is no NVRTC"):
+        open_accelerator("cuda")
+
+
 @pytest.mark.parametrize(
     ("name", "gpus", "kind", "words"),
     [

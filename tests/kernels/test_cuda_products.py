@@ -345,7 +345,8 @@ def test_kernels_of_a_device_take_the_same_arguments(folder: Path) -> None:
     kernels_of("pointwise", folder).launch("gelu", (1,), 256, [found[0], 3])
     device = HostDevice(folder)
     DeviceKernels("pointwise", device).launch("gelu", (1,), 256, [found[1], 3])
-    assert np.array_equal(found[0], found[1]) and found[0][2] != x[2]
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-6)  # a device has an exponential of its own
+    assert found[0][2] != x[2]
     DeviceKernels("pointwise", device).launch("add_both", (1,), 256, [found[1], x, bias, 3])
     np.testing.assert_allclose(found[1], found[0] + x, rtol=1e-6)
     assert device.taken == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from moss_jt.device import Place
 from moss_jt.errors import DeviceMemoryError, KernelError
 from moss_jt.kernels import cupy_device
-from moss_jt.kernels.cuda import SOURCES
+from moss_jt.kernels.cuda import OPTIONS, SOURCES
 from moss_jt.kernels.cupy_device import CupyDevice
 
 
@@ -50,8 +52,17 @@ class FakeCupy:
             Device=FakeCard,
             Stream=self._stream,
             Event=self._event,
-            compiler=SimpleNamespace(CompileException=ValueError),
-            driver=SimpleNamespace(CUDADriverError=CudaError),
+            function=SimpleNamespace(Module=self._module),
+            nvrtc=SimpleNamespace(
+                NVRTCError=CudaError,
+                getVersion=lambda: (13, 0),
+                getSupportedArchs=lambda: [75, 80, 86, 90],
+                createProgram=self._program,
+                compileProgram=lambda _text, options: self.asked.append(("compile", *options)),
+                getCUBIN=lambda text: text.encode(),
+                getProgramLog=lambda _text: "line 3: no such thing\n",
+                destroyProgram=lambda _text: None,
+            ),
         )
 
     def _properties(self, _index: int) -> dict[str, Any]:
@@ -110,10 +121,16 @@ class FakeCupy:
             synchronize=lambda: self.asked.append(("wait", number)),
         )
 
-    def RawModule(self, *, code: str, options: tuple[str, ...], backend: str) -> Any:
-        assert "MOSS_KERNEL" in code and backend == "nvrtc" and options
-        self.asked.append("compile")
-        return SimpleNamespace(get_function=lambda name: lambda *given: self._launch(name, *given))
+    def _program(self, text: str, name: str, headers: tuple[str, ...], includes: tuple[str, ...]) -> str:
+        assert "MOSS_KERNEL" in text and name.endswith(".cu") and not headers and not includes
+        return text
+
+    def _module(self) -> Any:
+        def load(code: bytes) -> None:
+            assert b"MOSS_KERNEL" in code
+            self.asked.append("load")
+
+        return SimpleNamespace(load=load, get_function=lambda name: lambda *given: self._launch(name, *given))
 
     def _launch(self, name: str, *given: Any) -> None:
         if self.refuses:
@@ -122,8 +139,10 @@ class FakeCupy:
 
 
 @pytest.fixture(autouse=True)
-def used(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
-    """What NVML says is in use, call by call; at the end the last for ever."""
+def used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int | None]:
+    """What NVML says is in use, call by call; at the end the last for ever. No device was opened before."""
+    monkeypatch.setattr(cupy_device, "_own", {})
+    monkeypatch.setenv("MOSS_JT_HOME", str(tmp_path))
     told: list[int | None] = [5000, 5000 + (100 << 20)]
     monkeypatch.setattr(cupy_device, "used_memory", lambda _bus: told.pop(0) if len(told) > 1 else told[0])
     return told
@@ -170,14 +189,20 @@ def test_what_the_driver_takes_is_believed_within_reason(
     assert CupyDevice().own_bytes == own
 
 
-def test_no_more_is_allowed_than_is_free(cupy: FakeCupy) -> None:
-    assert CupyDevice(limit=1 << 40).capacity == 1 << 30
-    assert CupyDevice().capacity == (1 << 30) - (256 << 20), "without a limit some is left to others"
+def test_what_a_process_takes_once_counts_for_each_opening(used: list[int | None], cupy: FakeCupy) -> None:
+    used[:] = [0, 480 << 20, 480 << 20]
+    assert [CupyDevice().own_bytes for _ in range(2)] == [480 << 20] * 2
+
+
+@pytest.mark.parametrize("limit", [1 << 40, 1 << 30, None])
+def test_no_more_is_allowed_than_is_free_and_some_is_left_to_others(limit: int | None, cupy: FakeCupy) -> None:
+    assert CupyDevice(limit=limit).capacity == (1 << 30) - (256 << 20)
 
 
 def test_memory_is_pinned_until_the_end(cupy: FakeCupy, caplog: pytest.LogCaptureFixture) -> None:
     device = CupyDevice()
     first, second, third = (np.zeros(4096, np.uint8) for _ in range(3))
+    alive = weakref.ref(second)
     assert device.pin(first) and device.pin(second)
     assert ("pin", first.ctypes.data, 4096, 1) in cupy.asked
     device.unpin(first)
@@ -185,9 +210,13 @@ def test_memory_is_pinned_until_the_end(cupy: FakeCupy, caplog: pytest.LogCaptur
     assert not device.pin(third)
     assert "4KiB of main memory cannot be pinned (no more may be locked)" in caplog.text
     cupy.asked.clear()
+    address = second.ctypes.data
+    del second
+    assert alive() is not None, "what the device may copy from stays"
     device.close()
-    assert ("unpin", second.ctypes.data) in cupy.asked and ("unpin", first.ctypes.data) not in cupy.asked
-    assert cupy.asked.index(("synchronize", 1)) < cupy.asked.index(("unpin", second.ctypes.data))
+    assert ("unpin", address) in cupy.asked and ("unpin", first.ctypes.data) not in cupy.asked
+    assert cupy.asked.index(("synchronize", 1)) < cupy.asked.index(("unpin", address))
+    assert alive() is None
 
 
 def test_launches_are_captured_on_the_computing_stream(cupy: FakeCupy) -> None:
@@ -236,12 +265,19 @@ def test_streams_follow_events(cupy: FakeCupy) -> None:
     assert cupy.asked == [("record", 101), ("follow", 0, 0)]
 
 
-def test_sources_are_compiled_once_and_arguments_have_their_widths(cupy: FakeCupy) -> None:
+def test_sources_are_compiled_once_and_loaded_by_each(cupy: FakeCupy) -> None:
+    for opened in (1, 2):
+        device = CupyDevice()
+        for _ in range(2):
+            device.launch("pointwise", "gelu", (7,), 256, ())
+        compiled = [each for each in cupy.asked if each[0] == "compile"]
+        assert compiled == [("compile", *OPTIONS, "--gpu-architecture=sm_86")] * len(SOURCES)
+        assert cupy.asked.count("load") == opened * len(SOURCES), "when it is opened"
+
+
+def test_arguments_have_their_widths(cupy: FakeCupy) -> None:
     device = CupyDevice()
-    assert cupy.asked.count("compile") == len(SOURCES), "when it is opened"
-    for _ in range(2):
-        device.launch("pointwise", "gelu", (7,), 256, (Place(1 << 40), None, 3, 0.5, np.int64(9)))
-    assert cupy.asked.count("compile") == len(SOURCES)
+    device.launch("pointwise", "gelu", (7,), 256, (Place(1 << 40), None, 3, 0.5, np.int64(9)))
     name, grid, block, values = cupy.asked[-1]
     assert (name, grid, block) == ("gelu", (7, 1, 1), (256, 1, 1))
     assert [value.dtype.itemsize for value in values] == [8, 8, 4, 4, 8]
@@ -259,7 +295,26 @@ def test_old_devices_and_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(KernelError, match=r"A card is of compute capability 6.6; our kernels need 7.5. Use the CPU."):
         CupyDevice()
     monkeypatch.setitem(sys.modules, "cupy", FakeCupy(broken=True))
-    with pytest.raises(KernelError, match="CUDA device 0 does not answer: no device"):
+    with pytest.raises(KernelError, match="CUDA device 0 cannot be used: no device"):
+        CupyDevice()
+
+
+def test_what_is_not_there_or_does_not_compile_is_an_error_of_ours(
+    cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise CudaError("libnvrtc.so.13 is not there")
+
+    monkeypatch.setattr(cupy.cuda.nvrtc, "compileProgram", failing)
+    with pytest.raises(
+        KernelError, match=r"attention.cu does not compile with NVRTC 13.0 and .*sm_86: line 3: no such"
+    ):
+        CupyDevice()
+    monkeypatch.setattr(cupy.cuda.nvrtc, "getVersion", failing)
+    with pytest.raises(KernelError, match=r"CUDA device 0 cannot be used: libnvrtc.so.13 is not there"):
+        CupyDevice()
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(KernelError, match="CUDA device 0 cannot be used: import of cupy"):
         CupyDevice()
 
 
