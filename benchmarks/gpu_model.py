@@ -17,14 +17,15 @@ import numpy.typing as npt
 from moss_jt.batch import Batch
 from moss_jt.bench import parse_synthetic
 from moss_jt.checkpoint import Checkpoint
-from moss_jt.config import MossConfig
+from moss_jt.config import GenerationConfig, MossConfig
 from moss_jt.device import Device
 from moss_jt.memory import GIB
 from moss_jt.placement import TwoPlans, fill
 from moss_jt.plan import LOGIT_ROWS, make_plan, matrix_sizes
 from moss_jt.record import spread
-from moss_jt.runner import DEFAULT_KV, Compute, Model
+from moss_jt.runner import DEFAULT_KV, Compute, Model, Runner
 from moss_jt.sharing import SharingRates
+from moss_jt.shortlist import Wish, choose_from
 from moss_jt.synthetic import layouts_of, synthetic_store
 from moss_jt.weights import WeightStore
 from moss_jt.workspace import device_needs
@@ -35,6 +36,7 @@ OpenDevice = Callable[[int | None], Device]  # with a limit of its memory
 PROMPT, NEW = 32, 17  # tokens of an answer that is compared and timed; the first of it is not timed
 SEED = 20230421
 COMPUTE: Compute = "fast"
+GREEDY = GenerationConfig(do_sample=False, repetition_penalty=1.0)
 _LINK_TIMES = 32
 
 
@@ -112,28 +114,40 @@ def answer(model: Model, prompts: npt.NDArray[np.int32], new: int) -> Answered:
     for slot in range(count):
         cache.reserve(slot, length)
     began = time.perf_counter()
-    picked, logits = [], np.empty((0, 0), np.float32)
+    picked: list[int] = []
+    finite = True
     for slot in range(count):
         for start in range(0, length, runner.capacity):
             places = np.arange(start, min(start + runner.capacity, length), dtype=np.int32)
             wanted = np.array([len(places) - 1] if places[-1] == length - 1 else [], np.int32)
-            logits = runner.forward(Batch(prompts[slot, places], np.full_like(places, slot), places, wanted))
+            ids, whole = _best(runner, Batch(prompts[slot, places], np.full_like(places, slot), places, wanted))
             cache.commit(slot, len(places))
-        picked.append(int(logits[-1].argmax()))
-    found = Answered([[token] for token in picked], time.perf_counter() - began, [])
+            picked += ids
+            finite = finite and whole
+    found = Answered([[token] for token in picked], time.perf_counter() - began, [], finite)
     for step in range(new - 1):
         for slot in range(count):
             cache.reserve(slot, 1)
         began = time.perf_counter()
         slots = np.arange(count, dtype=np.int32)
         last = np.array([tokens[-1] for tokens in found.tokens], np.int32)
-        logits = runner.forward(Batch(last, slots, np.full_like(slots, length + step), slots))
+        ids, whole = _best(runner, Batch(last, slots, np.full_like(slots, length + step), slots))
         found.steps_s.append(time.perf_counter() - began)
-        found.finite = found.finite and bool(np.isfinite(logits).all())
+        found.finite = found.finite and whole
         for slot in range(count):
             cache.commit(slot, 1)
-            found.tokens[slot].append(int(logits[slot].argmax()))
+            found.tokens[slot].append(ids[slot])
     return found
+
+
+def _best(runner: Runner, batch: Batch) -> tuple[list[int], bool]:
+    """The best tokens of those that are wanted, found where the logits are if that can be; whether all are numbers."""
+    found = runner.shortlists(batch, [Wish((), GREEDY)] * len(batch.wanted))
+    if found is None:
+        logits = runner.forward(batch)
+        return [int(row.argmax()) for row in logits], bool(np.isfinite(logits).all())
+    rng = np.random.default_rng(0)  # of no effect
+    return [choose_from(each, GREEDY, rng)[0] for each in found], not any(each.is_broken for each in found)
 
 
 def prompts_for(model: Model, count: int, length: int) -> npt.NDArray[np.int32]:

@@ -36,7 +36,7 @@ Settings = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
 SETTLING = 2  # first tokens that are not timed
-START_S = 900  # for starting, compiling and filling memory
+START_S = 240  # for starting, compiling and filling memory
 KIND = "fp16"
 
 

@@ -35,7 +35,7 @@ from moss_jt.sharing import SharingRates, best_share, measure_sharing
 
 CONTEXT_BYTES = 512 * MIB  # what a driver takes for a process, where no device is here to be asked
 _HOST_BASE = BASE_BYTES + 200 * MIB  # with cupy and the driver's libraries
-_MEASURED, _TIMES = 64 * MIB, 16
+_MEASURED, _TIMES = 256 * MIB, 16  # more than a device's own cache holds
 _TURN_BYTES = 4 * 24576  # inputs or outputs of a product of the 16B model
 
 

@@ -7,6 +7,8 @@
 A program takes a tile of outputs, walks over the inputs, unpacks codes to float16 and multiplies by tensor cores.
 """
 
+# ruff: noqa: ANN001, ANN202  (Triton reads the annotations of a kernel as code of its own)
+
 from typing import Any
 
 import torch
@@ -40,20 +42,20 @@ _TILES = [
 
 @triton.autotune(configs=_TILES, key=["tokens", "n", "k"])  # type: ignore[untyped-decorator]
 @triton.jit  # type: ignore[untyped-decorator]
-def _product(  # noqa: PLR0917
-    x: Any,
-    qweight: Any,
-    scales: Any,
-    qzeros: Any,
-    y: Any,
-    tokens: Any,
-    n: Any,
-    k: Any,
-    group: Any,
+def _product(  # type: ignore[no-untyped-def]  # noqa: PLR0917
+    x,
+    qweight,
+    scales,
+    qzeros,
+    y,
+    tokens,
+    n,
+    k,
+    group,
     TOKENS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
-) -> None:
+):
     columns = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     rows = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     total = tl.zeros((TOKENS, OUTPUTS), tl.float32)

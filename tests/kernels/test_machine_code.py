@@ -18,7 +18,8 @@ class FakeNvrtc:
     """Notes what is compiled."""
 
     def __init__(self, version: str = "13.0") -> None:
-        self.version, self.generations = version, (75, 80, 86, 90)
+        self.version = version
+        self.generations: Sequence[int] = (75, 80, 86, 90)
         self.compiled: list[tuple[str, str, bool]] = []
 
     def compile(self, text: str, name: str, options: Sequence[str], *, final: bool) -> bytes:
