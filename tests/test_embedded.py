@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -15,10 +17,13 @@ from moss_jt.hub import resolve_model
 from moss_jt.template import choose_template, system_prompt
 from moss_jt.tokenizer import load_tokenizer
 from moss_jt.tools.backends import moss_tools
+from moss_jt.tools.index import LocalIndex
 from moss_jt.tools.sandbox import Sandbox
+from moss_jt.tools.search import search_tool
 from moss_jt.tools.toolbox import ToolBox
 
 FOLDER = paths.embedded_model()
+ROOT = Path(__file__).parent.parent
 LARGEST = 12_000_000  # bytes in the wheel
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=120)
 
@@ -110,8 +115,8 @@ def test_it_calls_tools_in_both_languages(jittor: ModuleType) -> None:
             ("解方程3x+5=20", 'Solve("3x+5=20")', "x = 5"),
             ("Calculate 12+7 and 30*4", 'Calculate("12+7"), Calculate("30*4")', "19"),
             ("12+7和30*4等于多少？", 'Calculate("12+7"), Calculate("30*4")', "120"),
-            ("How do I convert weights?", 'Search("convert back")', "found nothing"),
-            ("怎么限制内存？", 'Search("限制内存")', "--memory"),
+            ("How do I convert weights?", 'Search("convert a checkpoint")', "found nothing"),
+            ("怎么限制内存？", 'Search("限制内存")', "没有搜索到"),
         ):
             session = ChatSession(Engine(model), model.tokenizer, form, config=GREEDY, tools=box)
             said = answer(session, asked)
@@ -119,5 +124,40 @@ def test_it_calls_tools_in_both_languages(jittor: ModuleType) -> None:
             assert tools is not None and tools.commands == commands
             assert told in said, (asked, said)
             assert ("No result." in tools.results) == commands.startswith("Search")
+    finally:
+        sandbox.close()
+
+
+def test_it_searches_the_documentation_and_names_its_source(jittor: ModuleType, tmp_path: Path) -> None:
+    """In both languages: its own search words, over the product's pages; what it cites holds what it says."""
+    from moss_jt.engine import Engine
+    from moss_jt.load import load_model
+
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    for page in (ROOT / "README.md", ROOT / "README.zh.md", ROOT / "docs" / "cli.md"):
+        shutil.copy(page, pages)
+    index = LocalIndex(tmp_path / "index.sqlite")
+    index.add(pages)
+    model = load_model(FOLDER, compute="fast", device="cpu")
+    form = choose_template("auto", model.config, tools=True)
+    sandbox = Sandbox()
+    try:
+        others = [tool for name, tool in moss_tools(box=sandbox).items() if name in ("calc", "solve")]
+        box = ToolBox([search_tool(index), *others])
+        for asked, told in (
+            ("How do I limit the memory?", "--memory"),
+            ("How do I quantize a model?", "moss-jt quantize"),
+            ("怎么限制内存？", "--memory"),
+            ("怎么下载真正的MOSS？", "moss-jt pull"),
+        ):
+            session = ChatSession(Engine(model), model.tokenizer, form, config=GREEDY, tools=box)
+            assert told in answer(session, asked)
+            turn = session.turns[-1]
+            assert turn.tools is not None and turn.tools.commands.startswith('Search("'), (asked, turn)
+            (cited,) = re.findall(r"<sup><\|(\d)\|></sup>", turn.answer)
+            sources = {source.number: source for source in turn.tools.sources}
+            assert told in sources[int(cited)].text, (asked, sources)
+            assert sources[int(cited)].title, "a document of the folder"
     finally:
         sandbox.close()
