@@ -24,7 +24,6 @@ from moss_jt.layout import PlainLayout, RowsLayout, TileLayout
 from moss_jt.memory import MIB
 from moss_jt.plan import (
     LOGIT_ROWS,
-    MARGIN,
     MatrixSize,
     Needs,
     Plan,
@@ -38,7 +37,6 @@ from moss_jt.progress import Progress
 from moss_jt.weights import WeightStore
 from moss_jt.workspace import Terms, Workspace, device_needs
 
-_PINNED_PER_BYTE = 512  # the device keeps 8 bytes for each page of 4 KiB of main memory that it can copy from
 _HOST_MARGIN = 64 * MIB  # what the driver's copies take, and what nobody foresaw
 
 
@@ -98,8 +96,7 @@ def plan_both(
     Raises:
         ConfigError: either is too little; says how much would do.
     """
-    margin = MARGIN + sum(size.nbytes for size in sizes) // _PINNED_PER_BYTE
-    needs = device_needs(config, sizes, layouts, base=device_base, kv=kv, margin=margin, terms=terms)
+    needs = device_needs(config, sizes, layouts, base=device_base, kv=kv, terms=terms)
     try:
         device = make_plan(sizes, needs, memory=vram, context=context)
     except ConfigError as error:
