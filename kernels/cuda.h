@@ -5,7 +5,7 @@
 // as in the fragments of tensor cores its row is lane / 4 and its column lane % 4.
 
 #define MOSS_KERNEL(name) extern "C" __global__ void name
-#define MOSS_WIDE_KERNEL(name) extern "C" __global__ void __launch_bounds__(1024) name // of up to 1024 threads
+#define MOSS_WIDE_KERNEL(name) extern "C" __global__ void __launch_bounds__(1024, 1) name // of up to 1024 threads
 #define MOSS_INLINE __device__ __forceinline__
 
 typedef signed char i8;

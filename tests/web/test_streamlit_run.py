@@ -161,7 +161,7 @@ def test_a_conversation_that_never_began_is_begun_anew(monkeypatch: pytest.Monke
         until(lambda: key in [button.key for button in app.run().button], key)
         assert not app.exception
 
-    monkeypatch.setattr(Asking, "_is_stored", lambda _: False)  # as where the server dies in the middle
+    monkeypatch.setattr(Asking, "_is_stored", lambda *_: False)  # as where the server dies in the middle
     app.chat_input[0].set_value("gone @hold").run()
     until(lambda: any("you said gone" in text.value for text in app.run().markdown), "the answer")
     app.button(key="stop").click().run()
