@@ -241,6 +241,7 @@ def test_the_sliders_do_what_they_say(chat: Chat) -> None:
     chat.page.get_by_text(say("sampling", "en"), exact=True).click()
     for key in ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"):
         chat.page.get_by_role("slider", name=say(key, "en")).press("ArrowRight")
+        chat.page.wait_for_timeout(500)  # the page is drawn anew, and would lose the next key
     seed = chat.page.get_by_role("spinbutton", name=say("seed", "en"))
     seed.fill("7")
     seed.press("Enter")
