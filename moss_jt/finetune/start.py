@@ -119,11 +119,9 @@ def without_codes(config: MossConfig) -> MossConfig:
 
 
 def from_nothing(config: MossConfig, *, seed: int, recompute: bool = False) -> Whole:
-    """Random weights: normal with the config's initializer_range, less for what adds to the residual stream.
+    """Random weights: every matrix normal with the config's initializer_range, as the original's code begins.
 
     Each tensor depends on its name and the seed alone.
-
-    Source: Radford et al. 2019 (GPT-2), section 2.3.
     """
     with memory_for("the weights"):
         parameters = Parameters(expected_shapes(config))
@@ -133,9 +131,7 @@ def from_nothing(config: MossConfig, *, seed: int, recompute: bool = False) -> W
             array[...] = 1.0 if name.endswith(".weight") else 0.0
             continue
         rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
-        into_residual = name.endswith((".out_proj.weight", ".fc_out.weight"))
-        spread = config.initializer_range / ((2 * config.n_layer) ** 0.5 if into_residual else 1)
-        array[...] = rng.standard_normal(shape, np.float32) * np.float32(spread)
+        array[...] = rng.standard_normal(shape, np.float32) * np.float32(config.initializer_range)
     return Whole(config, parameters, recompute)
 
 
