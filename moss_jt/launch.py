@@ -393,7 +393,9 @@ def _stderr_away() -> Iterator[None]:
 
 
 def _reason(report: str) -> str:
-    """The line of Jittor's long report that says what went wrong."""
+    """The line of Jittor's long report that says what went wrong; of a compiler that failed it has only the command."""
+    if "Run cmd failed" in report:
+        return "its program does not compile; what the compiler said stands above."
     lines = [line.strip() for line in _COLOUR.sub("", report).splitlines() if line.strip()]
     telling = [line for line in lines if "error:" in line.lower() or line.startswith("Reason:")]
     return (telling or lines or ["no reason was given."])[-1]

@@ -124,6 +124,14 @@ def test_an_error_of_a_kernel_is_told(jittor: Any, monkeypatch: pytest.MonkeyPat
     steps.run()
 
 
+def test_a_program_that_does_not_compile_is_told_in_a_line(jittor: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    x = buffer(1)
+    with pytest.raises(KernelError, match=r"not compile; what the compiler said stands above. `moss-jt doctor`") as told:
+        run("nobody_wrote_this(in0_p);", [x.var], [x.var], {})
+    assert len(str(told.value)) < 200
+    assert "nobody_wrote_this" in capfd.readouterr().err, "and it does stand above"
+
+
 @pytest.mark.parametrize("kernel", list(STEP_TYPES), ids=lambda source: source.split("moss::")[-1].split("(")[0])
 def test_every_kernel_fits_a_step(kernel: str) -> None:
     """Its source names no more arrays and numbers than the table has places for, and those that are declared."""
