@@ -11,11 +11,14 @@ Only changed files are read again. Nothing of a file is kept but its text and it
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import re
 import sqlite3
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from moss_jt import paths
@@ -121,11 +124,19 @@ class LocalIndex:
         """Bring the index up to date with the documents below a folder.
 
         Raises:
-            ToolError: the folder does not exist, or the index cannot be written.
+            ToolError: the folder does not exist or its name is no text, or the index cannot be written.
         """
         folder = folder.absolute()
+        if not _is_text(folder):
+            raise ToolError(
+                f"the name of {str(folder)!r} is not UTF-8, and links to its files could not be given. Rename it."
+            )
         if not folder.exists():
-            raise ToolError(f"{folder} does not exist. Name a folder of documents.")
+            known_folder = any(one.path == str(folder) for one in self.folders())
+            raise ToolError(
+                f"{folder} does not exist. "
+                + (f"To forget it: moss-jt index --remove {folder}" if known_folder else "Name a folder of documents.")
+            )
         progress = progress or Quiet()
         files = list(documents(folder))
         with self._open(write=True) as database:
@@ -175,7 +186,7 @@ class LocalIndex:
             return [Folder(*row) for row in rows]
 
     def search(self, query: str, count: int) -> Sequence[Hit]:
-        """The best passages, one or two of a file.
+        """The best passages, one or two of a file; of files that are gone, none.
 
         Raises:
             ToolError: nothing has been indexed, or the file is broken.
@@ -186,12 +197,14 @@ class LocalIndex:
         if not wanted:
             return []
         with self._open() as database:
-            rows = database.execute(
+            found = database.execute(
                 "SELECT files.path, passages.heading, passages.text FROM terms"
                 " JOIN passages ON passages.id = terms.rowid JOIN files ON files.id = passages.file"
-                " WHERE terms MATCH ? ORDER BY bm25(terms, 2.0, 1.0) LIMIT ?",
-                (wanted, 4 * count),
-            ).fetchall()
+                " WHERE terms MATCH ? ORDER BY bm25(terms, 2.0, 1.0)",
+                (wanted,),
+            )
+            is_there = cache(os.path.exists)
+            rows = list(itertools.islice((row for row in found if is_there(row[0])), 4 * count))
         return list(_spread(rows, count, query))
 
     def check(self) -> Status:
@@ -233,6 +246,8 @@ class LocalIndex:
 
 def _take(database: sqlite3.Connection, folder: Path, path: Path, known: tuple[int, int] | None) -> str:
     """Enter a file unless it is there as it is; tells what was done."""
+    if not _is_text(path):
+        return "unreadable"
     try:
         info = path.stat()
         mark = (info.st_mtime_ns, info.st_size)
@@ -255,6 +270,15 @@ def _take(database: sqlite3.Connection, folder: Path, path: Path, known: tuple[i
             (number, _indexed(f"{path.stem} {heading}"), _indexed(passage.text)),
         )
     return "added" if known is None else "changed"
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a name can be kept: one that comes from another system's zip may be no UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _indexed(text: str) -> str:

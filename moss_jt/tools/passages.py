@@ -15,7 +15,8 @@ PLAIN = frozenset(
 HTML = frozenset({".html", ".htm", ".xhtml"})
 LONGEST = 600  # characters of a passage; a search shows 400 of them
 LARGEST = 20 << 20  # bytes of a file
-_SILENT = frozenset({"script", "style", "noscript", "template", "head", "nav", "footer", "svg"})
+_SILENT = frozenset({"script", "style", "noscript", "template", "nav", "footer", "svg"})
+_OF_HEAD = frozenset({"base", "link", "meta", "noscript", "script", "style", "template", "title"})
 _BLOCKS = frozenset(
     [
         "p",
@@ -157,11 +158,16 @@ class _Text(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
         self._silent = 0
+        self._in_head = False
         self._in_heading = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Begin an element."""
-        if tag in _SILENT:
+        """Begin an element; the head of a page may end without saying so."""
+        if self._in_head and tag not in _OF_HEAD:
+            self._in_head = False
+        if tag == "head":
+            self._in_head = True
+        elif tag in _SILENT:
             self._silent += 1
         elif tag in _BLOCKS:
             self._in_heading = len(tag) == 2 and tag[0] == "h" and tag[1].isdigit()
@@ -169,7 +175,9 @@ class _Text(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         """End an element."""
-        if tag in _SILENT:
+        if tag == "head":
+            self._in_head = False
+        elif tag in _SILENT:
             self._silent = max(0, self._silent - 1)
         elif tag in _BLOCKS:
             self._in_heading = False
@@ -177,12 +185,12 @@ class _Text(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         """Take text."""
-        if not self._silent:
+        if not self._silent and not self._in_head:
             self.parts.append(" ".join(data.split()) + " " if data.strip() else " ")
 
 
 def _html_text(text: str) -> str:
     reader = _Text()
-    reader.feed(text)
+    reader.feed(text.replace("<![", "<!"))  # a comment in HTML, which Python's parser would refuse to read
     reader.close()
     return "".join(reader.parts)

@@ -111,6 +111,43 @@ def test_folders_are_listed_and_removed(index: LocalIndex, folder: Path, tmp_pat
         index.remove(tmp_path)
 
 
+def test_what_is_gone_is_not_found_any_more(index: LocalIndex, folder: Path) -> None:
+    moved = folder.rename(folder.with_name("elsewhere"))
+    assert index.search("Lena", 3) == []
+    with pytest.raises(ToolError, match=r"does not exist. To forget it: moss-jt index --remove .*docs"):
+        index.add(folder)
+    index.add(moved)
+    (hit,) = index.search("Lena", 3)
+    assert hit.url == (moved / "rivers.md").as_uri()
+    moved.rename(folder)
+    (hit,) = index.search("Lena", 3)
+    assert hit.url == (folder / "rivers.md").as_uri(), "a disk that was away is there again"
+
+
+def test_names_that_are_no_text_are_counted(index: LocalIndex, folder: Path) -> None:
+    (folder / os.fsdecode(b"\xb2\xe2\xca\xd4.txt")).write_text("zanzibar")
+    assert index.add(folder).unreadable == 1
+    other = folder.rename(folder.with_name(os.fsdecode(b"\xb2\xe2")))
+    with pytest.raises(ToolError, match=r"is not UTF-8, .* Rename it"):
+        index.add(other)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<head><title>t</title><meta charset=utf-8><body><p>Nine crowns.",
+        "<html><head><style>p{}</style><h1>Fees</h1><p>Nine crowns.",
+        "<head><title>t</title></head><![ endif]--><p>Nine crowns.<![foo]>",
+        "<title>t</title><nav><p>Home</p></nav><p>Nine crowns.",
+        "<p>Nine crowns.<nav><head><p>Home</p></nav>",
+    ],
+)
+def test_pages_as_they_are_written(tmp_path: Path, page: str) -> None:
+    (tmp_path / "page.html").write_text(page)
+    text = "\n".join(passage.text for passage in read_passages(tmp_path / "page.html"))
+    assert "Nine crowns." in text and "Home" not in text and "p{}" not in text
+
+
 def test_the_index_is_for_its_owner_only(index: LocalIndex) -> None:
     assert stat.S_IMODE(index.path.stat().st_mode) == 0o600
 
