@@ -11,6 +11,8 @@ from moss_jt.cli.asking import confirm
 from moss_jt.language import pick
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from moss_jt.config import FloatType
     from moss_jt.pull_plan import PullPlan
 
@@ -66,6 +68,8 @@ def command(
         if not (yes or plan.accepted or confirm(pick("Accept the licence and fetch it?", "接受许可并下载？"))):
             raise HubError(f"the licence of {full} was not accepted; nothing was fetched.")
         path = pull(plan, progress=TerminalProgress())
+    elif dtype is not None:
+        _check_dtype(full, path, _float_type(dtype))
     if as_json:
         click.echo(json.dumps({"name": full, "path": str(path), "fetched": fetched}))
     else:
@@ -77,6 +81,19 @@ def command(
 def _float_type(dtype: str | None) -> FloatType | None:
     """The library's word for a type of floats."""
     return DTYPES[dtype] if dtype is not None else None
+
+
+def _check_dtype(full: str, path: Path, dtype: FloatType | None) -> None:
+    """See that a stored model has floats of the type that is asked for."""
+    from moss_jt.config import MossConfig
+    from moss_jt.errors import HubError
+
+    stored = MossConfig.from_file(path / "config.json").dtype
+    if dtype != stored:
+        raise HubError(
+            f"{full} is stored already, with weights in {stored}. Leave --dtype away to use it, or remove it first: "
+            f"moss-jt models rm {full}"
+        )
 
 
 def _describe(plan: PullPlan) -> str:

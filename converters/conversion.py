@@ -106,6 +106,7 @@ def convert(
     with Workplace(target, task.kind, resume=resume) as workplace:
         if workplace.whole:
             opened = Checkpoint.open(target)
+            _check_finished(target, opened.config, task.options)
             return Conversion(target, opened.config, _weight_bytes(opened), resumed=len(opened.entries))
         done: dict[str, str] = {}
         if workplace.plan is not None:
@@ -141,6 +142,23 @@ def _begin(workplace: Workplace, shelf: Shelf, task: Task, *, delete_source: boo
     folder = shelf.source.path if shelf.source.path.is_dir() else shelf.source.path.parent
     copy_small_files(folder, TOKENIZER_FILES, workplace.out)
     workplace.start(plan)
+
+
+def _check_finished(target: Path, config: MossConfig, options: Options) -> None:
+    """See that what lies at the destination is what is asked for, as far as its config.json tells."""
+    head = "floats" if config.head_quantization is None else "int8"
+    there_and_asked = {
+        "name": (config.name, options.name),
+        "quantization": (config.quantization, options.quantization or config.quantization),
+        "head": (head, head if options.head is None else "int8" if options.head == "int8" else "floats"),
+        "dtype": (config.dtype, options.dtype or config.dtype),
+    }
+    differing = [f"{key} {there}, not {asked}" for key, (there, asked) in there_and_asked.items() if there != asked]
+    if differing:
+        raise ConfigError(
+            f"{target} is finished already, and something else: {'; '.join(differing)}. "
+            "Name another destination, or delete that folder."
+        )
 
 
 def _check_options(workplace: Workplace, options: Options) -> None:

@@ -50,6 +50,10 @@ def test_pull_with_yes(hub: FakeHub) -> None:
     again = moss_jt("pull", FP, "--json")
     assert json.loads(again.stdout) == {"name": FP, "path": str(path), "fetched": False}
     assert f"{FP} is stored already" not in again.stdout
+    other = moss_jt("pull", FP, "--dtype", "fp16")
+    assert other.returncode == 1
+    assert f"{FP} is stored already, with weights in float32. Leave --dtype away" in other.stderr
+    assert moss_jt("pull", FP, "--dtype", "fp32").returncode == 0
 
 
 def test_nobody_to_ask(hub: FakeHub) -> None:
