@@ -126,7 +126,9 @@ def test_an_error_of_a_kernel_is_told(jittor: Any, monkeypatch: pytest.MonkeyPat
 
 def test_a_program_that_does_not_compile_is_told_in_a_line(jittor: Any, capfd: pytest.CaptureFixture[str]) -> None:
     x = buffer(1)
-    with pytest.raises(KernelError, match=r"not compile; what the compiler said stands above. `moss-jt doctor`") as told:
+    with pytest.raises(
+        KernelError, match=r"not compile; what the compiler said stands above. `moss-jt doctor`"
+    ) as told:
         run("nobody_wrote_this(in0_p);", [x.var], [x.var], {})
     assert len(str(told.value)) < 200
     assert "nobody_wrote_this" in capfd.readouterr().err, "and it does stand above"
