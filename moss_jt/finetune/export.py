@@ -24,6 +24,7 @@ from moss_jt.tokenizer import TOKENIZER_FILES, load_tokenizer
 Floats = npt.NDArray[np.float32]
 
 _END = "<eom>"
+_OLD = "old"  # in the workplace: what lay at the place of a new folder
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def export_model(folder: Path, export: Export, progress: Progress | None = None)
     except OSError as error:
         raise DiskError(f"{folder} cannot be written: {error.strerror or error}.") from error
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _clear(work, folder)
     return folder
 
 
@@ -125,13 +126,13 @@ def check_destination(folder: Path) -> None:
     Raises:
         ConfigError: something else lies there.
     """
-    if (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not (folder / CONFIG_FILE).is_file()
-        and not (folder / DESCRIPTION).is_file()
-    ):
+    if is_taken(folder) and not any((folder / name).is_file() for name in (CONFIG_FILE, DESCRIPTION)):
         raise ConfigError(f"{folder} holds something else than a model. Give another --output_dir.")
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether something lies there already; an empty folder is nothing."""
+    return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -159,8 +160,14 @@ def _tell_template(path: Path, template: TemplateName) -> None:
 
 
 def _replace(folder: Path, made: Path) -> None:
-    """Put a folder at its place; one that was there is gone afterwards."""
-    old = made.with_name("old")
+    """Put a folder at its place; one that was there lies in the workplace afterwards."""
     if folder.exists():
-        folder.rename(old)
+        folder.rename(made.with_name(_OLD))
     made.rename(folder)
+
+
+def _clear(work: Path, folder: Path) -> None:
+    """Remove a workplace; a folder that was moved there comes back if no new one took its place."""
+    if (work / _OLD).exists() and not folder.exists():
+        (work / _OLD).rename(folder)
+    shutil.rmtree(work, ignore_errors=True)
