@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +17,11 @@ from moss_jt.config import MossConfig
 from moss_jt.converters.byte_tokenizer import tokenizer_files
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.errors import ConfigError
-from moss_jt.finetune import export
+from moss_jt.finetune import export, log, run
 from moss_jt.finetune.export import Export, check_destination, export_model
 from moss_jt.finetune.merge import merge_adapter
+from moss_jt.finetune.run import Request, finetune
+from moss_jt.finetune.settings import DataSettings, TrainSettings
 from moss_jt.finetune.start import from_nothing
 
 SHAPE = {
@@ -70,6 +75,26 @@ def new_model(words: Path) -> Callable[[Path, int], Path]:
     return write
 
 
+@pytest.fixture
+def asked(words: Path, tmp_path: Path, jittor: Any) -> Request:
+    """A run of four steps with a checkpoint every second."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE), "utf-8")
+    turn = {"Human": "<|Human|>: hi<eoh>\n", "MOSS": "<|MOSS|>: hello<eom>\n"}
+    (tmp_path / "data").mkdir()
+    record = json.dumps({"meta_instruction": "", "chat": {"turn_1": turn}})
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join([record] * 8), "utf-8")
+    return Request(
+        data_dir=tmp_path / "data",
+        output_dir=tmp_path / "out",
+        init=tmp_path / "config.json",
+        tokenizer=words,
+        data=DataSettings(max_length=64),
+        train=TrainSettings(batch_size=4, learning_rate=1e-2, save_step=2),
+        dtype="float32",
+        tensorboard=False,
+    )
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
@@ -113,3 +138,20 @@ def test_a_model_stays_where_its_successor_does_not_come(
     assert contents(folder) == before
     assert not list(tmp_path.glob(".model.*"))
     assert contents(new_model(folder, 2)) != before, "a run's own model is replaced by its next one"
+
+
+def test_a_run_that_is_refused_leaves_everything(asked: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It emptied the log of the run before."""
+    finetune(asked)
+    before = contents(asked.output_dir)
+    assert len(before["log/log.jsonl"].splitlines()) == 4
+    other = replace(asked, train=replace(asked.train, learning_rate=1e-3), resume=True)
+    with pytest.raises(ConfigError, match="was made with learning_rate"):
+        finetune(other)
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="--tensorboard needs the package"):
+        patched.setattr(log, "find_spec", lambda _: None)
+        finetune(replace(asked, resume=True, tensorboard=True))
+    monkeypatch.setattr(run, "load_tokenizer", None)  # nothing is read before the refusal
+    with pytest.raises(ConfigError, match="is the checkpoint of an earlier run"):
+        finetune(asked)
+    assert contents(asked.output_dir) == before

@@ -79,11 +79,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / _STATE).is_file())
 
 
-def step_of(path: Path) -> int:
-    """The step after which a checkpoint was made, by its name."""
-    return int(path.name.rpartition("-")[2])
-
-
 def load(path: Path, parameters: Parameters, run: Mapping[str, Any]) -> State:
     """Take values and moments from a checkpoint.
 

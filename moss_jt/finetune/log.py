@@ -27,12 +27,12 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, *, begun: int = 0, tensorboard: bool | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _keep_steps(folder / "log.jsonl", begun)
-        self._lines = (folder / "log.jsonl").open("a", encoding="utf-8")
         has_package = find_spec(PACKAGE) is not None
         if tensorboard and not has_package:
             raise ConfigError(f"--tensorboard needs the package {PACKAGE}: pip install 'moss-jt[train]'")
+        folder.mkdir(parents=True, exist_ok=True)
+        _keep_steps(folder / "log.jsonl", begun)
+        self._lines = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._writer: Any = None
         if has_package and tensorboard is not False:
             from tensorboardX import SummaryWriter
