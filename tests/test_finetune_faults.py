@@ -16,6 +16,7 @@ from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import MossConfig
 from moss_jt.converters.byte_tokenizer import tokenizer_files
 from moss_jt.converters.hf2jittor import hf2jittor
+from moss_jt.converters.quantize import quantize
 from moss_jt.errors import ConfigError
 from moss_jt.finetune import export, log, run
 from moss_jt.finetune.export import Export, check_destination, export_model
@@ -155,3 +156,35 @@ def test_a_run_that_is_refused_leaves_everything(asked: Request, monkeypatch: py
     with pytest.raises(ConfigError, match="is the checkpoint of an earlier run"):
         finetune(asked)
     assert contents(asked.output_dir) == before
+
+
+def test_another_adapter_or_model_does_not_go_on(asked: Request, base: Path, tmp_path: Path) -> None:
+    """Another alpha, fewer targets, another base: the run went on, with terms left out or over other weights."""
+    shape = AdapterShape(rank=2, alpha=4.0)
+    first = replace(asked, init=None, tokenizer=None, model=base, adapter=shape)
+    finetune(first)
+    assert finetune(replace(first, resume=True)).steps == 4
+    for change, words in (
+        ({"rank": 1}, r"lora_rank 2; now it is 1\."),
+        ({"alpha": 8.0}, r"lora_alpha 4\.0; now it is 8\.0\."),
+        ({"targets": ("fc_in", "qkv_proj")}, r"lora_targets \['fc_in', .*; now it is \['fc_in', 'qkv_proj'\]\."),
+    ):
+        with pytest.raises(ConfigError, match=f"step-00000004 was made with {words} Resume with the same"):
+            finetune(replace(first, adapter=replace(shape, **change), resume=True))
+    other = tmp_path / "other"
+    quantize(base, other, bits=8, group_size=32)
+    (tmp_path / "no-manifest").mkdir()
+    for file in base.iterdir():
+        if file.name != "manifest.json":
+            (tmp_path / "no-manifest" / file.name).write_bytes(file.read_bytes())
+    for model in (other, tmp_path / "no-manifest"):
+        with pytest.raises(ConfigError, match=r"was made with model '\w{16}'; now it is '\w{16}'\."):
+            finetune(replace(first, model=model, resume=True))
+
+
+def test_another_shape_of_the_same_sizes_does_not_go_on(asked: Request) -> None:
+    finetune(asked)
+    assert asked.init is not None
+    asked.init.write_text(json.dumps({**SHAPE, "rotary_dim": 4}), "utf-8")
+    with pytest.raises(ConfigError, match="was made with model"):
+        finetune(replace(asked, resume=True))

@@ -89,7 +89,7 @@ def load(path: Path, parameters: Parameters, run: Mapping[str, Any]) -> State:
 
     Raises:
         ConfigError: it is the checkpoint of a run with other settings.
-        CheckpointError: it is broken.
+        CheckpointError: it is broken, or holds other tensors.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -118,6 +118,10 @@ def _copies(parameters: Parameters, flat: Floats) -> dict[str, Floats]:
 
 
 def _fill(path: Path, parameters: Parameters, flat: Floats, found: Mapping[str, Any], suffix: str) -> None:
+    wanted = {name + suffix for name in parameters.slots}
+    needless = {name for name in found if name.endswith(suffix)} - wanted
+    if needless:
+        raise CheckpointError(f"{path} holds {min(needless)}, which is not trained here. Is it of another model?")
     for name, slot in parameters.slots.items():
         array = found.get(name + suffix)
         if array is None or array.shape != slot.shape or array.dtype != np.float32:

@@ -114,7 +114,15 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
         student = with_rows(student, tokenizer, new)
     for samples in (training, validation):
         _check_fits(student.config, tokenizer, samples)
-    job = Job(student.network(), student.make_ops, student.parameters, training, validation, folder=request.output_dir)
+    job = Job(
+        student.network(),
+        student.make_ops,
+        student.parameters,
+        training,
+        validation,
+        folder=request.output_dir,
+        identity=student.identity,
+    )
     trainer = Trainer(job, request.train, team=team, progress=progress)
     if request.resume:
         trainer.resume()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +78,7 @@ class Job:
         parameters: what is trained.
         training, validation: data; validation may be None.
         folder: of checkpoints; None keeps none.
+        identity: what else than settings and data must be the same for a run to go on.
     """
 
     network: Moss[Any]
@@ -86,6 +87,7 @@ class Job:
     training: Samples
     validation: Samples | None = None
     folder: Path | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,8 @@ class Trainer:
         free = ("eval_step", "save_step", "keep", "pass_tokens", "recompute", "max_steps")
         settings = {key: value for key, value in self.settings.to_dict().items() if key not in free}
         data = hashlib.sha256(self.job.training.ids.tobytes() + self.job.training.labels.tobytes())
-        return {**settings, "steps": self.total, "processes": self.team.size, "data": data.hexdigest()[:16]}
+        told = {**settings, "steps": self.total, "processes": self.team.size, "data": data.hexdigest()[:16]}
+        return {**told, **self.job.identity}
 
 
 def _is_due(step: int, every: int) -> bool:
