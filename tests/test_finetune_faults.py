@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,20 @@ from moss_jt.config import MossConfig
 from moss_jt.converters.byte_tokenizer import tokenizer_files
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.converters.quantize import quantize
-from moss_jt.errors import ConfigError
-from moss_jt.finetune import export, log, run
+from moss_jt.errors import ConfigError, DiskError
+from moss_jt.finetune import checkpoint, export, log, run
+from moss_jt.finetune.data import load_samples
 from moss_jt.finetune.export import Export, check_destination, export_model
+from moss_jt.finetune.log import RunLog
+from moss_jt.finetune.lora import Adapted
 from moss_jt.finetune.merge import merge_adapter
+from moss_jt.finetune.parameters import Parameters
 from moss_jt.finetune.run import Request, finetune
 from moss_jt.finetune.settings import DataSettings, TrainSettings
 from moss_jt.finetune.start import from_nothing
+from moss_jt.finetune.vocabulary import extend_tokenizer
+from moss_jt.progress import Quiet
+from moss_jt.weights import WeightStore
 
 SHAPE = {
     "model_type": "moss",
@@ -94,6 +104,17 @@ def asked(words: Path, tmp_path: Path, jittor: Any) -> Request:
         dtype="float32",
         tensorboard=False,
     )
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Let every file end at so many bytes; the system says "File too large" then, as it says that a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -188,3 +209,129 @@ def test_another_shape_of_the_same_sizes_does_not_go_on(asked: Request) -> None:
     asked.init.write_text(json.dumps({**SHAPE, "rotary_dim": 4}), "utf-8")
     with pytest.raises(ConfigError, match="was made with model"):
         finetune(replace(asked, resume=True))
+
+
+def parameters_of(values: float) -> Parameters:
+    """A tensor of a megabyte."""
+    parameters = Parameters({"a": (512, 512), "b": (3,)})
+    parameters.values[:] = values
+    return parameters
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The safetensors package's error is no OSError: it was a traceback, and left a hidden folder."""
+    folder = tmp_path / "out"
+    checkpoint.save(folder, parameters_of(1), checkpoint.State(1, {}), keep=2)
+    before = contents(folder)
+    words = (
+        "step-00000002 cannot be written: .* Make room on its disk. Earlier checkpoints are kept, and --resume goes on"
+    )
+    with full_disk(1 << 18), pytest.raises(DiskError, match=words):
+        checkpoint.save(folder, parameters_of(2), checkpoint.State(2, {}), keep=2)
+    assert contents(folder) == before and len(list(folder.iterdir())) == 1
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_force_to_disk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(folder, parameters_of(2), checkpoint.State(2, {}), keep=2)
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_a_full_disk_while_a_model_is_written(new_model: Callable[[Path, int], Path], tmp_path: Path) -> None:
+    folder = new_model(tmp_path / "model", 1)
+    before = contents(folder)
+    for limit in (1 << 12, 1 << 17):  # the foreign form, and the native form of all its layers
+        with (
+            full_disk(limit),
+            pytest.raises(DiskError, match=r"/model cannot be written: .*\. Make room on its disk\.$"),
+        ):
+            new_model(folder, 2)
+    assert contents(folder) == before and not list(tmp_path.glob(".model*"))
+
+
+def test_a_disk_without_room_for_a_model(
+    new_model: Callable[[Path, int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The words named a hidden folder that was gone by then."""
+    values = list(os.statvfs(tmp_path))
+    values[4] = 1  # f_bavail
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(values))
+    with pytest.raises(DiskError, match=f"^{tmp_path}/model needs .* more; .* are free on its disk. Free "):
+        new_model(tmp_path / "model", 1)
+
+
+def test_a_full_disk_while_an_adapter_is_written(base: Path, adapter: Path, words: Path) -> None:
+    before, opened = contents(adapter), Checkpoint.open(base)
+    shape = AdapterShape(rank=200, alpha=4.0)
+    trained = Adapted(opened.config, shape, Parameters(shape.shapes(opened.config)), WeightStore(opened))
+    with full_disk(1 << 16), pytest.raises(DiskError, match=r"/adapter cannot be written: .* Make room on its disk"):
+        trained.write(adapter, tokenizer=words, dtype="float32", name="", progress=Quiet())
+    assert contents(adapter) == before
+
+
+def test_what_a_killed_run_left_of_an_adapter_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter.safetensors.new").write_bytes(b"half")
+    check_destination(tmp_path / "adapter")
+
+
+def test_a_run_says_that_its_checkpoints_are_kept(asked: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: Path, made: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "_replace", full)
+        words = "out/model cannot be written: No space .* The checkpoints are kept: the same command with --resume writes it"
+        with pytest.raises(DiskError, match=words):
+            finetune(asked)
+    assert finetune(replace(asked, resume=True)).path.is_dir()
+
+
+def test_a_full_disk_while_a_log_is_written(tmp_path: Path) -> None:
+    """It was said of standard output, for the system named no file."""
+    lines = RunLog(tmp_path, tensorboard=False)
+    lines.write(1, {"loss": 2.0})
+    with (
+        full_disk(80),
+        pytest.raises(DiskError, match=r"log\.jsonl cannot be written: .* Make room .* --resume goes on"),
+    ):
+        lines.write(2, {"loss": 1.0})
+    lines.close()
+    RunLog(tmp_path, begun=1, tensorboard=False).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()] == [1]
+    (tmp_path / "file").write_text("", "utf-8")
+    with pytest.raises(DiskError, match=r"file/log\.jsonl cannot be written: .* Something else lies in its place"):
+        RunLog(tmp_path / "file", tensorboard=False)
+
+
+def test_a_log_that_a_disk_has_spoilt(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n\0\0\xff\n[]\n{"step": 2}\n')
+    RunLog(tmp_path, begun=2, tensorboard=False).close()
+    assert (tmp_path / "log.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_full_disk_while_data_is_kept(asked: Request, words: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with full_disk(64), pytest.raises(DiskError, match=r"cache/train-\w+\.npz cannot be written: .* Make room"):
+        load_samples(asked.data_dir, "train", words, asked.data, cache_dir=cache)
+    assert not list(cache.iterdir())
+    (asked.data_dir / "val.jsonl").symlink_to("/proc/self/mem")  # opens, and gives EIO
+    with pytest.raises(DiskError, match=r"val\.jsonl cannot be read: .* Check the disk"):
+        load_samples(asked.data_dir, "val", words, asked.data, cache_dir=cache)
+
+
+def test_a_full_disk_while_a_tokenizer_is_written(words: Path, tmp_path: Path) -> None:
+    with full_disk(64), pytest.raises(DiskError, match=r"larger cannot be written: .* Make room"):
+        extend_tokenizer(words, ["hello"], tmp_path / "larger")
+
+
+def test_files_are_for_whom_the_user_says(adapter: Path, tmp_path: Path) -> None:
+    """The safetensors package leaves its files to their owner alone."""
+    path = checkpoint.save(tmp_path / "out", parameters_of(1), checkpoint.State(1, {}), keep=1)
+    plain = tmp_path / "plain"
+    plain.write_text("", "utf-8")
+    files = [*path.iterdir(), *adapter.iterdir()]
+    assert len(files) == 5
+    assert {file.stat().st_mode for file in files} == {plain.stat().st_mode}

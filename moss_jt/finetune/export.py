@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moss_jt.adapter import DESCRIPTION
+from moss_jt.adapter import DESCRIPTION, is_unfinished
 from moss_jt.checkpoint import CONFIG_FILE, INDEX_FILE, expected_shapes
 from moss_jt.config import FloatType, MossConfig, TemplateName
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.errors import ConfigError, DiskError
+from moss_jt.finetune.disk import writing
 from moss_jt.progress import Progress
+from moss_jt.safetensors_file import write_tensors
 from moss_jt.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 Floats = npt.NDArray[np.float32]
@@ -56,33 +58,48 @@ def export_model(folder: Path, export: Export, progress: Progress | None = None)
         ConfigError: a value is too large for the type.
         DiskError: the disk is full or fails.
     """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (links are kept)
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     source, made = work / "source", work / "made"
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        source.mkdir(parents=True)
-        _write_foreign(source, export)
-        hf2jittor(source, made, dtype=export.dtype, name=export.name, delete_source=True, progress=progress)
-        if export.template is not None:
-            _tell_template(made / CONFIG_FILE, export.template)
-        _replace(folder, made)
-    except OSError as error:
-        raise DiskError(f"{folder} cannot be written: {error.strerror or error}.") from error
-    finally:
-        _clear(work, folder)
+    with writing(folder):
+        try:
+            _clear(work, folder)
+            source.mkdir(parents=True)
+            _write_foreign(source, export)
+            _convert(source, made, export, progress)
+            if export.template is not None:
+                _tell_template(made / CONFIG_FILE, export.template)
+            _replace(folder, made)
+        except DiskError as error:  # where there is no room: the user knows of no workplace
+            raise DiskError(str(error).replace(str(made), str(folder))) from error
+        finally:
+            _clear(work, folder)
     return folder
+
+
+def _convert(source: Path, made: Path, export: Export, progress: Progress | None) -> None:
+    """Make a native folder.
+
+    Raises:
+        OSError: the disk fails: it cannot be gone on with here, as a conversion's own words would have it.
+        DiskError: there is no room.
+    """
+    try:
+        hf2jittor(source, made, dtype=export.dtype, name=export.name, delete_source=True, progress=progress)
+    except DiskError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
 
 
 def _write_foreign(folder: Path, export: Export) -> None:
     """The same as a Hugging Face folder, a file for each layer: what conversion reads, and deletes file by file."""
-    from safetensors.numpy import save_file
-
     dtype = np.float16 if export.dtype == "float16" else np.float32
     groups = list(_groups(export.config))
     places: dict[str, str] = {}
     for number, names in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file({name: _as_type(name, export.tensor(name), dtype) for name in names}, folder / file)
+        write_tensors(folder / file, {name: _as_type(name, export.tensor(name), dtype) for name in names})
         places.update(dict.fromkeys(names, file))
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}), "utf-8")
     copy_tokenizer(export.tokenizer, folder)
@@ -126,7 +143,8 @@ def check_destination(folder: Path) -> None:
     Raises:
         ConfigError: something else lies there.
     """
-    if is_taken(folder) and not any((folder / name).is_file() for name in (CONFIG_FILE, DESCRIPTION)):
+    is_ours = is_unfinished(folder) or any((folder / name).is_file() for name in (CONFIG_FILE, DESCRIPTION))
+    if is_taken(folder) and not is_ours:
         raise ConfigError(f"{folder} holds something else than a model. Give another --output_dir.")
 
 

@@ -14,6 +14,7 @@ from moss_jt.adapter import Adapter, AdapterShape, save_adapter
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import FloatType, MossConfig
 from moss_jt.errors import ConfigError
+from moss_jt.finetune.disk import writing
 from moss_jt.finetune.parameters import Parameters
 from moss_jt.finetune.settings import TrainSettings
 from moss_jt.finetune.start import hash_of
@@ -73,7 +74,9 @@ class Adapted:
     def write(self, folder: Path, *, tokenizer: Path, dtype: FloatType, name: str, progress: Progress) -> None:
         """Write the adapter; its terms are float32 and the tokenizer is the model's."""
         template = self.config.template or "fields"
-        save_adapter(folder, Adapter(self.shape, self.parameters.arrays(), template, self.config.name), self.config)
+        adapter = Adapter(self.shape, self.parameters.arrays(), template, self.config.name)
+        with writing(folder):
+            save_adapter(folder, adapter, self.config)
 
 
 def over_folder(

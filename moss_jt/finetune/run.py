@@ -13,7 +13,7 @@ from moss_jt import startup
 from moss_jt.adapter import AdapterShape
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import FloatType, MossConfig
-from moss_jt.errors import ConfigError
+from moss_jt.errors import ConfigError, DiskError
 from moss_jt.finetune.checkpoint import checkpoints
 from moss_jt.finetune.data import Samples, load_samples
 from moss_jt.finetune.export import check_destination
@@ -130,7 +130,10 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
         figures = trainer.run()
     if not team.rank:
         name = request.output_dir.name
-        student.write(target, tokenizer=tokenizer_dir, dtype=request.dtype, name=name, progress=progress)
+        try:
+            student.write(target, tokenizer=tokenizer_dir, dtype=request.dtype, name=name, progress=progress)
+        except DiskError as error:
+            raise DiskError(f"{error} The checkpoints are kept: the same command with --resume writes it.") from error
     return Trained(target, trainer.done, figures, len(training), training.dropped)
 
 

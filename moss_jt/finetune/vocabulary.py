@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt.errors import ConfigError
+from moss_jt.finetune.disk import writing
 from moss_jt.finetune.export import copy_tokenizer
 from moss_jt.finetune.parameters import Parameters
 from moss_jt.finetune.start import Whole
@@ -55,15 +56,16 @@ def extend_tokenizer(source: Path, tokens: Sequence[str], target: Path) -> dict[
         the ids of the tokens that are new.
     """
     tokenizer = load_tokenizer(source)
-    target.mkdir(parents=True, exist_ok=True)
-    copy_tokenizer(source, target)
-    file = target / _ADDED
-    added: dict[str, int] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    wanted = [token for token in tokens if token not in added]
-    new = {token: tokenizer.vocab_size + place for place, token in enumerate(wanted)}
-    scratch = file.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({**added, **new}, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    scratch.replace(file)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        copy_tokenizer(source, target)
+        file = target / _ADDED
+        added: dict[str, int] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        wanted = [token for token in tokens if token not in added]
+        new = {token: tokenizer.vocab_size + place for place, token in enumerate(wanted)}
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps({**added, **new}, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        scratch.replace(file)
     load_tokenizer(target)  # refuses what cannot be a token
     return new
 
