@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,10 @@ from moss_jt.finetune.parameters import Parameters
 from moss_jt.finetune.run import Request, finetune
 from moss_jt.finetune.settings import DataSettings, TrainSettings
 from moss_jt.finetune.start import from_nothing
-from moss_jt.finetune.vocabulary import extend_tokenizer
+from moss_jt.finetune.trainer import Alone
+from moss_jt.finetune.vocabulary import extend_tokenizer, new_ids
 from moss_jt.progress import Quiet
+from moss_jt.tokenizer import load_tokenizer
 from moss_jt.weights import WeightStore
 
 SHAPE = {
@@ -324,7 +327,7 @@ def test_a_full_disk_while_data_is_kept(asked: Request, words: Path, tmp_path: P
 
 def test_a_full_disk_while_a_tokenizer_is_written(words: Path, tmp_path: Path) -> None:
     with full_disk(64), pytest.raises(DiskError, match=r"larger cannot be written: .* Make room"):
-        extend_tokenizer(words, ["hello"], tmp_path / "larger")
+        extend_tokenizer(words, {"hello": 384}, tmp_path / "larger")
 
 
 def test_files_are_for_whom_the_user_says(adapter: Path, tmp_path: Path) -> None:
@@ -335,3 +338,50 @@ def test_files_are_for_whom_the_user_says(adapter: Path, tmp_path: Path) -> None
     files = [*path.iterdir(), *adapter.iterdir()]
     assert len(files) == 5
     assert {file.stat().st_mode for file in files} == {plain.stat().st_mode}
+
+
+def test_new_tokens_again_into_the_same_folder(asked: Request, words: Path, tmp_path: Path) -> None:
+    """The run before had written added_tokens.json: the tokens were taken for old ones, and had no rows."""
+    parts = [words / name for name in ("vocab.json", "added_tokens.json")]
+    parts[0].write_text(json.dumps({k: v for part in parts for k, v in json.loads(part.read_bytes()).items()}), "utf-8")
+    parts[1].unlink()
+    count = load_tokenizer(words).vocab_size
+    (tmp_path / "tokens.txt").write_text("hello\n", "utf-8")
+    given = replace(asked, new_tokens=tmp_path / "tokens.txt")
+    finetune(given)
+    written = contents(asked.output_dir / "tokenizer")
+    assert finetune(replace(given, resume=True)).steps == 4
+    assert contents(asked.output_dir / "tokenizer") == written
+    for folder in checkpoint.checkpoints(asked.output_dir):
+        rmtree(folder)
+    (tmp_path / "tokens.txt").write_text("ello\nhi\n", "utf-8")
+    finetune(given)
+    added = json.loads((asked.output_dir / "tokenizer" / "added_tokens.json").read_text("utf-8"))
+    assert added == {"ello": count, "hi": count + 1}
+
+
+def test_only_the_first_process_writes_the_tokenizer(
+    asked: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Second(Alone):
+        rank = 1
+
+        def add_up(self, values: object) -> None:
+            """Until now the first one has written what others read."""
+            target.mkdir(parents=True, exist_ok=True)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("others may be reading")
+
+    (tmp_path / "tokens.txt").write_text("hello\n", "utf-8")
+    target = asked.output_dir / "tokenizer"
+    extend_tokenizer(tmp_path / "words", new_ids(tmp_path / "words", ["hello"]), target)
+    monkeypatch.setattr(run, "extend_tokenizer", refuse)
+    assert finetune(replace(asked, new_tokens=tmp_path / "tokens.txt"), team=Second()).steps == 4
+
+
+def test_a_tokenizer_does_not_grow_in_its_own_place(words: Path) -> None:
+    before = contents(words)
+    with pytest.raises(ConfigError, match="is where the tokenizer with --new_tokens is written"):
+        extend_tokenizer(words, {"hello": 384}, words)
+    assert contents(words) == before

@@ -23,7 +23,7 @@ from moss_jt.finetune.records import files_of
 from moss_jt.finetune.settings import DataSettings, TrainSettings
 from moss_jt.finetune.start import Student, Whole, from_folder, from_nothing, read_shape
 from moss_jt.finetune.trainer import Alone, Job, Log, NoLog, Scalars, Team, Trainer
-from moss_jt.finetune.vocabulary import extend_tokenizer, read_tokens, with_rows
+from moss_jt.finetune.vocabulary import extend_tokenizer, new_ids, read_tokens, with_rows
 from moss_jt.load import native_folder
 from moss_jt.progress import Progress, Quiet
 from moss_jt.tokenizer import Tokenizer, load_tokenizer
@@ -100,7 +100,9 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
     tokenizer, new = load_tokenizer(tokenizer_dir), dict[str, int]()
     if request.new_tokens is not None:
         larger = request.output_dir / "tokenizer"
-        new = extend_tokenizer(tokenizer_dir, read_tokens(request.new_tokens), larger)
+        new = new_ids(tokenizer_dir, read_tokens(request.new_tokens))
+        if not team.rank:  # the others wait until it is written
+            extend_tokenizer(tokenizer_dir, new, larger)
         tokenizer_dir = larger
     training, validation = _data(request, tokenizer_dir, progress)
     if not team.rank:
