@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -385,3 +387,37 @@ def test_a_tokenizer_does_not_grow_in_its_own_place(words: Path) -> None:
     with pytest.raises(ConfigError, match="is where the tokenizer with --new_tokens is written"):
         extend_tokenizer(words, {"hello": 384}, words)
     assert contents(words) == before
+
+
+def test_what_killed_runs_left_is_removed(new_model: Callable[[Path, int], Path], tmp_path: Path) -> None:
+    """Each killed export left a hidden folder of the size of the model, for ever."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".model.{ended.pid}"
+    for part in ("source", "made", "old", ".made.partial"):
+        (left / part).mkdir(parents=True)
+    (left / "old" / "config.json").write_text("{}", "utf-8")
+    stays = [
+        tmp_path / f".model.{os.getppid()}" / "source",  # another process that runs
+        tmp_path / f".model.{ended.pid}0" / "notes",  # not ours
+        tmp_path / f".model2.{ended.pid}" / "source",
+        tmp_path / ".model.partial" / "out",
+    ]
+    for folder in stays:
+        folder.mkdir(parents=True)
+    new_model(tmp_path / "model", 1)
+    assert {path for path in tmp_path.iterdir() if path.name.startswith(".")} == {path.parent for path in stays}
+    assert all(folder.is_dir() for folder in stays)
+
+
+def test_a_model_comes_back_from_a_killed_run(new_model: Callable[[Path, int], Path], tmp_path: Path) -> None:
+    """Killed between the two renames; then a run that fails, for the disk is full."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    folder = new_model(tmp_path / "model", 1)
+    before = contents(folder)
+    (tmp_path / f".model.{ended.pid}").mkdir()
+    folder.rename(tmp_path / f".model.{ended.pid}" / "old")
+    with full_disk(1 << 12), pytest.raises(DiskError):
+        new_model(folder, 2)
+    assert contents(folder) == before

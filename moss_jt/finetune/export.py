@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from moss_jt.adapter import DESCRIPTION, is_unfinished
 from moss_jt.checkpoint import CONFIG_FILE, INDEX_FILE, expected_shapes
 from moss_jt.config import FloatType, MossConfig, TemplateName
 from moss_jt.converters.hf2jittor import hf2jittor
+from moss_jt.converters.journal import partial_folder
 from moss_jt.errors import ConfigError, DiskError
 from moss_jt.finetune.disk import writing
 from moss_jt.progress import Progress
@@ -26,7 +28,8 @@ from moss_jt.tokenizer import TOKENIZER_FILES, load_tokenizer
 Floats = npt.NDArray[np.float32]
 
 _END = "<eom>"
-_OLD = "old"  # in the workplace: what lay at the place of a new folder
+_SOURCE, _MADE = "source", "made"  # in the workplace, the hidden folder beside the one that is written
+_OLD = "old"  # there, too: what lay at the place of the new folder
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ def export_model(folder: Path, export: Export, progress: Progress | None = None)
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 (links are kept)
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
-    source, made = work / "source", work / "made"
+    source, made = work / _SOURCE, work / _MADE
     with writing(folder):
         try:
             _clear(work, folder)
+            for abandoned in _abandoned(folder):
+                _clear(abandoned, folder)
             source.mkdir(parents=True)
             _write_foreign(source, export)
             _convert(source, made, export, progress)
@@ -189,3 +194,26 @@ def _clear(work: Path, folder: Path) -> None:
     if (work / _OLD).exists() and not folder.exists():
         (work / _OLD).rename(folder)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _abandoned(folder: Path) -> list[Path]:
+    """The workplaces that killed processes have left beside a folder; what else has such a name is not ours."""
+    form = re.compile(rf"\.{re.escape(folder.name)}\.(\d{{1,9}})")
+    ours = {_SOURCE, _MADE, _OLD, partial_folder(Path(_MADE)).name}
+    found = []
+    for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        named = form.fullmatch(path.name)
+        if named and not _is_alive(int(named[1])) and path.is_dir() and {part.name for part in path.iterdir()} <= ours:
+            found.append(path)
+    return found
+
+
+def _is_alive(number: int) -> bool:
+    """Whether a process of this number runs."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
