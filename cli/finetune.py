@@ -258,6 +258,14 @@ def _adapter(given: dict[str, Any]) -> AdapterShape | None:
                 pick(f"--{needless[0]} is for --lora_rank.", f"--{needless[0]} 需与 --lora_rank 同用。")
             )
         return None
+    if given.get("unfreeze_every"):
+        raise click.UsageError(
+            pick(
+                "--unfreeze_every trains the layers one after the other, and with --lora_rank there is nothing else to "
+                "train. Give one of them.",
+                "--unfreeze_every 逐层解冻，而 --lora_rank 只训练各层中的适配器。两者只能选其一。",
+            )
+        )
     rank = given["lora_rank"]
     targets = tuple(given["lora_targets"].split(",")) if "lora_targets" in given else TARGETS
     return AdapterShape(rank, given.get("lora_alpha", 2.0 * rank), targets)

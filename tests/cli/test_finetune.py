@@ -135,3 +135,7 @@ def test_options_that_do_not_go_together(folder: Path) -> None:
     base = ["--data_dir", folder, "--output_dir", folder / "out"]
     done = run("finetune", *base, "--init", folder / "config.json", "--lora_alpha", 3)
     assert done.returncode == 2 and "--lora_alpha is for --lora_rank." in done.stderr
+    model = ["--model", folder, "--lora_rank", 2, "--unfreeze_every"]
+    done = run("finetune", *base, *model, 10)
+    assert done.returncode == 2 and "with --lora_rank there is nothing else to train" in " ".join(done.stderr.split())
+    assert run("finetune", *base, *model, 0).returncode == 1, "0 trains everything from the start"
