@@ -111,6 +111,39 @@ def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, jittor: Any) -> No
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "cut")] == ["step-00000018"]
 
 
+@pytest.mark.parametrize("part", ["gradients", "optimizer", "save"])
+def test_an_interrupt_loses_no_whole_step(
+    part: str, tmp_path: Path, jittor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps since the last checkpoint were lost, of which there may be 2000."""
+    settings = replace(SETTINGS, save_step=5)
+    whole, run = trainer(settings), trainer(settings, tmp_path)
+    whole.run(until=9)
+    run.run(until=8)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    where: dict[str, tuple[object, str]] = {
+        "gradients": (run, "_pass"),
+        "optimizer": (run._optimizer, "step"),
+        "save": (checkpoint, "_write"),
+    }
+    owner, name = where[part]
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    steps = {"gradients": 8, "optimizer": 5, "save": 10}  # the optimizer may have changed half of the values
+    assert checkpoint.checkpoints(tmp_path)[-1].name == f"step-{steps[part]:08d}"
+    assert not list(tmp_path.glob(".step-*"))
+    again = trainer(settings, tmp_path)
+    assert again.resume() and again.done == steps[part]
+    if part != "save":
+        again.run(until=9)
+        assert np.array_equal(again.job.parameters.values, whole.job.parameters.values)
+
+
 def test_going_on_with_other_settings_is_refused(tmp_path: Path, jittor: Any) -> None:
     done = trainer(replace(SETTINGS, save_step=1), tmp_path)
     done.run(until=1)

@@ -118,7 +118,7 @@ main()
             0,
             "Stopped before the first checkpoint: the same command begins anew. --save_step says how often one is kept.",
         ),
-        (2, "Stopped; the same command with --resume goes on from the last checkpoint, step-00000002."),
+        (3, "Stopped; the same command with --resume goes on from the last checkpoint, step-00000003."),
     ],
 )
 def test_what_is_said_of_an_interrupted_run(folder: Path, at: int, said: str) -> None:
