@@ -194,6 +194,7 @@ TRAIN = (
 def command(*, as_json: bool, **values: Any) -> None:
     """Train a model."""
     from moss_jt.cli.progress import TerminalProgress
+    from moss_jt.finetune.checkpoint import checkpoints
     from moss_jt.finetune.run import finetune
     from moss_jt.finetune.team import find_team
     from moss_jt.progress import Quiet
@@ -201,15 +202,11 @@ def command(*, as_json: bool, **values: Any) -> None:
     request = _request(values)
     try:
         team = find_team()
+        if request.resume and not team.rank and not checkpoints(request.output_dir):
+            click.echo(_nothing_to_resume(request.output_dir), err=True)
         done = finetune(request, team=team, progress=Quiet() if team.rank else TerminalProgress())
     except KeyboardInterrupt:
-        click.echo(
-            pick(
-                "Stopped; the same command with --resume goes on from the last checkpoint.",
-                "已停止；加上 --resume 可从最近的检查点继续。",
-            ),
-            err=True,
-        )
+        click.echo(_stopped(checkpoints(request.output_dir)), err=True)
         raise
     if team.rank:
         return
@@ -261,9 +258,36 @@ def _adapter(given: dict[str, Any]) -> AdapterShape | None:
                 pick(f"--{needless[0]} is for --lora_rank.", f"--{needless[0]} 需与 --lora_rank 同用。")
             )
         return None
+    if given.get("unfreeze_every"):
+        raise click.UsageError(
+            pick(
+                "--unfreeze_every trains the layers one after the other, and with --lora_rank there is nothing else to "
+                "train. Give one of them.",
+                "--unfreeze_every 逐层解冻，而 --lora_rank 只训练各层中的适配器。两者只能选其一。",
+            )
+        )
     rank = given["lora_rank"]
     targets = tuple(given["lora_targets"].split(",")) if "lora_targets" in given else TARGETS
     return AdapterShape(rank, given.get("lora_alpha", 2.0 * rank), targets)
+
+
+def _stopped(kept: list[Path]) -> str:
+    if not kept:
+        return pick(
+            "Stopped before the first checkpoint: the same command begins anew. --save_step says how often one is kept.",
+            "已停止，尚无检查点：同一命令将从头开始。--save_step 可设定保存间隔。",
+        )
+    return pick(
+        f"Stopped; the same command with --resume goes on from the last checkpoint, {kept[-1].name}.",
+        f"已停止；加上 --resume 可从最近的检查点 {kept[-1].name} 继续。",
+    )
+
+
+def _nothing_to_resume(folder: Path) -> str:
+    return pick(
+        f"There is no checkpoint in {folder} yet: training begins at the first step.",
+        f"{folder} 中尚无检查点：训练从第一步开始。",
+    )
 
 
 def _as_dict(done: Trained) -> dict[str, object]:

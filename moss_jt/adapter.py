@@ -24,12 +24,14 @@ from moss_jt.config import MossConfig, TemplateName
 from moss_jt.errors import CheckpointError, ConfigError
 from moss_jt.model import Moss
 from moss_jt.ops import Linear
+from moss_jt.safetensors_file import write_tensors
 from moss_jt.weights import WeightStore
 
 Floats = npt.NDArray[np.float32]
 
 FORMAT, VERSION = "moss-jt-adapter", 1
 WEIGHTS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+_NEW = ".new"  # at the end of a name: not whole yet
 TARGETS = ("qkv_proj", "out_proj", "fc_in", "fc_out")
 
 
@@ -132,11 +134,12 @@ def _base_name(layer: int, target: str) -> str:
 
 
 def save_adapter(folder: Path, adapter: Adapter, config: MossConfig) -> None:
-    """Write an adapter's two files; the description comes last."""
-    from safetensors.numpy import save_file
+    """Write an adapter's two files, each whole or not at all; the description comes last.
 
+    Raises:
+        OSError: the disk is full or fails.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(values) for name, values in adapter.terms.items()}, folder / WEIGHTS)
     told = {
         "format": FORMAT,
         "version": VERSION,
@@ -146,9 +149,21 @@ def save_adapter(folder: Path, adapter: Adapter, config: MossConfig) -> None:
         "template": adapter.template,
         "base": {"name": adapter.base, "n_layer": config.n_layer, "n_embd": config.n_embd},
     }
-    scratch = folder / f"{DESCRIPTION}.new"
-    scratch.write_text(json.dumps(told, indent=2) + "\n", "utf-8")
-    scratch.replace(folder / DESCRIPTION)
+    weights, description = folder / f"{WEIGHTS}{_NEW}", folder / f"{DESCRIPTION}{_NEW}"
+    try:
+        write_tensors(weights, adapter.terms)
+        description.write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+        weights.replace(folder / WEIGHTS)
+        description.replace(folder / DESCRIPTION)
+    finally:
+        for scratch in (weights, description):
+            scratch.unlink(missing_ok=True)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether all that lies in a folder is what a process left that was killed while it wrote its first adapter."""
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    return bool(names) and names <= {WEIGHTS, f"{WEIGHTS}{_NEW}", f"{DESCRIPTION}{_NEW}"}
 
 
 def load_adapter(path: str | os.PathLike[str], config: MossConfig) -> Adapter:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read strictly and without mapping the file.
+"""The header of a safetensors file, read strictly and without mapping the file; and whole small files, written.
 
 A safetensors file is 8 bytes of header length, a JSON header, then the tensors without holes.
 Nothing of the tensors is read here: what comes back says where each lies.
@@ -8,9 +8,15 @@ Source: the format's own description, https://github.com/huggingface/safetensors
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from moss_jt.checked_file import MAX_JSON_BYTES, CheckedFile, parse_json_object, printable, wrong_kind
 from moss_jt.errors import CheckpointError
@@ -82,6 +88,26 @@ def read_open_header(file: CheckedFile) -> tuple[dict[str, RawTensor], dict[str,
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)))
     _check_gapless(ordered, data_start, file.size, where)
     return ordered, metadata
+
+
+def write_tensors(file: Path, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write a safetensors file of arrays, which are not copied.
+
+    An ordinary write: an OSError says what failed, and the file's mode is the user's own. The safetensors package has an
+    error of its own, without a number, and leaves the file to its owner alone.
+    """
+    codes = {name: code for code, (name, _) in DTYPES.items()}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, array in tensors.items():
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": codes[array.dtype.name], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)  # tensors begin at a multiple of 8
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for array in tensors.values():
+            opened.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def check_name(name: object, where: str) -> str:

@@ -30,7 +30,7 @@ from moss_jt.finetune.merge import merge_adapter
 from moss_jt.finetune.run import Request, Trained, finetune
 from moss_jt.finetune.settings import DataSettings, TrainSettings
 from moss_jt.finetune.start import from_nothing
-from moss_jt.finetune.vocabulary import extend_tokenizer, with_rows
+from moss_jt.finetune.vocabulary import new_ids, with_rows
 from moss_jt.generation import generate
 from moss_jt.load import load_model
 from moss_jt.template import Template, answer_text
@@ -325,11 +325,11 @@ def test_answers_follow_the_quality_that_is_asked_for(request_of: Make, tmp_path
     assert sum(text == "fine" for text in fine) >= 95 and sum(text == "bah" for text in bah) >= 95
 
 
-def test_new_rows_are_means_of_what_spelled_them(golden: Path, tmp_path: Path) -> None:
+def test_new_rows_are_means_of_what_spelled_them(golden: Path) -> None:
     tokenizer = load_tokenizer(golden / TOKENIZER)
     config = MossConfig(vocab_size=1043, n_positions=8, n_embd=16, n_layer=1, n_head=4, rotary_dim=4)
     whole = from_nothing(config, seed=0)
-    new = extend_tokenizer(golden / TOKENIZER, ["hello there", "<eom>"], tmp_path / "new")
+    new = new_ids(golden / TOKENIZER, ["hello there", "<eom>"])
     assert new == {"hello there": 1043}
     larger = with_rows(whole, tokenizer, new)
     assert larger.config.vocab_size == 1044

@@ -37,15 +37,17 @@ def random_samples(count: int, seed: int = 0) -> Samples:
     return join(made)
 
 
-def trainer(settings: TrainSettings, folder: Path | None = None, samples: Samples | None = None) -> Trainer:
+def trainer(
+    settings: TrainSettings, folder: Path | None = None, samples: Samples | None = None, config: MossConfig = TINY
+) -> Trainer:
     """A trainer of a tiny new model."""
-    whole = from_nothing(TINY, seed=1)
+    whole = from_nothing(config, seed=1)
     data = random_samples(22) if samples is None else samples
 
     def make_ops(variables: dict[str, Any]) -> LossOps:
-        return LossOps(TINY, variables, recompute=settings.recompute)
+        return LossOps(config, variables, recompute=settings.recompute)
 
-    return Trainer(Job(Moss(TINY), make_ops, whole.parameters, data, None, folder), settings)
+    return Trainer(Job(Moss(config), make_ops, whole.parameters, data, None, folder), settings)
 
 
 SETTINGS = TrainSettings(epochs=3, batch_size=4, learning_rate=1e-2, save_step=0, eval_step=0)
@@ -109,6 +111,39 @@ def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, jittor: Any) -> No
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "cut")] == ["step-00000018"]
 
 
+@pytest.mark.parametrize("part", ["gradients", "optimizer", "save"])
+def test_an_interrupt_loses_no_whole_step(
+    part: str, tmp_path: Path, jittor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps since the last checkpoint were lost, of which there may be 2000."""
+    settings = replace(SETTINGS, save_step=5)
+    whole, run = trainer(settings), trainer(settings, tmp_path)
+    whole.run(until=9)
+    run.run(until=8)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    where: dict[str, tuple[object, str]] = {
+        "gradients": (run, "_pass"),
+        "optimizer": (run._optimizer, "step"),
+        "save": (checkpoint, "_write"),
+    }
+    owner, name = where[part]
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    steps = {"gradients": 8, "optimizer": 5, "save": 10}  # the optimizer may have changed half of the values
+    assert checkpoint.checkpoints(tmp_path)[-1].name == f"step-{steps[part]:08d}"
+    assert not list(tmp_path.glob(".step-*"))
+    again = trainer(settings, tmp_path)
+    assert again.resume() and again.done == steps[part]
+    if part != "save":
+        again.run(until=9)
+        assert np.array_equal(again.job.parameters.values, whole.job.parameters.values)
+
+
 def test_going_on_with_other_settings_is_refused(tmp_path: Path, jittor: Any) -> None:
     done = trainer(replace(SETTINGS, save_step=1), tmp_path)
     done.run(until=1)
@@ -120,6 +155,16 @@ def test_going_on_with_other_settings_is_refused(tmp_path: Path, jittor: Any) ->
     (checkpoint.checkpoints(tmp_path)[-1] / "weights.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="Remove it, and an earlier one is taken"):
         trainer(SETTINGS, tmp_path).resume()
+
+
+def test_a_checkpoint_with_other_tensors_is_refused(tmp_path: Path, jittor: Any) -> None:
+    """What a checkpoint had too much was left out in silence."""
+    done = trainer(replace(SETTINGS, save_step=1), tmp_path)
+    done.run(until=1)
+    with pytest.raises(CheckpointError, match=r"holds transformer\.h\.2\.attn.*not trained here\. Is it of another"):
+        trainer(SETTINGS, tmp_path, config=replace(TINY, n_layer=2)).resume()
+    with pytest.raises(CheckpointError, match=r"has no transformer\.h\.3\..* of shape .*Is it of another model"):
+        trainer(SETTINGS, tmp_path, config=replace(TINY, n_layer=4)).resume()
 
 
 @pytest.mark.parametrize("changes", [{"pass_tokens": 20}, {"recompute": True}, {"batch_size": 2, "accumulation": 2}])

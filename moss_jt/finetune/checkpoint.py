@@ -17,11 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from moss_jt.errors import CheckpointError, ConfigError, DiskError
+from moss_jt.errors import CheckpointError, ConfigError
+from moss_jt.finetune.disk import writing
 from moss_jt.finetune.parameters import Floats, Parameters
+from moss_jt.safetensors_file import write_tensors
 
 _NAME = re.compile(r"step-(\d{8})")
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+_MOMENTS = (".first", ".second")
 
 
 @dataclass(frozen=True)
@@ -43,30 +46,19 @@ def save(folder: Path, parameters: Parameters, state: State, *, keep: int) -> Pa
     Raises:
         DiskError: the disk is full or fails; earlier checkpoints are still there.
     """
-    from safetensors.numpy import save_file
-
     target = folder / f"step-{state.step:08d}"
     scratch = folder / f".{target.name}.{os.getpid()}"
-    try:
-        for unfinished in folder.glob(".step-*"):  # of a run that was killed
-            shutil.rmtree(unfinished, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        save_file(_copies(parameters, parameters.values), scratch / _WEIGHTS)
-        first, second = (_copies(parameters, flat) for flat in parameters.moments)
-        moments = {f"{name}.first": array for name, array in first.items()}
-        save_file({**moments, **{f"{name}.second": array for name, array in second.items()}}, scratch / _OPTIMIZER)
-        text = json.dumps({"step": state.step, "run": dict(state.run)}, indent=2, sort_keys=True)
-        (scratch / _STATE).write_text(text + "\n", "utf-8")
-        for file in scratch.iterdir():
-            _force_to_disk(file)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-        _force_to_disk(folder)
-    except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise DiskError(
-            f"{target} cannot be written: {error.strerror or error}. Earlier checkpoints are kept."
-        ) from error
+    with writing(target, "Earlier checkpoints are kept, and --resume goes on from the newest."):
+        try:
+            for unfinished in folder.glob(".step-*"):  # of a run that was killed
+                shutil.rmtree(unfinished, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            _write(scratch, parameters, state)
+            shutil.rmtree(target, ignore_errors=True)
+            scratch.rename(target)
+            _force_to_disk(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -79,11 +71,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / _STATE).is_file())
 
 
-def step_of(path: Path) -> int:
-    """The step after which a checkpoint was made, by its name."""
-    return int(path.name.rpartition("-")[2])
-
-
 def load(path: Path, parameters: Parameters, run: Mapping[str, Any]) -> State:
     """Take values and moments from a checkpoint.
 
@@ -94,7 +81,7 @@ def load(path: Path, parameters: Parameters, run: Mapping[str, Any]) -> State:
 
     Raises:
         ConfigError: it is the checkpoint of a run with other settings.
-        CheckpointError: it is broken.
+        CheckpointError: it is broken, or holds other tensors.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -113,16 +100,31 @@ def load(path: Path, parameters: Parameters, run: Mapping[str, Any]) -> State:
             "Resume with the same data and options, or take another --output_dir."
         )
     _fill(path, parameters, parameters.values, weights, "")
-    for flat, suffix in zip(parameters.moments, (".first", ".second"), strict=True):
+    for flat, suffix in zip(parameters.moments, _MOMENTS, strict=True):
         _fill(path, parameters, flat, moments, suffix)
     return state
 
 
-def _copies(parameters: Parameters, flat: Floats) -> dict[str, Floats]:
-    return {name: np.array(slot.of(flat)) for name, slot in parameters.slots.items()}
+def _write(folder: Path, parameters: Parameters, state: State) -> None:
+    """Write the three files, and wait until they are safe."""
+    write_tensors(folder / _WEIGHTS, parameters.arrays())
+    moments = {
+        f"{name}{suffix}": slot.of(flat)
+        for flat, suffix in zip(parameters.moments, _MOMENTS, strict=True)
+        for name, slot in parameters.slots.items()
+    }
+    write_tensors(folder / _OPTIMIZER, moments)
+    text = json.dumps({"step": state.step, "run": dict(state.run)}, indent=2, sort_keys=True)
+    (folder / _STATE).write_text(text + "\n", "utf-8")
+    for file in folder.iterdir():
+        _force_to_disk(file)
 
 
 def _fill(path: Path, parameters: Parameters, flat: Floats, found: Mapping[str, Any], suffix: str) -> None:
+    wanted = {name + suffix for name in parameters.slots}
+    needless = {name for name in found if name.endswith(suffix)} - wanted
+    if needless:
+        raise CheckpointError(f"{path} holds {min(needless)}, which is not trained here. Is it of another model?")
     for name, slot in parameters.slots.items():
         array = found.get(name + suffix)
         if array is None or array.shape != slot.shape or array.dtype != np.float32:

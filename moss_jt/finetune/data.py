@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moss_jt.errors import ConfigError
+from moss_jt.finetune.disk import reading, writing
 from moss_jt.finetune.encoding import NOT_LEARNED, Encoder, Sample
 from moss_jt.finetune.records import Split, read_records, require_files
 from moss_jt.finetune.settings import DataSettings
@@ -29,6 +30,7 @@ Ids = npt.NDArray[np.int32]
 
 _FORM = 1  # of the kept file
 _PIECE = 1 << 22
+_HEADERS = 1 << 12  # bytes of the kept file beside its numbers, at most
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def load_samples(
     Raises:
         ConfigError: there is no data, or a record is not as it should be.
         CheckpointError: the tokenizer is broken.
+        DiskError: a file cannot be read, or the encoded data not be written.
     """
     files = require_files(data_dir, split)
     kept = cache_dir / f"{split}-{_key(files, tokenizer_dir, settings)}.npz"
@@ -138,7 +141,7 @@ def _key(files: list[Path], tokenizer_dir: Path, settings: DataSettings) -> str:
     names = [tokenizer_dir / name for name in TOKENIZER_FILES]
     for file in [*files, *(file for file in names if file.is_file())]:
         sha.update(f"\0{file.name}\0".encode())
-        with file.open("rb") as stream:
+        with reading(file), file.open("rb") as stream:
             while piece := stream.read(_PIECE):
                 sha.update(piece)
     return sha.hexdigest()[:16]
@@ -154,7 +157,16 @@ def _read(file: Path) -> Samples | None:
 
 
 def _write(file: Path, samples: Samples) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(f".{os.getpid()}.npz")
-    np.savez(scratch, ids=samples.ids, labels=samples.labels, ends=samples.ends, dropped=samples.dropped)
-    scratch.replace(file)
+    with writing(file):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with scratch.open("wb") as opened:
+                # room first: a zip file that cannot be finished complains once more when it is forgotten
+                room = samples.ids.nbytes + samples.labels.nbytes + samples.ends.nbytes + _HEADERS
+                os.posix_fallocate(opened.fileno(), 0, room)
+                np.savez(opened, ids=samples.ids, labels=samples.labels, ends=samples.ends, dropped=samples.dropped)
+                opened.truncate()
+            scratch.replace(file)
+        finally:
+            scratch.unlink(missing_ok=True)

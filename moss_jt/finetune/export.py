@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,17 +14,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moss_jt.adapter import DESCRIPTION
+from moss_jt.adapter import DESCRIPTION, is_unfinished
 from moss_jt.checkpoint import CONFIG_FILE, INDEX_FILE, expected_shapes
 from moss_jt.config import FloatType, MossConfig, TemplateName
 from moss_jt.converters.hf2jittor import hf2jittor
+from moss_jt.converters.journal import partial_folder
 from moss_jt.errors import ConfigError, DiskError
+from moss_jt.finetune.disk import writing
 from moss_jt.progress import Progress
+from moss_jt.safetensors_file import write_tensors
 from moss_jt.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 Floats = npt.NDArray[np.float32]
 
 _END = "<eom>"
+_SOURCE, _MADE = "source", "made"  # in the workplace, the hidden folder beside the one that is written
+_OLD = "old"  # there, too: what lay at the place of the new folder
 
 
 @dataclass(frozen=True)
@@ -55,33 +61,50 @@ def export_model(folder: Path, export: Export, progress: Progress | None = None)
         ConfigError: a value is too large for the type.
         DiskError: the disk is full or fails.
     """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (links are kept)
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
-    source, made = work / "source", work / "made"
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        source.mkdir(parents=True)
-        _write_foreign(source, export)
-        hf2jittor(source, made, dtype=export.dtype, name=export.name, delete_source=True, progress=progress)
-        if export.template is not None:
-            _tell_template(made / CONFIG_FILE, export.template)
-        _replace(folder, made)
-    except OSError as error:
-        raise DiskError(f"{folder} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    source, made = work / _SOURCE, work / _MADE
+    with writing(folder):
+        try:
+            _clear(work, folder)
+            for abandoned in _abandoned(folder):
+                _clear(abandoned, folder)
+            source.mkdir(parents=True)
+            _write_foreign(source, export)
+            _convert(source, made, export, progress)
+            if export.template is not None:
+                _tell_template(made / CONFIG_FILE, export.template)
+            _replace(folder, made)
+        except DiskError as error:  # where there is no room: the user knows of no workplace
+            raise DiskError(str(error).replace(str(made), str(folder))) from error
+        finally:
+            _clear(work, folder)
     return folder
+
+
+def _convert(source: Path, made: Path, export: Export, progress: Progress | None) -> None:
+    """Make a native folder.
+
+    Raises:
+        OSError: the disk fails: it cannot be gone on with here, as a conversion's own words would have it.
+        DiskError: there is no room.
+    """
+    try:
+        hf2jittor(source, made, dtype=export.dtype, name=export.name, delete_source=True, progress=progress)
+    except DiskError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise
 
 
 def _write_foreign(folder: Path, export: Export) -> None:
     """The same as a Hugging Face folder, a file for each layer: what conversion reads, and deletes file by file."""
-    from safetensors.numpy import save_file
-
     dtype = np.float16 if export.dtype == "float16" else np.float32
     groups = list(_groups(export.config))
     places: dict[str, str] = {}
     for number, names in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        save_file({name: _as_type(name, export.tensor(name), dtype) for name in names}, folder / file)
+        write_tensors(folder / file, {name: _as_type(name, export.tensor(name), dtype) for name in names})
         places.update(dict.fromkeys(names, file))
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": places}), "utf-8")
     copy_tokenizer(export.tokenizer, folder)
@@ -125,13 +148,14 @@ def check_destination(folder: Path) -> None:
     Raises:
         ConfigError: something else lies there.
     """
-    if (
-        folder.is_dir()
-        and any(folder.iterdir())
-        and not (folder / CONFIG_FILE).is_file()
-        and not (folder / DESCRIPTION).is_file()
-    ):
+    is_ours = is_unfinished(folder) or any((folder / name).is_file() for name in (CONFIG_FILE, DESCRIPTION))
+    if is_taken(folder) and not is_ours:
         raise ConfigError(f"{folder} holds something else than a model. Give another --output_dir.")
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether something lies there already; an empty folder is nothing."""
+    return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -159,8 +183,37 @@ def _tell_template(path: Path, template: TemplateName) -> None:
 
 
 def _replace(folder: Path, made: Path) -> None:
-    """Put a folder at its place; one that was there is gone afterwards."""
-    old = made.with_name("old")
+    """Put a folder at its place; one that was there lies in the workplace afterwards."""
     if folder.exists():
-        folder.rename(old)
+        folder.rename(made.with_name(_OLD))
     made.rename(folder)
+
+
+def _clear(work: Path, folder: Path) -> None:
+    """Remove a workplace; a folder that was moved there comes back if no new one took its place."""
+    if (work / _OLD).exists() and not folder.exists():
+        (work / _OLD).rename(folder)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _abandoned(folder: Path) -> list[Path]:
+    """The workplaces that killed processes have left beside a folder; what else has such a name is not ours."""
+    form = re.compile(rf"\.{re.escape(folder.name)}\.(\d{{1,9}})")
+    ours = {_SOURCE, _MADE, _OLD, partial_folder(Path(_MADE)).name}
+    found = []
+    for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        named = form.fullmatch(path.name)
+        if named and not _is_alive(int(named[1])) and path.is_dir() and {part.name for part in path.iterdir()} <= ours:
+            found.append(path)
+    return found
+
+
+def _is_alive(number: int) -> bool:
+    """Whether a process of this number runs."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

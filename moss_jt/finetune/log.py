@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from moss_jt.errors import ConfigError
+from moss_jt.finetune.disk import writing
 
 PACKAGE = "tensorboardX"
+_GO_ON = "The checkpoints are kept, and --resume goes on from the newest."
 
 
 class RunLog:
@@ -24,32 +27,37 @@ class RunLog:
 
     Raises:
         ConfigError: event files are asked for without the package.
+        DiskError: the disk is full or fails, here or at any line.
     """
 
     def __init__(self, folder: Path, *, begun: int = 0, tensorboard: bool | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        _keep_steps(folder / "log.jsonl", begun)
-        self._lines = (folder / "log.jsonl").open("a", encoding="utf-8")
         has_package = find_spec(PACKAGE) is not None
         if tensorboard and not has_package:
             raise ConfigError(f"--tensorboard needs the package {PACKAGE}: pip install 'moss-jt[train]'")
+        self._file = folder / "log.jsonl"
         self._writer: Any = None
-        if has_package and tensorboard is not False:
-            from tensorboardX import SummaryWriter
+        with writing(self._file):
+            folder.mkdir(parents=True, exist_ok=True)
+            _keep_steps(self._file, begun)
+            self._lines = self._file.open("a", encoding="utf-8")
+            if has_package and tensorboard is not False:
+                from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=begun + 1 if begun else None)
+                self._writer = SummaryWriter(str(folder), flush_secs=10, purge_step=begun + 1 if begun else None)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """Note figures of a step."""
-        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
-        self._lines.flush()
+        with writing(self._file, _GO_ON):
+            self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **figures}) + "\n")
+            self._lines.flush()
         if self._writer is not None:
             for name, value in figures.items():
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write what is left."""
-        self._lines.close()
+        with writing(self._file, _GO_ON):
+            self._lines.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -58,9 +66,17 @@ def _keep_steps(file: Path, begun: int) -> None:
     """Leave of a log the lines of the first steps; a line that was cut short goes, too."""
     if not file.exists():
         return
-    lines = file.read_text("utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= begun]
+    lines = file.read_text("utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= begun]
     if len(kept) < len(lines):
         fresh = file.with_suffix(".new")
         fresh.write_text("".join(kept), "utf-8")
         fresh.replace(file)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; after all others where a broken disk left something else."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -14,8 +14,10 @@ from moss_jt.adapter import Adapter, AdapterShape, save_adapter
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import FloatType, MossConfig
 from moss_jt.errors import ConfigError
+from moss_jt.finetune.disk import writing
 from moss_jt.finetune.parameters import Parameters
 from moss_jt.finetune.settings import TrainSettings
+from moss_jt.finetune.start import hash_of
 from moss_jt.memory import memory_for, resident_memory
 from moss_jt.model import Moss
 from moss_jt.ops_grad import CHUNK_NUMBERS, LossOps
@@ -38,6 +40,7 @@ class Adapted:
         parameters: its terms.
         store: the model's weights.
         recompute: see TrainSettings.
+        origin: a hash of the model.
     """
 
     config: MossConfig
@@ -45,6 +48,18 @@ class Adapted:
     parameters: Parameters
     store: WeightStore
     recompute: bool = False
+    origin: str = ""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        shape = self.shape
+        return {
+            "model": self.origin,
+            "lora_rank": shape.rank,
+            "lora_alpha": shape.alpha,
+            "lora_targets": sorted({*shape.targets}),
+        }
 
     def network(self) -> Moss[Any]:
         """The network with its terms."""
@@ -59,7 +74,9 @@ class Adapted:
     def write(self, folder: Path, *, tokenizer: Path, dtype: FloatType, name: str, progress: Progress) -> None:
         """Write the adapter; its terms are float32 and the tokenizer is the model's."""
         template = self.config.template or "fields"
-        save_adapter(folder, Adapter(self.shape, self.parameters.arrays(), template, self.config.name), self.config)
+        adapter = Adapter(self.shape, self.parameters.arrays(), template, self.config.name)
+        with writing(folder):
+            save_adapter(folder, adapter, self.config)
 
 
 def over_folder(
@@ -110,7 +127,7 @@ def over_folder(
             raise ConfigError(f"{error} Smaller --pass_tokens and --recompute need less.") from error
     with memory_for("the weights"):
         store = WeightStore(checkpoint, plan, progress)
-    return Adapted(config, shape, parameters, store, settings.recompute)
+    return Adapted(config, shape, parameters, store, settings.recompute, hash_of(checkpoint))
 
 
 def token_bytes(config: MossConfig, shape: AdapterShape, *, recompute: bool) -> int:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from moss_jt.adapter import load_adapter
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import FloatType
-from moss_jt.finetune.export import Export, check_destination, export_model
+from moss_jt.errors import ConfigError
+from moss_jt.finetune.export import Export, export_model, is_taken
 from moss_jt.finetune.start import read_floats, without_codes
 from moss_jt.progress import Progress
 
@@ -34,19 +35,21 @@ def merge_adapter(
     Args:
         model: native folder that the adapter was trained on.
         adapter: its folder.
-        dst: folder to write.
+        dst: folder to write; nothing, or an empty folder, is there now.
         dtype: of the written weights; None for the model's.
         progress: told the bytes written.
 
     Raises:
         CheckpointError: the model or the adapter is broken, or they do not belong together.
-        ConfigError: the destination holds something else.
+        ConfigError: the destination is taken.
         DiskError: the disk is full or fails.
     """
+    dst = Path(os.path.abspath(dst))  # noqa: PTH100 (links are kept: the folder's own name matters)
+    if is_taken(dst):
+        raise ConfigError(f"{dst} exists already. Choose another name or delete it.")
     checkpoint = Checkpoint.open(model)
     found = load_adapter(adapter, checkpoint.config)
     pairs: dict[str, Any] = {name: (a, b) for name, a, b in found.pairs()}
-    check_destination(dst)
 
     def tensor(name: str) -> Floats:
         values = read_floats(checkpoint, name)

@@ -13,8 +13,8 @@ from moss_jt import startup
 from moss_jt.adapter import AdapterShape
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import FloatType, MossConfig
-from moss_jt.errors import ConfigError
-from moss_jt.finetune.checkpoint import checkpoints, step_of
+from moss_jt.errors import ConfigError, DiskError
+from moss_jt.finetune.checkpoint import checkpoints
 from moss_jt.finetune.data import Samples, load_samples
 from moss_jt.finetune.export import check_destination
 from moss_jt.finetune.log import RunLog
@@ -23,7 +23,7 @@ from moss_jt.finetune.records import files_of
 from moss_jt.finetune.settings import DataSettings, TrainSettings
 from moss_jt.finetune.start import Student, Whole, from_folder, from_nothing, read_shape
 from moss_jt.finetune.trainer import Alone, Job, Log, NoLog, Scalars, Team, Trainer
-from moss_jt.finetune.vocabulary import extend_tokenizer, read_tokens, with_rows
+from moss_jt.finetune.vocabulary import extend_tokenizer, new_ids, read_tokens, with_rows
 from moss_jt.load import native_folder
 from moss_jt.progress import Progress, Quiet
 from moss_jt.tokenizer import Tokenizer, load_tokenizer
@@ -95,11 +95,14 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
     team, progress = team or Alone(), progress or Quiet()
     if team.rank:
         team.add_up(np.zeros(2, np.float32))  # the first process converts and encodes what the others then find
+    _refuse_to_mix(request)
     model_dir, tokenizer_dir = _places(request, progress)
     tokenizer, new = load_tokenizer(tokenizer_dir), dict[str, int]()
     if request.new_tokens is not None:
         larger = request.output_dir / "tokenizer"
-        new = extend_tokenizer(tokenizer_dir, read_tokens(request.new_tokens), larger)
+        new = new_ids(tokenizer_dir, read_tokens(request.new_tokens))
+        if not team.rank:  # the others wait until it is written
+            extend_tokenizer(tokenizer_dir, new, larger)
         tokenizer_dir = larger
     training, validation = _data(request, tokenizer_dir, progress)
     if not team.rank:
@@ -113,15 +116,40 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
         student = with_rows(student, tokenizer, new)
     for samples in (training, validation):
         _check_fits(student.config, tokenizer, samples)
-    job = Job(student.network(), student.make_ops, student.parameters, training, validation, folder=request.output_dir)
-    with _log(request, team) as log:
-        trainer = Trainer(job, request.train, team=team, log=log, progress=progress)
-        _begin(trainer, request)
+    job = Job(
+        student.network(),
+        student.make_ops,
+        student.parameters,
+        training,
+        validation,
+        folder=request.output_dir,
+        identity=student.identity,
+    )
+    trainer = Trainer(job, request.train, team=team, progress=progress)
+    if request.resume:
+        trainer.resume()
+    with _log(request, team, begun=trainer.done) as trainer.log:
         figures = trainer.run()
     if not team.rank:
         name = request.output_dir.name
-        student.write(target, tokenizer=tokenizer_dir, dtype=request.dtype, name=name, progress=progress)
+        try:
+            student.write(target, tokenizer=tokenizer_dir, dtype=request.dtype, name=name, progress=progress)
+        except DiskError as error:
+            raise DiskError(f"{error} The checkpoints are kept: the same command with --resume writes it.") from error
     return Trained(target, trainer.done, figures, len(training), training.dropped)
+
+
+def _refuse_to_mix(request: Request) -> None:
+    """See that no other run has left checkpoints, before anything is read or written.
+
+    Raises:
+        ConfigError: there are some, and nobody asked to go on.
+    """
+    found = checkpoints(request.output_dir)
+    if found and not request.resume:
+        raise ConfigError(
+            f"{found[-1]} is the checkpoint of an earlier run. Add --resume to go on, or take another --output_dir."
+        )
 
 
 def _places(request: Request, progress: Progress) -> tuple[Path | None, Path]:
@@ -165,13 +193,11 @@ def _student(request: Request, model_dir: Path | None, training: Samples, progre
 
 
 @contextmanager
-def _log(request: Request, team: Team) -> Iterator[Log]:
-    """Where figures go: the first process writes them."""
+def _log(request: Request, team: Team, *, begun: int) -> Iterator[Log]:
+    """Where figures go: the first process writes them, after those of the steps that are done."""
     if team.rank:
         yield NoLog()
         return
-    found = checkpoints(request.output_dir)
-    begun = step_of(found[-1]) if request.resume and found else 0
     log = RunLog(request.log_dir or request.output_dir / "log", begun=begun, tensorboard=request.tensorboard)
     try:
         yield log
@@ -198,18 +224,4 @@ def _check_fits(config: MossConfig, tokenizer: Tokenizer, samples: Samples | Non
         raise ConfigError(
             f"a sample has {longest} tokens, and the model's n_positions is {config.n_positions}. "
             f"Give --max_length {config.n_positions} or less."
-        )
-
-
-def _begin(trainer: Trainer, request: Request) -> None:
-    """Go on from a checkpoint if asked; refuse to mix two runs.
-
-    Raises:
-        ConfigError: there are checkpoints of an earlier run, and nobody asked to go on.
-    """
-    if request.resume:
-        trainer.resume()
-    elif found := checkpoints(request.output_dir):
-        raise ConfigError(
-            f"{found[-1]} is the checkpoint of an earlier run. Add --resume to go on, or take another --output_dir."
         )

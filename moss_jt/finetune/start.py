@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from moss_jt.checkpoint import Checkpoint, expected_shapes, floats_from_bytes
+from moss_jt.checked_file import CheckedFile
+from moss_jt.checkpoint import MANIFEST_FILE, Checkpoint, expected_shapes, floats_from_bytes
 from moss_jt.config import FloatType, MossConfig
 from moss_jt.errors import ConfigError
 from moss_jt.finetune.export import Export, export_model
@@ -39,6 +42,11 @@ class Student(Protocol):
         """What is trained of it."""
         ...
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on: what it began from, and the shape of what is trained."""
+        ...
+
     def network(self) -> Moss[Any]:
         """The network to train."""
         ...
@@ -60,11 +68,18 @@ class Whole:
         config: its shape.
         parameters: its values.
         recompute: see TrainSettings.
+        origin: a hash of what it began from.
     """
 
     config: MossConfig
     parameters: Parameters
     recompute: bool = False
+    origin: str = ""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        return {"model": self.origin}
 
     def network(self) -> Moss[Any]:
         """The network to train."""
@@ -99,7 +114,26 @@ def from_folder(checkpoint: Checkpoint, *, recompute: bool = False) -> Whole:
         parameters = Parameters(expected_shapes(config))
     for name in parameters.slots:
         parameters.array(name)[...] = read_floats(checkpoint, name)
-    return Whole(config, parameters, recompute)
+    return Whole(config, parameters, recompute, hash_of(checkpoint))
+
+
+def hash_of(checkpoint: Checkpoint) -> str:
+    """A hash that tells a model from others: of its manifest, or of its config and sizes where it has none.
+
+    Raises:
+        CheckpointError: the manifest cannot be read.
+    """
+    manifest = checkpoint.path / MANIFEST_FILE
+    if manifest.is_file():
+        with CheckedFile(manifest) as file:
+            return hashlib.sha256(file.read(0, file.size)).hexdigest()[:16]
+    sizes = {name: entry.nbytes for name, entry in checkpoint.entries.items()}
+    return _hash_of_config(checkpoint.config, sizes)
+
+
+def _hash_of_config(config: MossConfig, sizes: Mapping[str, int] | None = None) -> str:
+    told = json.dumps([config.to_dict(), sizes], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def read_floats(checkpoint: Checkpoint, name: str) -> Floats:
@@ -132,7 +166,7 @@ def from_nothing(config: MossConfig, *, seed: int, recompute: bool = False) -> W
             continue
         rng = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
         array[...] = rng.standard_normal(shape, np.float32) * np.float32(config.initializer_range)
-    return Whole(config, parameters, recompute)
+    return Whole(config, parameters, recompute, _hash_of_config(config))
 
 
 def read_shape(path: Path) -> MossConfig:

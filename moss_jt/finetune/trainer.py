@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,6 +78,7 @@ class Job:
         parameters: what is trained.
         training, validation: data; validation may be None.
         folder: of checkpoints; None keeps none.
+        identity: what else than settings and data must be the same for a run to go on.
     """
 
     network: Moss[Any]
@@ -86,6 +87,7 @@ class Job:
     training: Samples
     validation: Samples | None = None
     folder: Path | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,17 @@ class Trainer:
             self.total = min(self.total, settings.max_steps)
         self.done = 0
         self._optimizer = AdamW(job.parameters, settings)
+        self._kept = 0  # steps of the newest checkpoint
+        self._is_whole = True  # not within the change of the values
         self._trained: list[str] = []
         self._ops: LossOps | None = None
 
     def run(self, until: int | None = None) -> Scalars:
-        """Train to the end, or to a step; gives the last figures of training and validation."""
+        """Train to the end, or to a step; gives the last figures of training and validation.
+
+        An interrupt stops it at once, but for the time that a checkpoint of the steps done takes; a second one does
+        not wait for that.
+        """
         end = self.total if until is None else min(until, self.total)
         figures: Scalars = {}
         self.progress.begin(pick("Training", "训练"), end - self.done, pick("steps", "步"))
@@ -143,6 +151,10 @@ class Trainer:
                 figures |= self.step()
                 figures |= self._between_steps(is_last=self.done == self.total)
                 self.progress.advance(1)
+        except KeyboardInterrupt:
+            if self._is_whole and self.done > self._kept:
+                self.save()
+            raise
         finally:
             self.progress.end()
         return figures
@@ -171,8 +183,10 @@ class Trainer:
             self.done, warmup_steps=round(settings.warmup * self.total), total_steps=self.total
         )
         ages = {name: self.done + 1 - self.first_step(name) for name in names}
+        self._is_whole = False
         self._optimizer.step(ages, learning_rate=rate, scale=scale)
         self.done += 1
+        self._is_whole = True
         seconds = time.monotonic() - began
         figures = {
             "loss": sums.loss,
@@ -259,7 +273,9 @@ class Trainer:
         if self.job.folder is None or self.team.rank:
             return None
         state = checkpoint.State(self.done, self._identity())
-        return checkpoint.save(self.job.folder, self.job.parameters, state, keep=self.settings.keep)
+        path = checkpoint.save(self.job.folder, self.job.parameters, state, keep=self.settings.keep)
+        self._kept = self.done
+        return path
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint; False where there is none.
@@ -271,7 +287,7 @@ class Trainer:
         found = checkpoint.checkpoints(self.job.folder) if self.job.folder is not None else []
         if not found:
             return False
-        self.done = checkpoint.load(found[-1], self.job.parameters, self._identity()).step
+        self.done = self._kept = checkpoint.load(found[-1], self.job.parameters, self._identity()).step
         return True
 
     def _identity(self) -> dict[str, Any]:
@@ -279,7 +295,8 @@ class Trainer:
         free = ("eval_step", "save_step", "keep", "pass_tokens", "recompute", "max_steps")
         settings = {key: value for key, value in self.settings.to_dict().items() if key not in free}
         data = hashlib.sha256(self.job.training.ids.tobytes() + self.job.training.labels.tobytes())
-        return {**settings, "steps": self.total, "processes": self.team.size, "data": data.hexdigest()[:16]}
+        told = {**settings, "steps": self.total, "processes": self.team.size, "data": data.hexdigest()[:16]}
+        return {**told, **self.job.identity}
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -7,7 +7,6 @@ knew; training does the rest.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt.errors import ConfigError
+from moss_jt.finetune.disk import writing
 from moss_jt.finetune.export import copy_tokenizer
 from moss_jt.finetune.parameters import Parameters
 from moss_jt.finetune.start import Whole
-from moss_jt.tokenizer import Tokenizer, load_tokenizer
+from moss_jt.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 
 _ADDED = "added_tokens.json"
 _GROWING = ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
@@ -43,29 +43,51 @@ def read_tokens(file: Path) -> list[str]:
     return tokens
 
 
-def extend_tokenizer(source: Path, tokens: Sequence[str], target: Path) -> dict[str, int]:
-    """Write the files of a tokenizer with more tokens, after its last; those that it has keep their ids.
+def new_ids(source: Path, tokens: Sequence[str]) -> dict[str, int]:
+    """The ids of those of the tokens that a tokenizer does not have, after its last.
 
     Args:
         source: its folder.
-        tokens: the new ones.
-        target: folder to write.
-
-    Returns:
-        the ids of the tokens that are new.
+        tokens: the wanted ones.
     """
-    tokenizer = load_tokenizer(source)
-    target.mkdir(parents=True, exist_ok=True)
-    copy_tokenizer(source, target)
-    file = target / _ADDED
-    added: dict[str, int] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    count, added = load_tokenizer(source).vocab_size, _added(source)
     wanted = [token for token in tokens if token not in added]
-    new = {token: tokenizer.vocab_size + place for place, token in enumerate(wanted)}
-    scratch = file.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({**added, **new}, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    scratch.replace(file)
+    return {token: count + place for place, token in enumerate(wanted)}
+
+
+def extend_tokenizer(source: Path, new: Mapping[str, int], target: Path) -> None:
+    """Write the files of a tokenizer with more tokens; those that it has keep their ids.
+
+    Args:
+        source: its folder.
+        new: tokens and their ids, see `new_ids`.
+        target: folder to write; the files of an earlier tokenizer there are gone afterwards.
+
+    Raises:
+        ConfigError: both folders are the same.
+        DiskError: the disk is full or fails.
+        CheckpointError: a token cannot be one.
+    """
+    if target.exists() and target.samefile(source):
+        raise ConfigError(
+            f"--tokenizer {source} is where the tokenizer with --new_tokens is written. Copy it to another folder, or "
+            "take another --output_dir."
+        )
+    text = json.dumps({**_added(source), **new}, ensure_ascii=False, indent=1) + "\n"
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            (target / name).unlink(missing_ok=True)
+        copy_tokenizer(source, target)
+        (target / _ADDED).write_text(text, "utf-8")
     load_tokenizer(target)  # refuses what cannot be a token
-    return new
+
+
+def _added(folder: Path) -> dict[str, int]:
+    """The tokens that were added to a tokenizer, and their ids."""
+    file = folder / _ADDED
+    found: dict[str, int] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return found
 
 
 def with_rows(whole: Whole, tokenizer: Tokenizer, new: Mapping[str, int]) -> Whole:

@@ -90,7 +90,52 @@ def test_going_on_in_words(folder: Path) -> None:
     assert "8 个样本，2 步" in run("finetune", *options, "--output_dir", folder / "out", "--resume", lang="zh").stderr
 
 
+def test_going_on_without_a_checkpoint_says_so(folder: Path) -> None:
+    options = ["--init", folder / "config.json", "--tokenizer", folder / "words", "--data_dir", folder]
+    done = run("finetune", *options, "--max_steps", 2, "--output_dir", folder / "out", "--resume")
+    assert done.returncode == 0
+    assert f"There is no checkpoint in {folder / 'out'} yet: training begins at the first step." in done.stderr
+
+
+INTERRUPTED = """
+import os, signal, sys
+from moss_jt.cli.main import main
+from moss_jt.finetune import trainer
+step, at = trainer.Trainer.step, int(sys.argv.pop(1))
+def interrupted(self):
+    if self.done == at:
+        os.kill(os.getpid(), signal.SIGINT)
+    return step(self)
+trainer.Trainer.step = interrupted
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        (
+            0,
+            "Stopped before the first checkpoint: the same command begins anew. --save_step says how often one is kept.",
+        ),
+        (3, "Stopped; the same command with --resume goes on from the last checkpoint, step-00000003."),
+    ],
+)
+def test_what_is_said_of_an_interrupted_run(folder: Path, at: int, said: str) -> None:
+    """It promised a checkpoint where there was none."""
+    options = ["--init", folder / "config.json", "--tokenizer", folder / "words", "--data_dir", folder]
+    options += ["--output_dir", folder / "out", "--save_step", 2, "--lang", "en"]
+    words = [sys.executable, "-c", INTERRUPTED, at, "finetune", *options]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert said in done.stderr.splitlines()
+
+
 def test_options_that_do_not_go_together(folder: Path) -> None:
     base = ["--data_dir", folder, "--output_dir", folder / "out"]
     done = run("finetune", *base, "--init", folder / "config.json", "--lora_alpha", 3)
     assert done.returncode == 2 and "--lora_alpha is for --lora_rank." in done.stderr
+    model = ["--model", folder, "--lora_rank", 2, "--unfreeze_every"]
+    done = run("finetune", *base, *model, 10)
+    assert done.returncode == 2 and "with --lora_rank there is nothing else to train" in " ".join(done.stderr.split())
+    assert run("finetune", *base, *model, 0).returncode == 1, "0 trains everything from the start"
