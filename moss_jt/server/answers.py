@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from moss_jt.chat.reader import AnswerReader, StopCutter
+from moss_jt.chat.window import MIN_ANSWER
 from moss_jt.config import GenerationConfig
 from moss_jt.messages import FinishedEvent, PrefillEvent, Request, TokenEvent
 from moss_jt.server.calls import Call, Function, ToolResults, ToolRunner, parse_calls
 from moss_jt.server.dispatch import Again, Dispatcher
 from moss_jt.server.prompts import Prompt
 from moss_jt.template import Template
+from moss_jt.tools.wording import fitting
 
 if TYPE_CHECKING:
     from moss_jt.tokenizer import Tokenizer
@@ -180,6 +182,7 @@ class Question:
     """A prompt that is answered with a template.
 
     Attributes:
+        context_size: tokens that prompt, thoughts, results and answer may have together.
         conversation: the name of its cache.
         functions: of the client; the model's calls of these end the answer.
         runner: runs calls here; None where nothing does.
@@ -187,6 +190,7 @@ class Question:
 
     prompt: Prompt
     config: GenerationConfig
+    context_size: int
     conversation: str | None = None
     top_logprobs: int | None = None
     functions: tuple[Function, ...] = ()
@@ -214,7 +218,7 @@ async def answer(
             yield thinking.over
             return
         ids, passes, usage = thinking.ids, thinking.passes, thinking.usage
-        config = replace(config, max_new_tokens=max(1, config.max_new_tokens - usage.new_tokens))
+        config = replace(config, max_new_tokens=min(thinking.left, question.context_size - len(ids)))
     stop_ids = template.stop_ids(tokenizer)
     config = replace(config, stop_ids=stop_ids)
     request = Request(ids, config, question.conversation, question.top_logprobs, question.prompt.shared)
@@ -275,15 +279,40 @@ class Thinking:
         results = None
         if question.runner is not None and not question.functions:
             found = await asyncio.to_thread(question.runner.run, commands)
+            if found is not None:
+                found = replace(found, text=fitting(found.text, lambda text: self._free(text) >= self._room()))
             yield Results(found)
             results = None if found is None else found.text
-        closing = self._template.close_commands(self._tokenizer, done.passes[0], results)
-        self.ids = (*question.prompt.ids, *done.passes[0], *closing)
+        if self._free(results) < min(self._room(), MIN_ANSWER):
+            self.over = replace(done, reason="length")
+            return
+        self.ids = self._continued(results)
+
+    @property
+    def left(self) -> int:
+        """Tokens that the answer may have after the thoughts."""
+        return max(1, self._question.config.max_new_tokens - self.usage.new_tokens)
+
+    def _room(self) -> int:
+        """Tokens that the answer should have."""
+        return min(self.left, self._question.context_size // 4)
+
+    def _free(self, results: str | None) -> int:
+        """Tokens that these results leave for the answer."""
+        return self._question.context_size - len(self._continued(results))
+
+    def _continued(self, results: str | None) -> tuple[int, ...]:
+        """The prompt of the answer."""
+        (thoughts,) = self.passes
+        closing = self._template.close_commands(self._tokenizer, thoughts, results)
+        return (*self._question.prompt.ids, *thoughts, *closing)
 
     def _think(self) -> AsyncGenerator[Started | Restarted | Delta | Done, None]:
         stop_ids = self._template.command_stop_ids(self._tokenizer)
-        config = replace(self._question.config, stop_ids=stop_ids, stop_strings=())
-        prompt = self._question.prompt
+        prompt, config = self._question.prompt, self._question.config
+        longest = max(MIN_ANSWER, self._question.context_size - len(prompt.ids) - self._room())
+        length = min(longest, config.max_new_tokens)
+        config = replace(config, stop_ids=stop_ids, stop_strings=(), max_new_tokens=length)
         request = Request(prompt.ids, config, self._question.conversation, shared=prompt.shared)
         return one_pass(self._dispatcher, self._asker, request, lambda: PlainReader(self._tokenizer, config))
 

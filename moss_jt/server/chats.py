@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from moss_jt.chat.reader import AnswerReader
-from moss_jt.chat.window import MIN_ANSWER, first_turn
+from moss_jt.chat.window import MIN_ANSWER, first_turn, thinking_room
 from moss_jt.config import GenerationConfig
 from moss_jt.server.answers import Delta, Done, Part, Question, Restarted, Results, Started, Thoughts, Usage, answer
 from moss_jt.server.calls import ToolResults
@@ -204,13 +204,15 @@ def _question(service: Service, speaker: Speaker, wish: Wish, turns: Sequence[St
             "prompt",
             "context_length_exceeded",
         )
+    if enabled:
+        room += thinking_room(size)
     before = turns[-1].first if turns else 0
     written = [turn_ids(tokenizer, template, turn) for turn in turns[before:]]
     start = first_turn([len(ids) for ids in written], 0, own=own, size=size, room=room)
     ids = [*system, *(i for one in written[start:] for i in one), *opening]
     longest = min(wanted, service.settings.max_new_tokens, size - len(ids))
     config = replace(wish.config, max_new_tokens=longest, max_time=service.settings.answer_s)
-    return Question(Prompt(tuple(ids), bool(enabled), len(system)), config, runner=runner), before + start
+    return Question(Prompt(tuple(ids), bool(enabled), len(system)), config, size, runner=runner), before + start
 
 
 def turn_ids(tokenizer: Tokenizer, template: Template, turn: StoredTurn) -> list[int]:

@@ -122,6 +122,7 @@ async def _plan_chat(service: Service, user: User, body: ChatRequest) -> Plan:
     question = Question(
         prompt,
         config,
+        speaker.context_size,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         functions=functions,
         runner=service.tools if enabled and not functions else None,
@@ -177,7 +178,7 @@ async def _plan_text(service: Service, user: User, body: CompletionRequest) -> P
         length = min(body.max_tokens or DEFAULT_TEXT_TOKENS, _room(speaker, len(prompt.ids)))
         config = replace(sampling_config(service, body, length, stop=body.stops), stop_ids=stop_ids)
         for number in range(body.n or 1):
-            question = _nth(Question(prompt, config, top_logprobs=body.logprobs), number)
+            question = _nth(Question(prompt, config, speaker.context_size, top_logprobs=body.logprobs), number)
             sources.append(_text_source(service, speaker, asker, question))
     form = Form("text_completion", speaker.name, speaker.tokenizer, stop_ids=stop_ids)
     return Plan(sources, form, body.logprobs is not None, body.n or 1)
