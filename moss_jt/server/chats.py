@@ -181,7 +181,9 @@ async def _keep(service: Service, user: User, uid: str, draft: _Draft, place: _P
     """Put a turn into the store."""
     turn, most = draft.turn(), service.settings.conversations
     number, replaces = place
-    await service.database.run(add_turn, user.owner, uid, turn, number=number, most=most, replaces=replaces)
+    await service.database.run(
+        add_turn, user.owner, uid, turn, number=number, most=most, replaces=replaces, key=user.key
+    )
     usage = Usage(new_tokens=len(draft.ids)) if draft.done is None else draft.done.usage
     await service.users.charge(user, usage.prompt_tokens + usage.new_tokens)
     return turn

@@ -17,6 +17,7 @@ from typing import Any
 
 from moss_jt.chat.events import Reason
 from moss_jt.server.calls import DrawnPicture, FoundSource
+from moss_jt.server.keys import Key, is_valid
 from moss_jt.server.refusals import Refusal
 
 LISTED = 100  # conversations of one page of a list
@@ -88,12 +89,18 @@ def add_turn(
     number: int,
     most: int,
     replaces: bool = False,
+    key: Key | None = None,
 ) -> None:
     """Write a turn; with turn 0 the conversation begins, unless it replaces the one that is there.
 
     Raises:
-        Refusal: 404, the conversation was deleted in between; 403, the owner has `most` already.
+        Refusal: 404, the conversation was deleted in between; 403, the owner has `most` already; 401, the key with
+            which it was asked was removed, and what is kept now would be that of the next key of this name.
     """
+    if key is not None and not is_valid(connection, key):
+        raise Refusal(
+            401, f"the key {key.name} was removed while it was answered. Ask with another.", "invalid_api_key"
+        )
     if number == 0 and not replaces:
         _begin(connection, owner, uid, most)
     conversation = _find(connection, owner, uid)

@@ -93,7 +93,7 @@ class Users:
     async def charge(self, user: User, tokens: int) -> None:
         """Enter what a request used."""
         if user.key is not None:
-            await self._database.run(count_usage, user.owner, tokens)
+            await self._database.run(count_usage, user.key, tokens)
 
     def _take_one(self, name: str, per_minute: int) -> None:
         now = time.monotonic()

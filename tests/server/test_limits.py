@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import LiveServer, Reply, until
+from live_server import Asked, LiveServer, until
 
 from moss_jt.messages import PrefillEvent
 from moss_jt.server.keys import add_key
@@ -21,23 +19,6 @@ CHAT = "/v1/chat/completions"
 def chat(text: str, **more: Any) -> dict[str, Any]:
     """The body of a question."""
     return {"messages": [{"role": "user", "content": text}], **more}
-
-
-class Asked:
-    """A request in a thread of its own."""
-
-    def __init__(self, ask: Callable[[], Reply]) -> None:
-        self.replies: list[Reply] = []
-        self.ask = ask
-        self.thread = threading.Thread(target=self.run)
-        self.thread.start()
-
-    def run(self) -> None:
-        self.replies.append(self.ask())
-
-    def reply(self) -> Reply:
-        self.thread.join()
-        return self.replies[0]
 
 
 def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
