@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from moss_jt.chat.reader import AnswerReader, StopCutter
@@ -77,6 +77,19 @@ class Usage:
         return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s > 0 else 0.0
 
 
+@dataclass
+class Tally:
+    """What an answer has cost so far, so that one that is broken off has its price, too."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+    @property
+    def usage(self) -> Usage:
+        """As far as it goes."""
+        return Usage(prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens)
+
+
 @dataclass(frozen=True)
 class Done:
     """The answer is over; `passes` are the ids that were generated."""
@@ -136,9 +149,9 @@ class PlainReader:
 
 
 async def one_pass(
-    dispatcher: Dispatcher, asker: Asker, request: Request, make_reader: Callable[[], Reader]
+    dispatcher: Dispatcher, asker: Asker, request: Request, make_reader: Callable[[], Reader], tally: Tally
 ) -> AsyncGenerator[Started | Restarted | Delta | Done, None]:
-    """Give one request to the engine.
+    """Give one request to the engine, and enter in the tally what it costs.
 
     Raises:
         Refusal: it was not taken, or could not be done.
@@ -149,13 +162,16 @@ async def one_pass(
     try:
         async for event in ticket.events():
             if isinstance(event, Again):
+                tally.new_tokens -= len(ids)
                 reader, ids, pending = make_reader(), [], []
                 yield Restarted()
             elif isinstance(event, PrefillEvent):
                 if not begun:
                     begun = True
+                    tally.prompt_tokens = tally.prompt_tokens or event.total
                     yield Started()
             elif isinstance(event, TokenEvent):
+                tally.new_tokens += 1
                 ids.append(event.id)
                 pending.append(event)
                 text = reader.push(event.id)
@@ -186,6 +202,7 @@ class Question:
         conversation: the name of its cache.
         functions: of the client; the model's calls of these end the answer.
         runner: runs calls here; None where nothing does.
+        tally: what its answer costs; another question needs another.
     """
 
     prompt: Prompt
@@ -195,6 +212,7 @@ class Question:
     top_logprobs: int | None = None
     functions: tuple[Function, ...] = ()
     runner: ToolRunner | None = None
+    tally: Tally = field(default_factory=Tally, compare=False)
 
 
 async def answer(
@@ -222,7 +240,13 @@ async def answer(
     stop_ids = template.stop_ids(tokenizer)
     config = replace(config, stop_ids=stop_ids)
     request = Request(ids, config, question.conversation, question.top_logprobs, question.prompt.shared)
-    source = one_pass(dispatcher, asker, request, lambda: AnswerReader(tokenizer, stop_ids, config.stop_strings))
+    source = one_pass(
+        dispatcher,
+        asker,
+        request,
+        lambda: AnswerReader(tokenizer, stop_ids, config.stop_strings),
+        question.tally,
+    )
     async with aclosing(source) as stream:
         async for event in stream:
             if isinstance(event, Done):
@@ -314,7 +338,8 @@ class Thinking:
         length = min(longest, config.max_new_tokens)
         config = replace(config, stop_ids=stop_ids, stop_strings=(), max_new_tokens=length)
         request = Request(prompt.ids, config, self._question.conversation, shared=prompt.shared)
-        return one_pass(self._dispatcher, self._asker, request, lambda: PlainReader(self._tokenizer, config))
+        tally = self._question.tally
+        return one_pass(self._dispatcher, self._asker, request, lambda: PlainReader(self._tokenizer, config), tally)
 
 
 def split_thoughts(tokenizer: Tokenizer, generated: Sequence[int]) -> tuple[str, str]:

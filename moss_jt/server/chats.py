@@ -166,6 +166,9 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
             if wish.streams and draft.answer:
                 await asyncio.shield(_keep(service, user, uid, draft, place))
             raise
+        finally:
+            tally = question.tally
+            await asyncio.shield(service.users.charge(user, tally.prompt_tokens + tally.new_tokens))
         assert draft.done is not None, "an answer ends with Done"
         turn = await _keep(service, user, uid, draft, place)
         history = tuple((one.human, one.answer) for one in (*turns, turn))
@@ -184,8 +187,6 @@ async def _keep(service: Service, user: User, uid: str, draft: _Draft, place: _P
     await service.database.run(
         add_turn, user.owner, uid, turn, number=number, most=most, replaces=replaces, key=user.key
     )
-    usage = Usage(new_tokens=len(draft.ids)) if draft.done is None else draft.done.usage
-    await service.users.charge(user, usage.prompt_tokens + usage.new_tokens)
     return turn
 
 

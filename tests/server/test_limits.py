@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from finding_tools import FindingTools
 from live_server import Asked, LiveServer, until
 
-from moss_jt.messages import PrefillEvent
-from moss_jt.server.keys import add_key
+from moss_jt.messages import PrefillEvent, TokenEvent
+from moss_jt.server.keys import add_key, tokens_today
 from moss_jt.server.link import Happened
 
 CHAT = "/v1/chat/completions"
@@ -87,6 +90,42 @@ def test_limits_of_a_key(tmp_path: Path) -> None:
         poor = live.client(live.database.now(add_key, "poor", tokens_per_day=100))
         assert [poor.post(CHAT, chat("x")).status for _ in range(2)] == [200, 429]
         assert poor.post("/", {"prompt": "x"}).code == "tokens_per_day"
+
+
+LONG = {"max_tokens": 3000}
+BROKEN_OFF: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, chat("@long", **LONG)),
+    (CHAT, chat("@long", n=2, **LONG)),
+    ("/v1/completions", {"prompt": "and so on " * 30, "ignore_eos": True, **LONG}),
+    ("/", {"prompt": "@long", "max_new_tokens": 3000, "max_length": 4000}),
+]
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("path", "body"), BROKEN_OFF)
+def test_who_hangs_up_has_used_what_was_computed(
+    tmp_path: Path, path: str, body: dict[str, Any], stream: bool, thinks: bool
+) -> None:
+    """Only an answer that came to its end was charged: a day's tokens lasted forever."""
+    begun: list[int] = []
+    tools = FindingTools() if thinks else None
+    with LiveServer(tmp_path, keys=("alice",), max_new_tokens=3000, tools=tools) as live:
+        count = live.service.dispatcher.on_happened
+
+        def note(message: Happened) -> None:
+            begun.extend(event.id for _, event in message.events if isinstance(event, TokenEvent))
+            count(message)
+
+        live.service.dispatcher.on_happened = note
+        line = http.client.HTTPConnection("127.0.0.1", live.port)
+        headers = {"Content-Type": "application/json", **live.client("alice").headers}
+        line.request("POST", path, json.dumps({**body, "stream": stream}), headers)
+        until(lambda: len(begun) > 40, "much is computed")
+        line.close()
+        until(lambda: not live.server.server_state.tasks, "the request is over")
+        prompt = 60 if path == "/v1/completions" else 500
+        assert live.database.now(tokens_today, "alice") > prompt + 40
 
 
 def test_answers_at_once_of_a_key(tmp_path: Path) -> None:
