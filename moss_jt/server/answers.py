@@ -111,12 +111,14 @@ class Asker:
         most: of this user's answers at once; None for no limit.
         known: has a key; see Dispatcher.submit.
         streams: what comes is passed on at once, so that it cannot begin anew.
+        continues: this is the second pass of an answer; see Dispatcher.submit.
     """
 
     user: str
     most: int | None = None
     known: bool = True
     streams: bool = False
+    continues: bool = False
 
 
 class Reader(Protocol):
@@ -156,7 +158,7 @@ async def one_pass(
     Raises:
         Refusal: it was not taken, or could not be done.
     """
-    ticket = dispatcher.submit(asker.user, request, most=asker.most, known=asker.known)
+    ticket = dispatcher.submit(asker.user, request, most=asker.most, known=asker.known, continues=asker.continues)
     reader, ids, pending = make_reader(), list[int](), list[TokenEvent]()
     begun = False
     try:
@@ -235,6 +237,7 @@ async def answer(
         if thinking.over is not None:
             yield thinking.over
             return
+        asker = replace(asker, continues=True)
         ids, passes, usage = thinking.ids, thinking.passes, thinking.usage
         config = replace(config, max_new_tokens=min(thinking.left, question.context_size - len(ids)))
     stop_ids = template.stop_ids(tokenizer)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from finding_tools import FindingTools
-from live_server import Asked, LiveServer, until
+from live_server import LONGEST_S, Asked, LiveServer, until
 
 from moss_jt.messages import PrefillEvent, TokenEvent
+from moss_jt.server.calls import ToolResults
 from moss_jt.server.keys import add_key, tokens_today
 from moss_jt.server.link import Happened
 
@@ -42,6 +44,49 @@ def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
                 reply = client.post(path, {**body, "stream": True})
                 assert reply.status == 429, "also for a stream, before it begins"
         assert waits.reply().json["choices"][0]["message"]["content"] == "you said patient"
+
+
+class Waiting(FindingTools):
+    """Tools that give nothing until they may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.may = threading.Event(), threading.Event()
+
+    def run(self, commands: str) -> ToolResults | None:
+        self.called.set()
+        assert self.may.wait(LONGEST_S)
+        return super().run(commands)
+
+
+def test_an_answer_that_has_begun_finds_the_queue_never_full(tmp_path: Path) -> None:
+    """Behind its tools it was counted as a new request, and refused with all that it had done."""
+    tools = Waiting()
+    with LiveServer(tmp_path, parallel=1, queue=1, tools=tools) as live:
+        client, dispatcher = live.client(), live.service.dispatcher
+        begun = Asked(lambda: client.post(CHAT, chat("@search rain")))
+        assert tools.called.wait(LONGEST_S)
+        with client.stream(CHAT, chat("@long", max_tokens=3000, tool_choice="none")) as holder:
+            next(holder.events())
+            waits = Asked(lambda: client.post(CHAT, chat("patient", tool_choice="none")))
+            until(lambda: dispatcher.waiting == 1, "one waits")
+            tools.may.set()
+            until(lambda: dispatcher.waiting == 2, "it waits, too")
+        assert "and found" in begun.reply().json["choices"][0]["message"]["content"]
+        assert waits.reply().status == 200
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_answer_that_has_begun_may_finish_while_the_server_ends(tmp_path: Path, ended: bool) -> None:
+    tools = Waiting()
+    with LiveServer(tmp_path, grace_s=20, tools=tools) as live:
+        client, dispatcher = live.client(), live.service.dispatcher
+        begun = Asked(lambda: client.post("/", {"prompt": "@search rain"}))
+        assert tools.called.wait(LONGEST_S)
+        (dispatcher.end_all if ended else dispatcher.drain)()
+        assert client.post("/", {"prompt": "new"}).code == "ending"
+        tools.may.set()
+        assert begun.reply().status == (503 if ended else 200)
 
 
 def test_one_key_cannot_fill_the_queue(tmp_path: Path) -> None:
