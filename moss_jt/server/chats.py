@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -151,6 +151,7 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
         question, first = await service.encode(_question, service, speaker, wish, turns)
         question = replace(question, conversation=conversation_name(user.owner, uid))
         draft = _Draft(wish.text, first)
+        keeping: asyncio.Future[StoredTurn] | None = None
         try:
             template = speaker.template(tools=question.runner is not None)
             asker = user.asker(streams=wish.streams)
@@ -162,15 +163,19 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
                         yield Begun(uid)
                     elif not isinstance(part, Done):
                         yield part
+            assert draft.done is not None, "an answer ends with Done"
+            keeping = asyncio.ensure_future(_keep(service, user, uid, draft, place))
+            turn = await asyncio.shield(keeping)
         except (GeneratorExit, asyncio.CancelledError, Refusal):
-            if wish.streams and draft.answer:
-                await asyncio.shield(_keep(service, user, uid, draft, place))
+            if keeping is None and wish.streams and draft.answer:
+                keeping = asyncio.ensure_future(_keep(service, user, uid, draft, place))
+            if keeping is not None:
+                with suppress(Refusal):  # what is told is why the answer ended
+                    await asyncio.shield(keeping)
             raise
         finally:
             tally = question.tally
             await asyncio.shield(service.users.charge(user, tally.prompt_tokens + tally.new_tokens))
-        assert draft.done is not None, "an answer ends with Done"
-        turn = await _keep(service, user, uid, draft, place)
         history = tuple((one.human, one.answer) for one in (*turns, turn))
         yield Answered(uid, turn, history, asked_at, draft.done.usage)
 
