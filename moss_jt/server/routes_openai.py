@@ -119,8 +119,9 @@ async def _plan_chat(service: Service, user: User, body: ChatRequest) -> Plan:
     speaker = service.speaker
     functions = _functions(body.tools or []) if body.tool_choice != "none" else ()
     enabled = list(service.tools.enabled) if service.tools is not None and body.tool_choice != "none" else []
-    template = speaker.template(tools=bool(functions or enabled))
     messages = [_message(message) for message in body.messages]
+    called = any(message.calls for message in messages)  # only the five fields can say so
+    template = speaker.template(tools=bool(functions or enabled or called))
     prompt = await service.encode(
         chat_prompt,
         speaker.tokenizer,
