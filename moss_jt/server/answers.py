@@ -295,7 +295,8 @@ class Thinking:
         self.usage, self.passes = done.usage, done.passes
         text, commands = split_thoughts(self._tokenizer, done.passes[0])
         offered = {function.tool for function in question.functions}
-        calls = tuple(call for call in parse_calls(commands) if call.tool in offered)
+        called = parse_calls(commands) if done.reason == "stop" else []  # of a pass that was cut the last is half
+        calls = tuple(call for call in called if call.tool in offered)
         yield Thoughts(text, commands, calls)
         if done.reason != "stop":
             self.over = done
