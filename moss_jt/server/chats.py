@@ -21,7 +21,7 @@ from moss_jt.server.calls import ToolResults
 from moss_jt.server.prompts import Prompt, check_length, system_text
 from moss_jt.server.refusals import Refusal, wrong
 from moss_jt.server.service import Service, Speaker
-from moss_jt.server.store import StoredTurn, add_turn, check_last, new_uid, read_turns
+from moss_jt.server.store import StoredTurn, add_turn, check_last, check_number, new_uid, read_turns
 from moss_jt.server.users import User
 from moss_jt.template import Template, Turn
 
@@ -136,14 +136,14 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
     Where the stream ends before the answer does, what was passed on is kept as a turn.
 
     Raises:
-        Refusal: the uid is unknown, the text does not fit, the turn to replace is not the last, or the request was not
+        Refusal: the uid is unknown, there are too many conversations to begin one, the text does not fit, the turn to replace is not the last, or the request was not
             taken.
     """
     speaker, asked_at = service.speaker, datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     check_length(len(wish.text), speaker.context_size)
     uid = wish.uid or new_uid()
     async with service.turnstiles.hold(f"{user.owner}\0{uid}"):
-        turns = await service.database.run(read_turns, user.owner, uid) if wish.uid is not None else []
+        turns = await _turns(service, user, wish.uid)
         if wish.replaces is not None:
             check_last(turns, wish.replaces)
             turns = turns[:-1]
@@ -183,6 +183,15 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
 def conversation_name(owner: str, uid: str) -> str:
     """The name of its cache in the engine."""
     return f"chat {owner} {uid}"
+
+
+async def _turns(service: Service, user: User, uid: str | None) -> list[StoredTurn]:
+    """What was said; where nothing was, it is seen before the answer whether it may be kept."""
+    if uid is not None:
+        return await service.database.run(read_turns, user.owner, uid)
+    if user.key is not None:
+        await service.database.run(check_number, user.owner, service.settings.conversations)
+    return []
 
 
 async def _keep(service: Service, user: User, uid: str, draft: _Draft, place: _Place) -> StoredTurn:

@@ -202,15 +202,32 @@ def test_an_answer_has_an_end(tmp_path: Path) -> None:
         assert choice["message"]["content"].startswith("you said @long")
 
 
-def test_conversations_have_a_number(tmp_path: Path) -> None:
-    with LiveServer(tmp_path, conversations=2) as live:
-        client = live.client()
+def test_conversations_of_a_key_have_a_number(tmp_path: Path) -> None:
+    with LiveServer(tmp_path, keys=("alice",), conversations=2) as live:
+        client = live.client("alice")
         uid = client.say("one")["uid"]
         client.say("two")
-        assert client.post("/", {"prompt": "three"}).code == "too_many_conversations"
+        used = live.database.now(tokens_today, "alice")
+        for stream in (False, True):
+            reply = client.post("/", {"prompt": "three", "stream": stream})
+            assert (reply.status, reply.code) == (403, "too_many_conversations")
+        assert live.database.now(tokens_today, "alice") == used, "it is told before it is answered"
         client.say("but this one goes on", uid)
+        for _ in range(2):
+            client.ask("DELETE", f"/v1/conversations/{uid}/turns/last")
+        client.say("and begins anew", uid)
         client.ask("DELETE", f"/v1/conversations/{uid}")
         client.say("three")
+
+
+def test_without_keys_what_was_unused_longest_makes_room(tmp_path: Path) -> None:
+    """Nobody could see what there was, nor delete it: after the last one the server took no more."""
+    with LiveServer(tmp_path, conversations=2) as live:
+        client = live.client()
+        one, two = (client.say(text)["uid"] for text in ("one", "two"))
+        client.say("and on", one)
+        three = client.say("three")["uid"]
+        assert [client.get(f"/v1/conversations/{uid}").status for uid in (one, two, three)] == [200, 404, 200]
 
 
 @pytest.mark.parametrize("stream", [True, False])
