@@ -5,7 +5,6 @@ Plain values for both APIs. Closing a stream ends the work.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -15,9 +14,10 @@ from moss_jt.chat.reader import AnswerReader, StopCutter
 from moss_jt.chat.window import MIN_ANSWER
 from moss_jt.config import GenerationConfig
 from moss_jt.messages import FinishedEvent, PrefillEvent, Request, TokenEvent
-from moss_jt.server.calls import Call, Function, ToolResults, ToolRunner, parse_calls
+from moss_jt.server.calls import Call, Function, ToolResults, parse_calls
 from moss_jt.server.dispatch import Again, Dispatcher
 from moss_jt.server.prompts import Prompt
+from moss_jt.server.tool_threads import ToolThreads
 from moss_jt.template import Template
 from moss_jt.tools.wording import fitting
 
@@ -213,7 +213,7 @@ class Question:
     conversation: str | None = None
     top_logprobs: int | None = None
     functions: tuple[Function, ...] = ()
-    runner: ToolRunner | None = None
+    runner: ToolThreads | None = None
     tally: Tally = field(default_factory=Tally, compare=False)
 
 
@@ -306,7 +306,7 @@ class Thinking:
             return
         results = None
         if question.runner is not None and not question.functions:
-            found = await asyncio.to_thread(question.runner.run, commands)
+            found = await question.runner.run(self._asker.user, commands)
             if found is not None:
                 found = replace(found, text=fitting(found.text, lambda text: self._free(text) >= self._room()))
             yield Results(found)
