@@ -56,7 +56,7 @@ def data_files(folder: str) -> list[str]:
     return found
 
 
-SERVE = ["fastapi>=0.115", "prometheus-client>=0.20", "pydantic>=2.7", "uvicorn>=0.30"]
+SERVE = ["fastapi>=0.115", "prometheus-client>=0.20", "pydantic>=2.8", "uvicorn>=0.30"]
 
 WEB = [
     *SERVE,

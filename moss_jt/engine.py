@@ -244,10 +244,10 @@ class Engine:
     def _admit(self) -> None:
         """Give waiting requests a slot each, oldest first, as long as there are any."""
         free = self._free_slots()
-        answering = {task.request.conversation for task in self._tasks.values() if task.slot is not None} - {None}
+        answering = {task.request.conversation for task in self._tasks.values() if task.slot is not None}
         for task in list(self._tasks.values()):
             name = task.request.conversation
-            if task.slot is not None or name in answering:
+            if task.slot is not None or (name is not None and name in answering):
                 continue  # one answer at a time in a conversation
             kept = self._kept.pop(name, None) if name is not None else None
             if kept is not None:

@@ -97,6 +97,23 @@ class Client:
         return OpenStream(self.port, path, {**body, "stream": True}, self.headers)
 
 
+class Asked:
+    """A request in a thread of its own."""
+
+    def __init__(self, ask: Callable[[], Reply]) -> None:
+        self.replies: list[Reply] = []
+        self.ask = ask
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self) -> None:
+        self.replies.append(self.ask())
+
+    def reply(self) -> Reply:
+        self.thread.join()
+        return self.replies[0]
+
+
 class OpenStream:
     """Events of a stream, one by one."""
 

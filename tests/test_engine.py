@@ -393,6 +393,15 @@ def test_two_requests_of_one_conversation_wait_for_each_other(model: Model) -> N
     assert order == sorted(order)
 
 
+def test_requests_without_a_conversation_begin_together(model: Model) -> None:
+    """None was taken for the name of one conversation, and each pass let one of them in."""
+    engine = Engine(model, slots=3, tokens=3 * model.config.n_positions)
+    numbers = [engine.submit(Request((1, 2, 3 + i), GREEDY)) for i in range(3)]
+    events = engine.step()
+    assert [event.request for event in events if isinstance(event, TokenEvent)] == numbers
+    drain(engine)
+
+
 def test_a_tokenizer_of_another_model_is_told(golden: Path, model: Model, tmp_path: Path) -> None:
     """Every id was masked, and the weights were blamed."""
     shutil.copytree(model.path, tmp_path / "m")

@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     from moss_jt.tokenizer import Tokenizer
     from moss_jt.tools.toolbox import ToolBox
 
-SHORT_RESULT = 60  # characters of a line in the results of an old turn, where room is needed
-
 
 @dataclass
 class _Draft:
@@ -287,7 +285,7 @@ class ChatSession:
                 raise ConversationError(window.filled(size))
             raise ConversationError(window.too_long(own - len(self._system_ids), len(self._system_ids), size))
         if draft.thinking:
-            room += size // 4  # thoughts and results
+            room += window.thinking_room(size)
         lengths = [len(turn.ids) for turn in self._older(draft)]
         if window.is_tight(lengths, draft.first, own=own, size=size, room=room):
             self._shorten_results(draft)
@@ -308,7 +306,7 @@ class ChatSession:
                 self._turns[at] = self._shortened(turn, turn.tools)
 
     def _shortened(self, turn: ChatTurn, tools: ToolTurn) -> ChatTurn:
-        from moss_jt.tools.wording import shortened
+        from moss_jt.tools.wording import SHORT_RESULT, shortened
 
         tools = replace(tools, results=shortened(tools.results, SHORT_RESULT), is_short=True)
         given = self._results_ids(turn.passes[0], tools.results)
@@ -401,13 +399,10 @@ class ChatSession:
 
     def _fitting(self, first: Pass, results: str) -> str:
         """Results as long as they may be if an answer is to have room behind them."""
-        from moss_jt.tools.wording import NOTHING_RAN, shortened
+        from moss_jt.tools.wording import fitting
 
-        for text in (results, shortened(results, 200), shortened(results, SHORT_RESULT)):
-            used = len(self._system_ids) + len(first.given) + len(first.generated) + len(self._results_ids(first, text))
-            if used + self._room() <= self._engine.context_size:
-                return text
-        return NOTHING_RAN
+        used = len(self._system_ids) + len(first.given) + len(first.generated) + self._room()
+        return fitting(results, lambda text: used + len(self._results_ids(first, text)) <= self._engine.context_size)
 
     def _answer(self, draft: _Draft) -> Iterator[ChatEvent]:
         """The pass of the answer, shown as it comes."""

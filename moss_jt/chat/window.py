@@ -32,6 +32,11 @@ def first_turn(lengths: Sequence[int], first: int, *, own: int, size: int, room:
     return first
 
 
+def thinking_room(size: int) -> int:
+    """Tokens that thoughts and results should have in a context, beside the answer."""
+    return size // 4
+
+
 def is_tight(lengths: Sequence[int], first: int, *, own: int, size: int, room: int) -> bool:
     """Whether a turn would have to go."""
     return own + sum(lengths[first:]) > max(size - room, own)

@@ -5,19 +5,21 @@ Plain values for both APIs. Closing a stream ends the work.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from moss_jt.chat.reader import AnswerReader, StopCutter
+from moss_jt.chat.window import MIN_ANSWER
 from moss_jt.config import GenerationConfig
 from moss_jt.messages import FinishedEvent, PrefillEvent, Request, TokenEvent
-from moss_jt.server.calls import Call, Function, ToolResults, ToolRunner, parse_calls
+from moss_jt.server.calls import Call, Function, ToolResults, parse_calls
 from moss_jt.server.dispatch import Again, Dispatcher
 from moss_jt.server.prompts import Prompt
+from moss_jt.server.tool_threads import ToolThreads
 from moss_jt.template import Template
+from moss_jt.tools.wording import fitting
 
 if TYPE_CHECKING:
     from moss_jt.tokenizer import Tokenizer
@@ -75,6 +77,19 @@ class Usage:
         return (self.new_tokens - 1) / self.decode_s if self.new_tokens > 1 and self.decode_s > 0 else 0.0
 
 
+@dataclass
+class Tally:
+    """What an answer has cost so far, so that one that is broken off has its price, too."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+
+    @property
+    def usage(self) -> Usage:
+        """As far as it goes."""
+        return Usage(prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens)
+
+
 @dataclass(frozen=True)
 class Done:
     """The answer is over; `passes` are the ids that were generated."""
@@ -96,12 +111,14 @@ class Asker:
         most: of this user's answers at once; None for no limit.
         known: has a key; see Dispatcher.submit.
         streams: what comes is passed on at once, so that it cannot begin anew.
+        continues: this is the second pass of an answer; see Dispatcher.submit.
     """
 
     user: str
     most: int | None = None
     known: bool = True
     streams: bool = False
+    continues: bool = False
 
 
 class Reader(Protocol):
@@ -134,26 +151,29 @@ class PlainReader:
 
 
 async def one_pass(
-    dispatcher: Dispatcher, asker: Asker, request: Request, make_reader: Callable[[], Reader]
+    dispatcher: Dispatcher, asker: Asker, request: Request, make_reader: Callable[[], Reader], tally: Tally
 ) -> AsyncGenerator[Started | Restarted | Delta | Done, None]:
-    """Give one request to the engine.
+    """Give one request to the engine, and enter in the tally what it costs.
 
     Raises:
         Refusal: it was not taken, or could not be done.
     """
-    ticket = dispatcher.submit(asker.user, request, most=asker.most, known=asker.known)
+    ticket = dispatcher.submit(asker.user, request, most=asker.most, known=asker.known, continues=asker.continues)
     reader, ids, pending = make_reader(), list[int](), list[TokenEvent]()
     begun = False
     try:
         async for event in ticket.events():
             if isinstance(event, Again):
+                tally.new_tokens -= len(ids)
                 reader, ids, pending = make_reader(), [], []
                 yield Restarted()
             elif isinstance(event, PrefillEvent):
                 if not begun:
                     begun = True
+                    tally.prompt_tokens = tally.prompt_tokens or event.total
                     yield Started()
             elif isinstance(event, TokenEvent):
+                tally.new_tokens += 1
                 ids.append(event.id)
                 pending.append(event)
                 text = reader.push(event.id)
@@ -180,17 +200,21 @@ class Question:
     """A prompt that is answered with a template.
 
     Attributes:
+        context_size: tokens that prompt, thoughts, results and answer may have together.
         conversation: the name of its cache.
         functions: of the client; the model's calls of these end the answer.
         runner: runs calls here; None where nothing does.
+        tally: what its answer costs; another question needs another.
     """
 
     prompt: Prompt
     config: GenerationConfig
+    context_size: int
     conversation: str | None = None
     top_logprobs: int | None = None
     functions: tuple[Function, ...] = ()
-    runner: ToolRunner | None = None
+    runner: ToolThreads | None = None
+    tally: Tally = field(default_factory=Tally, compare=False)
 
 
 async def answer(
@@ -213,12 +237,19 @@ async def answer(
         if thinking.over is not None:
             yield thinking.over
             return
+        asker = replace(asker, continues=True)
         ids, passes, usage = thinking.ids, thinking.passes, thinking.usage
-        config = replace(config, max_new_tokens=max(1, config.max_new_tokens - usage.new_tokens))
+        config = replace(config, max_new_tokens=min(thinking.left, question.context_size - len(ids)))
     stop_ids = template.stop_ids(tokenizer)
     config = replace(config, stop_ids=stop_ids)
     request = Request(ids, config, question.conversation, question.top_logprobs, question.prompt.shared)
-    source = one_pass(dispatcher, asker, request, lambda: AnswerReader(tokenizer, stop_ids, config.stop_strings))
+    source = one_pass(
+        dispatcher,
+        asker,
+        request,
+        lambda: AnswerReader(tokenizer, stop_ids, config.stop_strings),
+        question.tally,
+    )
     async with aclosing(source) as stream:
         async for event in stream:
             if isinstance(event, Done):
@@ -264,7 +295,8 @@ class Thinking:
         self.usage, self.passes = done.usage, done.passes
         text, commands = split_thoughts(self._tokenizer, done.passes[0])
         offered = {function.tool for function in question.functions}
-        calls = tuple(call for call in parse_calls(commands) if call.tool in offered)
+        called = parse_calls(commands) if done.reason == "stop" else []  # of a pass that was cut the last is half
+        calls = tuple(call for call in called if call.tool in offered)
         yield Thoughts(text, commands, calls)
         if done.reason != "stop":
             self.over = done
@@ -274,18 +306,44 @@ class Thinking:
             return
         results = None
         if question.runner is not None and not question.functions:
-            found = await asyncio.to_thread(question.runner.run, commands)
+            found = await question.runner.run(self._asker.user, commands)
+            if found is not None:
+                found = replace(found, text=fitting(found.text, lambda text: self._free(text) >= self._room()))
             yield Results(found)
             results = None if found is None else found.text
-        closing = self._template.close_commands(self._tokenizer, done.passes[0], results)
-        self.ids = (*question.prompt.ids, *done.passes[0], *closing)
+        if self._free(results) < min(self._room(), MIN_ANSWER):
+            self.over = replace(done, reason="length")
+            return
+        self.ids = self._continued(results)
+
+    @property
+    def left(self) -> int:
+        """Tokens that the answer may have after the thoughts."""
+        return max(1, self._question.config.max_new_tokens - self.usage.new_tokens)
+
+    def _room(self) -> int:
+        """Tokens that the answer should have."""
+        return min(self.left, self._question.context_size // 4)
+
+    def _free(self, results: str | None) -> int:
+        """Tokens that these results leave for the answer."""
+        return self._question.context_size - len(self._continued(results))
+
+    def _continued(self, results: str | None) -> tuple[int, ...]:
+        """The prompt of the answer."""
+        (thoughts,) = self.passes
+        closing = self._template.close_commands(self._tokenizer, thoughts, results)
+        return (*self._question.prompt.ids, *thoughts, *closing)
 
     def _think(self) -> AsyncGenerator[Started | Restarted | Delta | Done, None]:
         stop_ids = self._template.command_stop_ids(self._tokenizer)
-        config = replace(self._question.config, stop_ids=stop_ids, stop_strings=())
-        prompt = self._question.prompt
+        prompt, config = self._question.prompt, self._question.config
+        longest = max(MIN_ANSWER, self._question.context_size - len(prompt.ids) - self._room())
+        length = min(longest, config.max_new_tokens)
+        config = replace(config, stop_ids=stop_ids, stop_strings=(), max_new_tokens=length)
         request = Request(prompt.ids, config, self._question.conversation, shared=prompt.shared)
-        return one_pass(self._dispatcher, self._asker, request, lambda: PlainReader(self._tokenizer, config))
+        tally = self._question.tally
+        return one_pass(self._dispatcher, self._asker, request, lambda: PlainReader(self._tokenizer, config), tally)
 
 
 def split_thoughts(tokenizer: Tokenizer, generated: Sequence[int]) -> tuple[str, str]:

@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import datetime
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from moss_jt.chat.reader import AnswerReader
-from moss_jt.chat.window import MIN_ANSWER, first_turn
+from moss_jt.chat.window import MIN_ANSWER, first_turn, thinking_room
 from moss_jt.config import GenerationConfig
 from moss_jt.server.answers import Delta, Done, Part, Question, Restarted, Results, Started, Thoughts, Usage, answer
 from moss_jt.server.calls import ToolResults
 from moss_jt.server.prompts import Prompt, check_length, system_text
 from moss_jt.server.refusals import Refusal, wrong
 from moss_jt.server.service import Service, Speaker
-from moss_jt.server.store import StoredTurn, add_turn, check_last, new_uid, read_turns
+from moss_jt.server.store import StoredTurn, add_turn, check_last, check_number, new_uid, read_turns
 from moss_jt.server.users import User
 from moss_jt.template import Template, Turn
 
@@ -136,14 +136,14 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
     Where the stream ends before the answer does, what was passed on is kept as a turn.
 
     Raises:
-        Refusal: the uid is unknown, the text does not fit, the turn to replace is not the last, or the request was not
+        Refusal: the uid is unknown, there are too many conversations to begin one, the text does not fit, the turn to replace is not the last, or the request was not
             taken.
     """
     speaker, asked_at = service.speaker, datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     check_length(len(wish.text), speaker.context_size)
     uid = wish.uid or new_uid()
     async with service.turnstiles.hold(f"{user.owner}\0{uid}"):
-        turns = await service.database.run(read_turns, user.owner, uid) if wish.uid is not None else []
+        turns = await _turns(service, user, wish.uid)
         if wish.replaces is not None:
             check_last(turns, wish.replaces)
             turns = turns[:-1]
@@ -151,6 +151,7 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
         question, first = await service.encode(_question, service, speaker, wish, turns)
         question = replace(question, conversation=conversation_name(user.owner, uid))
         draft = _Draft(wish.text, first)
+        keeping: asyncio.Future[StoredTurn] | None = None
         try:
             template = speaker.template(tools=question.runner is not None)
             asker = user.asker(streams=wish.streams)
@@ -162,12 +163,19 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
                         yield Begun(uid)
                     elif not isinstance(part, Done):
                         yield part
+            assert draft.done is not None, "an answer ends with Done"
+            keeping = asyncio.ensure_future(_keep(service, user, uid, draft, place))
+            turn = await asyncio.shield(keeping)
         except (GeneratorExit, asyncio.CancelledError, Refusal):
-            if wish.streams and draft.answer:
-                await asyncio.shield(_keep(service, user, uid, draft, place))
+            if keeping is None and wish.streams and draft.answer:
+                keeping = asyncio.ensure_future(_keep(service, user, uid, draft, place))
+            if keeping is not None:
+                with suppress(Refusal):  # what is told is why the answer ended
+                    await asyncio.shield(keeping)
             raise
-        assert draft.done is not None, "an answer ends with Done"
-        turn = await _keep(service, user, uid, draft, place)
+        finally:
+            tally = question.tally
+            await asyncio.shield(service.users.charge(user, tally.prompt_tokens + tally.new_tokens))
         history = tuple((one.human, one.answer) for one in (*turns, turn))
         yield Answered(uid, turn, history, asked_at, draft.done.usage)
 
@@ -177,13 +185,22 @@ def conversation_name(owner: str, uid: str) -> str:
     return f"chat {owner} {uid}"
 
 
+async def _turns(service: Service, user: User, uid: str | None) -> list[StoredTurn]:
+    """What was said; where nothing was, it is seen before the answer whether it may be kept."""
+    if uid is not None:
+        return await service.database.run(read_turns, user.owner, uid)
+    if user.key is not None:
+        await service.database.run(check_number, user.owner, service.settings.conversations)
+    return []
+
+
 async def _keep(service: Service, user: User, uid: str, draft: _Draft, place: _Place) -> StoredTurn:
     """Put a turn into the store."""
     turn, most = draft.turn(), service.settings.conversations
     number, replaces = place
-    await service.database.run(add_turn, user.owner, uid, turn, number=number, most=most, replaces=replaces)
-    usage = Usage(new_tokens=len(draft.ids)) if draft.done is None else draft.done.usage
-    await service.users.charge(user, usage.prompt_tokens + usage.new_tokens)
+    await service.database.run(
+        add_turn, user.owner, uid, turn, number=number, most=most, replaces=replaces, key=user.key
+    )
     return turn
 
 
@@ -204,13 +221,15 @@ def _question(service: Service, speaker: Speaker, wish: Wish, turns: Sequence[St
             "prompt",
             "context_length_exceeded",
         )
+    if enabled:
+        room += thinking_room(size)
     before = turns[-1].first if turns else 0
     written = [turn_ids(tokenizer, template, turn) for turn in turns[before:]]
     start = first_turn([len(ids) for ids in written], 0, own=own, size=size, room=room)
     ids = [*system, *(i for one in written[start:] for i in one), *opening]
     longest = min(wanted, service.settings.max_new_tokens, size - len(ids))
     config = replace(wish.config, max_new_tokens=longest, max_time=service.settings.answer_s)
-    return Question(Prompt(tuple(ids), bool(enabled), len(system)), config, runner=runner), before + start
+    return Question(Prompt(tuple(ids), bool(enabled), len(system)), config, size, runner=runner), before + start
 
 
 def turn_ids(tokenizer: Tokenizer, template: Template, turn: StoredTurn) -> list[int]:

@@ -107,6 +107,7 @@ class Dispatcher:
         self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # by user, who was served longest ago first
         self._running: dict[int, Ticket] = {}
         self._draining = False
+        self._ended = False
         self._seconds = 5.0  # of an answer, a running mean
         self.state: State = "loading"
         self.model: ModelInfo | None = None
@@ -145,7 +146,9 @@ class Dispatcher:
         self.state = "stopped"
         self._process.stop()
 
-    def submit(self, user: str, request: Request, *, most: int | None = None, known: bool = True) -> Ticket:
+    def submit(
+        self, user: str, request: Request, *, most: int | None = None, known: bool = True, continues: bool = False
+    ) -> Ticket:
         """Take a request.
 
         Args:
@@ -153,14 +156,16 @@ class Dispatcher:
             request: what to answer.
             most: of this user's requests that may run at once; None for all.
             known: the user is one of several with keys, and may fill only a part of the queue.
+            continues: it goes on with an answer that was begun: nobody of this user is before it, and it is taken also
+                where the queue is full, or the server takes no more requests but lets answers finish.
 
         Raises:
             Refusal: 429, too many wait; 503, the server ends, or there is no model yet.
         """
-        self._check_open()
+        self._check_open(continues=continues)
         mine = len(self._waiting.get(user, ()))
         limit = min(self._settings.queue, self._settings.queue_per_user) if known else self._settings.queue
-        if self._is_full(mine, limit):
+        if not continues and self._is_full(mine, limit):
             raise Refusal(
                 429,
                 f"{self.waiting} requests wait, {mine} of them yours; at most {self._settings.queue} and {limit} may. "
@@ -170,7 +175,11 @@ class Dispatcher:
             )
         ticket = Ticket(next(self._numbers), user, request, most)
         ticket.expiry = asyncio.get_running_loop().call_later(self._settings.wait_s, self._expire, ticket)
-        self._waiting.setdefault(user, deque()).append(ticket)
+        queue = self._waiting.setdefault(user, deque())
+        if continues:
+            queue.appendleft(ticket)
+        else:
+            queue.append(ticket)
         self._pump()
         return ticket
 
@@ -193,6 +202,7 @@ class Dispatcher:
 
     def end_all(self) -> None:
         """End what runs with what it has, and refuse what waits."""
+        self._draining = self._ended = True
         for ticket in [t for tickets in self._waiting.values() for t in tickets]:
             self._unqueue(ticket)
             self._refuse(ticket, _ending())
@@ -204,8 +214,8 @@ class Dispatcher:
         """Seconds until a new request would run, roughly."""
         return min(60.0, 1.0 + self._seconds * self.waiting / self._settings.parallel)
 
-    def _check_open(self) -> None:
-        if self._draining:
+    def _check_open(self, *, continues: bool) -> None:
+        if self._ended or (self._draining and not continues):
             raise _ending()
         if self.model is None or self.state == "failed":
             raise Refusal(503, "the model is still being loaded. Come again later.", "loading", retry_after_s=5)

@@ -1,4 +1,4 @@
-"""The first to see a request: sizes, times, hosts and bodies that are no JSON end here, and cost nothing.
+"""The first to see a request: sizes, times, hosts, bodies without a key or without JSON end here, and cost nothing.
 
 It also writes the line of the log and counts, so that what is refused here is seen, too.
 """
@@ -66,6 +66,7 @@ class Guard:
         try:
             headers = Headers(scope=scope)
             self._check_origin(headers)
+            await self._check_key(scope, headers)
             body = await self._body(headers, receive) if scope["method"] in _WITH_BODY else b""
         except Refusal as refusal:
             closing = {**refusal.headers(), "Connection": "close"}  # what else it sends is not read
@@ -93,6 +94,16 @@ class Guard:
                     "without keys only programs and pages of this machine are answered. Make a key.",
                     "foreign_origin",
                 )
+
+    async def _check_key(self, scope: Scope, headers: Headers) -> None:
+        """Read no body of somebody without a key; the routes ask for it again, each for itself.
+
+        Raises:
+            Refusal: 401.
+        """
+        users = self._service.users
+        if users.needs_keys and scope["method"] in _WITH_BODY:
+            await users.identify(headers.get("authorization"), "")
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The body, whole, in time, and JSON.

@@ -82,6 +82,12 @@ def find_key(connection: sqlite3.Connection, key: str) -> Key | None:
     return None if row is None else Key(*row)
 
 
+def is_valid(connection: sqlite3.Connection, key: Key) -> bool:
+    """Whether this very key is still there; another of the same name is another's."""
+    wanted = (key.name, key.created)
+    return connection.execute("SELECT 1 FROM keys WHERE name = ? AND created = ?", wanted).fetchone() is not None
+
+
 def list_keys(connection: sqlite3.Connection) -> list[Key]:
     """Every key, the oldest first."""
     return [Key(*row) for row in connection.execute(f"SELECT {_COLUMNS} FROM keys ORDER BY created, name")]
@@ -106,12 +112,14 @@ def remove_key(connection: sqlite3.Connection, name: str, *, keep_conversations:
     return connection.execute("DELETE FROM conversations WHERE owner = ?", (name,)).rowcount
 
 
-def count_usage(connection: sqlite3.Connection, owner: str, tokens: int) -> None:
-    """Add a request and its tokens to today's."""
+def count_usage(connection: sqlite3.Connection, key: Key, tokens: int) -> None:
+    """Add a request and its tokens to today's; nothing where the key was removed."""
+    if not is_valid(connection, key):
+        return
     connection.execute(
         "INSERT INTO usage VALUES (?, date('now'), 1, ?)"
         " ON CONFLICT DO UPDATE SET requests = requests + 1, tokens = tokens + excluded.tokens",
-        (owner, tokens),
+        (key.name, tokens),
     )
 
 

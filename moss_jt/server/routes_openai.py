@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,18 @@ from starlette.responses import Response
 
 from moss_jt.config import GenerationConfig
 from moss_jt.messages import Request as EngineRequest
-from moss_jt.server.answers import Asker, Delta, Done, Part, PlainReader, Question, Thoughts, answer, one_pass
+from moss_jt.server.answers import (
+    Asker,
+    Delta,
+    Done,
+    Part,
+    PlainReader,
+    Question,
+    Tally,
+    Thoughts,
+    answer,
+    one_pass,
+)
 from moss_jt.server.calls import Function, read_call
 from moss_jt.server.openai_form import Choice, Form, usage_of
 from moss_jt.server.prompts import Message, Prompt, chat_prompt, check_length
@@ -47,10 +59,12 @@ class Plan:
     """What a route has made of a request: how each of its answers is got, and how all are written.
 
     Attributes:
+        tallies: what each answer costs.
         each: answers to one prompt.
     """
 
     sources: Sequence[AsyncGenerator[Part, None]]
+    tallies: Sequence[Tally]
     form: Form
     logprobs: bool
     each: int
@@ -105,8 +119,9 @@ async def _plan_chat(service: Service, user: User, body: ChatRequest) -> Plan:
     speaker = service.speaker
     functions = _functions(body.tools or []) if body.tool_choice != "none" else ()
     enabled = list(service.tools.enabled) if service.tools is not None and body.tool_choice != "none" else []
-    template = speaker.template(tools=bool(functions or enabled))
     messages = [_message(message) for message in body.messages]
+    called = any(message.calls for message in messages)  # only the five fields can say so
+    template = speaker.template(tools=bool(functions or enabled or called))
     prompt = await service.encode(
         chat_prompt,
         speaker.tokenizer,
@@ -122,23 +137,22 @@ async def _plan_chat(service: Service, user: User, body: ChatRequest) -> Plan:
     question = Question(
         prompt,
         config,
+        speaker.context_size,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         functions=functions,
         runner=service.tools if enabled and not functions else None,
     )
     asker = user.asker(streams=bool(body.stream))
-    sources = [
-        _chat_source(service, asker, _nth(question, number), template, first=number == 0)
-        for number in range(body.n or 1)
-    ]
+    questions = [_nth(question, number) for number in range(body.n or 1)]
+    sources = [_chat_source(service, asker, one, template, first=number == 0) for number, one in enumerate(questions)]
     stop_ids = template.stop_ids(speaker.tokenizer)
     form = Form("chat.completion", speaker.name, speaker.tokenizer, stop_ids=stop_ids, functions=functions)
-    return Plan(sources, form, bool(body.logprobs), body.n or 1)
+    return Plan(sources, [one.tally for one in questions], form, bool(body.logprobs), body.n or 1)
 
 
 def _nth(question: Question, number: int) -> Question:
     """The same question for another choice: with a seed of its own."""
-    return replace(question, config=replace(question.config, seed=_seed(question.config, number)))
+    return replace(question, config=replace(question.config, seed=_seed(question.config, number)), tally=Tally())
 
 
 def _seed(config: GenerationConfig, number: int) -> int:
@@ -172,21 +186,22 @@ async def _plan_text(service: Service, user: User, body: CompletionRequest) -> P
     prompts = await service.encode(_text_prompts, speaker, body)
     stop_ids = () if body.ignore_eos else plain_stop_ids(speaker)
     asker = user.asker(streams=bool(body.stream))
-    sources: list[AsyncGenerator[Part, None]] = []
+    questions: list[Question] = []
     for prompt in prompts:
         length = min(body.max_tokens or DEFAULT_TEXT_TOKENS, _room(speaker, len(prompt.ids)))
         config = replace(sampling_config(service, body, length, stop=body.stops), stop_ids=stop_ids)
         for number in range(body.n or 1):
-            question = _nth(Question(prompt, config, top_logprobs=body.logprobs), number)
-            sources.append(_text_source(service, speaker, asker, question))
+            question = _nth(Question(prompt, config, speaker.context_size, top_logprobs=body.logprobs), number)
+            questions.append(question)
+    sources = [_text_source(service, speaker, asker, question) for question in questions]
     form = Form("text_completion", speaker.name, speaker.tokenizer, stop_ids=stop_ids)
-    return Plan(sources, form, body.logprobs is not None, body.n or 1)
+    return Plan(sources, [one.tally for one in questions], form, body.logprobs is not None, body.n or 1)
 
 
 def _text_source(service: Service, speaker: Speaker, asker: Asker, question: Question) -> AsyncGenerator[Part, None]:
     config = question.config
     request = EngineRequest(question.prompt.ids, config, top_logprobs=question.top_logprobs)
-    return one_pass(service.dispatcher, asker, request, lambda: PlainReader(speaker.tokenizer, config))
+    return one_pass(service.dispatcher, asker, request, lambda: PlainReader(speaker.tokenizer, config), question.tally)
 
 
 def _text_prompts(speaker: Speaker, body: CompletionRequest) -> list[Prompt]:
@@ -284,14 +299,13 @@ async def _respond(request: Request, user: User, body: Common, plan: Plan) -> Re
     if body.stream:
         source = _stream(request, user, plan, usage=bool(body.stream_options and body.stream_options.include_usage))
         return await event_stream(request, source)
-    choices = await until_gone(request, _gather(plan.sources))
-    await _account(request, user, choices, plan)
+    choices = await until_gone(request, _gather(request, user, plan))
     return JSONResponse(plan.form.whole(choices, each=plan.each, logprobs=plan.logprobs))
 
 
-async def _gather(sources: Sequence[AsyncGenerator[Part, None]]) -> list[Choice]:
-    choices = [Choice() for _ in sources]
-    async with aclosing(merge(sources)) as parts:
+async def _gather(request: Request, user: User, plan: Plan) -> list[Choice]:
+    choices = [Choice() for _ in plan.sources]
+    async with _accounted(request, user, choices, plan), aclosing(merge(plan.sources)) as parts:
         async for number, part in parts:
             choices[number].take(part)
     return choices
@@ -302,7 +316,7 @@ async def _stream(request: Request, user: User, plan: Plan, *, usage: bool) -> A
     choices = [Choice() for _ in plan.sources]
     begun: set[int] = set()
     offsets = [0] * len(choices)
-    async with aclosing(merge(plan.sources)) as parts:
+    async with _accounted(request, user, choices, plan), aclosing(merge(plan.sources)) as parts:
         async for number, part in parts:
             choices[number].take(part)
             if number not in begun:
@@ -317,14 +331,24 @@ async def _stream(request: Request, user: User, plan: Plan, *, usage: bool) -> A
                 yield sse(plan.form.chunk(number, delta))
             elif isinstance(part, Done):
                 yield sse(plan.form.chunk(number, {}, reason=part.reason))
-    await _account(request, user, choices, plan)
     if usage:
         yield sse(plan.form.usage_chunk(choices, each=plan.each))
     yield DONE
 
 
+@asynccontextmanager
+async def _accounted(request: Request, user: User, choices: Sequence[Choice], plan: Plan) -> AsyncIterator[None]:
+    """Enter what was used, for the key and for the log, however the answers end."""
+    try:
+        yield
+    finally:
+        await asyncio.shield(_account(request, user, choices, plan))
+
+
 async def _account(request: Request, user: User, choices: Sequence[Choice], plan: Plan) -> None:
-    """Enter what was used, for the key and for the log."""
+    for choice, tally in zip(choices, plan.tallies, strict=True):
+        if not choice.usage.prompt_tokens:  # it was broken off
+            choice.usage = tally.usage
     usage = usage_of(choices, plan.each)
     notes_of(request).update(prompt_tokens=usage["prompt_tokens"], new_tokens=usage["completion_tokens"])
     if service_of(request).settings.log_texts:

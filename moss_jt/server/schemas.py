@@ -1,23 +1,38 @@
 """The requests of OpenAI's API that are understood, as types that check themselves.
 
 A field that would change the answer and is not understood is refused; one that changes nothing is passed over.
+Only the first fault is told, and a list or an object is not searched for more: half a million faults of one
+request would be half a million errors.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 from moss_jt.server.calls import MOST_CALLS
 
 MOST_CHOICES = 8
 MOST_PROMPTS = 8
+MOST_FIELDS = 64  # of a request, known or not
 
 
 def _whole(value: object) -> object:
     """To JSON, 3.0 is a whole number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _few(value: object, most: int) -> object:
+    """Refuse an object with more fields before each of them is looked at."""
+    if isinstance(value, dict) and len(value) > most:
+        raise PydanticCustomError(
+            "too_long",
+            "the object has {found} fields and may have {most}; leave some out",
+            {"found": len(value), "most": most},
+        )
+    return value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
@@ -48,6 +63,11 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: object) -> object:
+        return _few(value, MOST_FIELDS)
+
 
 class Lenient(BaseModel):
     """Fields that are not named are passed over."""
@@ -72,7 +92,7 @@ class TextPart(Lenient):
     text: Text
 
 
-Content = Text | list[TextPart]
+Content = Text | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class SystemMessage(Lenient):
@@ -134,7 +154,9 @@ class OneText(Lenient):
     """The arguments of a function."""
 
     type: Literal["object"]
-    properties: Annotated[dict[Short, TextProperty], Field(min_length=1, max_length=1)]
+    properties: Annotated[
+        dict[Short, TextProperty], Field(min_length=1, max_length=1), BeforeValidator(lambda value: _few(value, 1))
+    ]
 
 
 class FunctionTool(Lenient):
@@ -175,7 +197,9 @@ class Common(Sampling):
     stream_options: StreamOptions | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: (
+        Annotated[dict[str, float], Field(max_length=0), BeforeValidator(lambda value: _few(value, 0))] | None
+    ) = None
     user: Short | None = None
 
     @property
@@ -187,7 +211,7 @@ class Common(Sampling):
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
@@ -204,8 +228,10 @@ class CompletionRequest(Common):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Annotated[Whole, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=1 << 16)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Annotated[
+            list[Annotated[Whole, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=1 << 16, fail_fast=True)
+        ]
     )
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     ignore_eos: bool = Field(default=False, description="Go on behind end markers, up to max_tokens.")

@@ -18,6 +18,7 @@ from moss_jt.server.link import MakeEngine, ModelInfo
 from moss_jt.server.metrics import Metrics
 from moss_jt.server.refusals import Refusal
 from moss_jt.server.settings import ServerSettings
+from moss_jt.server.tool_threads import ToolThreads
 from moss_jt.server.users import Users
 from moss_jt.server.warm import WarmCaches
 from moss_jt.template import Template, choose_template
@@ -111,7 +112,7 @@ class Service:
     ) -> None:
         self.settings = settings
         self.database = database
-        self.tools = tools
+        self.tools = None if tools is None else ToolThreads(tools, settings.parallel)
         self.users = Users(database, needs_keys=needs_keys)
         self.dispatcher = Dispatcher(settings, make_engine)
         self.warm = WarmCaches(settings.parallel, self.dispatcher.forget)

@@ -17,6 +17,7 @@ from typing import Any
 
 from moss_jt.chat.events import Reason
 from moss_jt.server.calls import DrawnPicture, FoundSource
+from moss_jt.server.keys import Key, is_valid
 from moss_jt.server.refusals import Refusal
 
 LISTED = 100  # conversations of one page of a list
@@ -88,14 +89,30 @@ def add_turn(
     number: int,
     most: int,
     replaces: bool = False,
+    key: Key | None = None,
 ) -> None:
     """Write a turn; with turn 0 the conversation begins, unless it replaces the one that is there.
 
+    Args:
+        connection: of the database.
+        owner: of the conversation.
+        uid: and its name.
+        turn: that is over.
+        number: of the turn.
+        most: conversations that an owner may have. Without a key, the one that was unused longest makes room.
+        replaces: the turn takes the place of that of this number.
+        key: with which it was asked; None where there are none.
+
     Raises:
-        Refusal: 404, the conversation was deleted in between; 403, the owner has `most` already.
+        Refusal: 404, the conversation was deleted in between; 403, the owner has `most` already; 401, the key with
+            which it was asked was removed, and what is kept now would be that of the next key of this name.
     """
+    if key is not None and not is_valid(connection, key):
+        raise Refusal(
+            401, f"the key {key.name} was removed while it was answered. Ask with another.", "invalid_api_key"
+        )
     if number == 0 and not replaces:
-        _begin(connection, owner, uid, most)
+        _begin(connection, owner, uid, most, key)
     conversation = _find(connection, owner, uid)
     if replaces:
         connection.execute("DELETE FROM turns WHERE conversation = ? AND number = ?", (conversation, number))
@@ -214,22 +231,52 @@ def _pictures(connection: sqlite3.Connection, conversation: int) -> dict[int, tu
     return found
 
 
-def _begin(connection: sqlite3.Connection, owner: str, uid: str, most: int) -> None:
-    (count,) = connection.execute("SELECT count(*) FROM conversations WHERE owner = ?", (owner,)).fetchone()
+def check_number(connection: sqlite3.Connection, owner: str, most: int) -> None:
+    """Check that an owner may begin another conversation.
+
+    Raises:
+        Refusal: 403, there are `most` already.
+    """
+    count = _count(connection, owner)
     if count >= most:
         raise Refusal(
-            403, f"{count} conversations are kept, and no more may be. Delete some.", "too_many_conversations"
+            403,
+            f"{count} conversations are kept for this key, and {most} may be. Delete some.",
+            "too_many_conversations",
+        )
+
+
+def _begin(connection: sqlite3.Connection, owner: str, uid: str, most: int, key: Key | None) -> None:
+    if _row(connection, owner, uid) is not None:
+        return  # all its turns were taken back, and this is the first again
+    if key is not None:
+        check_number(connection, owner, most)
+    else:  # who could delete some is not known, and nobody may stop all others from beginning any
+        connection.execute(
+            "DELETE FROM conversations WHERE id IN"
+            " (SELECT id FROM conversations WHERE owner = ? ORDER BY updated, id LIMIT ?)",
+            (owner, max(0, _count(connection, owner) - most + 1)),
         )
     now = time.time()
     connection.execute(
-        "INSERT INTO conversations (tag, uid, owner, created, updated) VALUES (?, ?, ?, ?, ?)"
-        " ON CONFLICT DO NOTHING",  # all its turns were taken back, and this is the first again
+        "INSERT INTO conversations (tag, uid, owner, created, updated) VALUES (?, ?, ?, ?, ?)",
         (_tag(owner, uid), uid, owner, now, now),
     )
 
 
+def _count(connection: sqlite3.Connection, owner: str) -> int:
+    return int(connection.execute("SELECT count(*) FROM conversations WHERE owner = ?", (owner,)).fetchone()[0])
+
+
+def _row(connection: sqlite3.Connection, owner: str, uid: str) -> tuple[int] | None:
+    found: tuple[int] | None = connection.execute(
+        "SELECT id FROM conversations WHERE tag = ?", (_tag(owner, uid),)
+    ).fetchone()
+    return found
+
+
 def _find(connection: sqlite3.Connection, owner: str, uid: str) -> int:
-    row = connection.execute("SELECT id FROM conversations WHERE tag = ?", (_tag(owner, uid),)).fetchone()
+    row = _row(connection, owner, uid)
     if row is None:
         raise Refusal(
             404, "there is no conversation with this uid. Leave uid out to begin one.", "unknown_uid", param="uid"

@@ -91,9 +91,9 @@ class Users:
             self._take_one(key.name, key.requests_per_minute)
 
     async def charge(self, user: User, tokens: int) -> None:
-        """Enter what a request used."""
-        if user.key is not None:
-            await self._database.run(count_usage, user.owner, tokens)
+        """Enter what a request used, also where it was broken off."""
+        if user.key is not None and tokens:
+            await self._database.run(count_usage, user.key, tokens)
 
     def _take_one(self, name: str, per_minute: int) -> None:
         now = time.monotonic()

@@ -12,7 +12,7 @@ Text from outside cannot look like a tag or a source's number.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from moss_jt.template import IMAGE_RESULT
@@ -26,6 +26,7 @@ NO_RESULT = "No result."
 NOTHING_RAN = "None"  # the Results of a turn with tools in which none was called
 LONGEST_HIT = 400  # characters of a text found by a search, quotes and all
 LONGEST_CALL = 1000  # characters of a call that are repeated
+SHORT_RESULT = 60  # and of a line of results, where room is needed
 _TAG_LIKE = re.compile(r"<(?=\||/?eo[htcrm]>)")
 
 
@@ -72,6 +73,12 @@ def joined(blocks: Iterable[str]) -> str:
 def shortened(results: str, longest: int) -> str:
     """Results with every line cut to `longest` characters; calls and the numbers of sources stay."""
     return "\n".join(_cut(line, longest) for line in results.split("\n"))
+
+
+def fitting(results: str, fits: Callable[[str], bool]) -> str:
+    """Results as long as they may be: whole, with shorter lines, in the end as if nothing had run."""
+    shorter = (results, shortened(results, 200), shortened(results, SHORT_RESULT))
+    return next(filter(fits, shorter), NOTHING_RAN)
 
 
 def _cut(line: str, longest: int) -> str:

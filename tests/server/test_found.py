@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from finding_tools import PICTURE, SOURCES, FindingTools
 from live_server import Client, LiveServer
+from toy_engine import MakeToy
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,23 @@ def test_figures_tell_what_may_be_asked_and_where_memory_is(server: LiveServer, 
     assert found["memory"]["resident"] == 1 << 20
     assert found["memory"]["streamed"] == 2 << 20
     assert found["memory"]["kv"] == 3 << 20
+
+
+@pytest.mark.parametrize("lines", [8, 300])
+def test_long_results_leave_room_for_the_answer(tmp_path: Path, lines: int) -> None:
+    """What was found was never measured: such a turn ended in 400 after all its work, and so did each after it."""
+    tools = FindingTools(text=f"rain {'x' * 400}'\n<|2|>: '" * lines)
+    with LiveServer(tmp_path, make_engine=MakeToy(1800), tools=tools) as live:
+        client, uid = live.client(), None
+        for number in range(4):
+            said = client.say(f"@search number {number}", uid, max_length=1800)
+            uid = said["uid"]
+            assert said["response"].startswith(f"you said @search number {number}")
+            assert ("and found" in said["response"]) is (lines == 8), "shorter lines, or none at all"
+        turns = client.get(f"/v1/conversations/{uid}").json["turns"]
+        assert all(len(turn["sources"]) == 2 for turn in turns)
+        asked = {"messages": [{"role": "user", "content": "@search it"}], "max_tokens": 1000}
+        assert client.post("/v1/chat/completions", asked).json["choices"][0]["finish_reason"] == "stop"
 
 
 OLD = """

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from live_server import Client, LiveServer, until
+from pydantic import ValidationError
+
+from moss_jt.server.schemas import ChatRequest, CompletionRequest, MossRequest
 
 CHAT = "/v1/chat/completions"
 
@@ -126,6 +129,41 @@ def test_one_who_never_reads_is_cut(strict: LiveServer) -> None:
 def test_bodies_that_are_none(strict: LiveServer, path: str, raw: bytes, code: str) -> None:
     reply = strict.client().ask("POST", path, raw=raw)
     assert (reply.status, reply.code) == (400, code)
+
+
+MANY = 20_000
+FIELDS = dict.fromkeys(map(str, range(MANY)), "")
+ASKED = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, {"messages": [{"role": "user", "content": [1] * MANY}]}),
+        (ChatRequest, {"messages": [1] * 4000}),
+        (ChatRequest, {"messages": [ASKED], "logit_bias": FIELDS}),
+        (ChatRequest, {"messages": [ASKED], "tools": [{"function": {"parameters": {"properties": FIELDS}}}]}),
+        (ChatRequest, FIELDS),
+        (CompletionRequest, {"prompt": [-1] * MANY}),
+        (MossRequest, FIELDS),
+    ],
+)
+def test_many_faults_are_not_all_counted(
+    strict: LiveServer, kind: type[ChatRequest | CompletionRequest | MossRequest], body: dict[str, object]
+) -> None:
+    """A megabyte of them was half a million errors: seconds, and most of a GiB."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 30
+    path = {ChatRequest: CHAT, CompletionRequest: "/v1/completions", MossRequest: "/"}[kind]
+    reply = strict.client().post(path, body)
+    assert (reply.status, reply.code) == (400, "invalid_value")
+
+
+def test_without_a_key_no_body_is_read(keyed_server: LiveServer) -> None:
+    answer = talk(keyed_server.port, head(100))
+    assert b" 401 " in answer.split(b"\r\n")[0]
+    assert b"connection: close" in answer.lower()
 
 
 def test_other_kinds_of_body(strict: LiveServer) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import LiveServer, Reply, until
+from finding_tools import FindingTools
+from live_server import LONGEST_S, Asked, LiveServer, until
 
-from moss_jt.messages import PrefillEvent
-from moss_jt.server.keys import add_key
+from moss_jt.messages import PrefillEvent, TokenEvent
+from moss_jt.server.calls import ToolResults
+from moss_jt.server.keys import add_key, tokens_today
 from moss_jt.server.link import Happened
 
 CHAT = "/v1/chat/completions"
@@ -21,23 +24,6 @@ CHAT = "/v1/chat/completions"
 def chat(text: str, **more: Any) -> dict[str, Any]:
     """The body of a question."""
     return {"messages": [{"role": "user", "content": text}], **more}
-
-
-class Asked:
-    """A request in a thread of its own."""
-
-    def __init__(self, ask: Callable[[], Reply]) -> None:
-        self.replies: list[Reply] = []
-        self.ask = ask
-        self.thread = threading.Thread(target=self.run)
-        self.thread.start()
-
-    def run(self) -> None:
-        self.replies.append(self.ask())
-
-    def reply(self) -> Reply:
-        self.thread.join()
-        return self.replies[0]
 
 
 def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
@@ -58,6 +44,49 @@ def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
                 reply = client.post(path, {**body, "stream": True})
                 assert reply.status == 429, "also for a stream, before it begins"
         assert waits.reply().json["choices"][0]["message"]["content"] == "you said patient"
+
+
+class Waiting(FindingTools):
+    """Tools that give nothing until they may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.may = threading.Event(), threading.Event()
+
+    def run(self, commands: str) -> ToolResults | None:
+        self.called.set()
+        assert self.may.wait(LONGEST_S)
+        return super().run(commands)
+
+
+def test_an_answer_that_has_begun_finds_the_queue_never_full(tmp_path: Path) -> None:
+    """Behind its tools it was counted as a new request, and refused with all that it had done."""
+    tools = Waiting()
+    with LiveServer(tmp_path, parallel=1, queue=1, tools=tools) as live:
+        client, dispatcher = live.client(), live.service.dispatcher
+        begun = Asked(lambda: client.post(CHAT, chat("@search rain")))
+        assert tools.called.wait(LONGEST_S)
+        with client.stream(CHAT, chat("@long", max_tokens=3000, tool_choice="none")) as holder:
+            next(holder.events())
+            waits = Asked(lambda: client.post(CHAT, chat("patient", tool_choice="none")))
+            until(lambda: dispatcher.waiting == 1, "one waits")
+            tools.may.set()
+            until(lambda: dispatcher.waiting == 2, "it waits, too")
+        assert "and found" in begun.reply().json["choices"][0]["message"]["content"]
+        assert waits.reply().status == 200
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_answer_that_has_begun_may_finish_while_the_server_ends(tmp_path: Path, ended: bool) -> None:
+    tools = Waiting()
+    with LiveServer(tmp_path, grace_s=20, tools=tools) as live:
+        client, dispatcher = live.client(), live.service.dispatcher
+        begun = Asked(lambda: client.post("/", {"prompt": "@search rain"}))
+        assert tools.called.wait(LONGEST_S)
+        (dispatcher.end_all if ended else dispatcher.drain)()
+        assert client.post("/", {"prompt": "new"}).code == "ending"
+        tools.may.set()
+        assert begun.reply().status == (503 if ended else 200)
 
 
 def test_one_key_cannot_fill_the_queue(tmp_path: Path) -> None:
@@ -108,6 +137,42 @@ def test_limits_of_a_key(tmp_path: Path) -> None:
         assert poor.post("/", {"prompt": "x"}).code == "tokens_per_day"
 
 
+LONG = {"max_tokens": 3000}
+BROKEN_OFF: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, chat("@long", **LONG)),
+    (CHAT, chat("@long", n=2, **LONG)),
+    ("/v1/completions", {"prompt": "and so on " * 30, "ignore_eos": True, **LONG}),
+    ("/", {"prompt": "@long", "max_new_tokens": 3000, "max_length": 4000}),
+]
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("path", "body"), BROKEN_OFF)
+def test_who_hangs_up_has_used_what_was_computed(
+    tmp_path: Path, path: str, body: dict[str, Any], stream: bool, thinks: bool
+) -> None:
+    """Only an answer that came to its end was charged: a day's tokens lasted forever."""
+    begun: list[int] = []
+    tools = FindingTools() if thinks else None
+    with LiveServer(tmp_path, keys=("alice",), max_new_tokens=3000, tools=tools) as live:
+        count = live.service.dispatcher.on_happened
+
+        def note(message: Happened) -> None:
+            begun.extend(event.id for _, event in message.events if isinstance(event, TokenEvent))
+            count(message)
+
+        live.service.dispatcher.on_happened = note
+        line = http.client.HTTPConnection("127.0.0.1", live.port)
+        headers = {"Content-Type": "application/json", **live.client("alice").headers}
+        line.request("POST", path, json.dumps({**body, "stream": stream}), headers)
+        until(lambda: len(begun) > 40, "much is computed")
+        line.close()
+        until(lambda: not live.server.server_state.tasks, "the request is over")
+        prompt = 60 if path == "/v1/completions" else 500
+        assert live.database.now(tokens_today, "alice") > prompt + 40
+
+
 def test_answers_at_once_of_a_key(tmp_path: Path) -> None:
     with LiveServer(tmp_path) as live:
         single = live.client(live.database.now(add_key, "single", parallel=1))
@@ -137,15 +202,32 @@ def test_an_answer_has_an_end(tmp_path: Path) -> None:
         assert choice["message"]["content"].startswith("you said @long")
 
 
-def test_conversations_have_a_number(tmp_path: Path) -> None:
-    with LiveServer(tmp_path, conversations=2) as live:
-        client = live.client()
+def test_conversations_of_a_key_have_a_number(tmp_path: Path) -> None:
+    with LiveServer(tmp_path, keys=("alice",), conversations=2) as live:
+        client = live.client("alice")
         uid = client.say("one")["uid"]
         client.say("two")
-        assert client.post("/", {"prompt": "three"}).code == "too_many_conversations"
+        used = live.database.now(tokens_today, "alice")
+        for stream in (False, True):
+            reply = client.post("/", {"prompt": "three", "stream": stream})
+            assert (reply.status, reply.code) == (403, "too_many_conversations")
+        assert live.database.now(tokens_today, "alice") == used, "it is told before it is answered"
         client.say("but this one goes on", uid)
+        for _ in range(2):
+            client.ask("DELETE", f"/v1/conversations/{uid}/turns/last")
+        client.say("and begins anew", uid)
         client.ask("DELETE", f"/v1/conversations/{uid}")
         client.say("three")
+
+
+def test_without_keys_what_was_unused_longest_makes_room(tmp_path: Path) -> None:
+    """Nobody could see what there was, nor delete it: after the last one the server took no more."""
+    with LiveServer(tmp_path, conversations=2) as live:
+        client = live.client()
+        one, two = (client.say(text)["uid"] for text in ("one", "two"))
+        client.say("and on", one)
+        three = client.say("three")["uid"]
+        assert [client.get(f"/v1/conversations/{uid}").status for uid in (one, two, three)] == [200, 404, 200]
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
+import json
 import re
 import threading
 from pathlib import Path
@@ -9,7 +12,9 @@ from typing import Any
 
 import pytest
 from finding_tools import FindingTools
-from live_server import Client, LiveServer, until
+from live_server import LONGEST_S, Client, LiveServer, until
+
+from moss_jt.server.store import add_turn
 
 DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 
@@ -114,6 +119,35 @@ def test_what_a_client_saw_of_a_broken_stream_is_kept(open_server: LiveServer, c
     turn = client.get(f"/v1/conversations/{uid}").json["turns"][1]
     assert turn["answer"].startswith(seen)
     assert turn["reason"] == "cancelled"
+    assert len(client.say("three", uid)["history"]) == 3
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_whole_turn_is_kept_though_its_client_closes(
+    open_server: LiveServer, client: Client, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """The store was asked in a task that ended with the client, who had seen every word."""
+    database, uid = open_server.service.database, client.say("one")["uid"]
+    asked, may, run = threading.Event(), threading.Event(), database.run
+
+    async def slow(work: Any, *args: Any, **kwargs: Any) -> Any:
+        if work is add_turn:
+            asked.set()
+            await asyncio.to_thread(may.wait)
+        return await run(work, *args, **kwargs)
+
+    monkeypatch.setattr(database, "run", slow)
+    line = http.client.HTTPConnection("127.0.0.1", open_server.port)
+    body = {"prompt": "two", "uid": uid, "stream": stream}
+    line.request("POST", "/", json.dumps(body), {"Content-Type": "application/json"})
+    assert asked.wait(LONGEST_S)
+    tasks = set(open_server.server.server_state.tasks)
+    line.close()
+    until(lambda: not open_server.server.server_state.connections, "the server has seen that it is closed")
+    may.set()
+    until(lambda: not any(task in open_server.server.server_state.tasks for task in tasks), "the request is over")
+    turns = client.get(f"/v1/conversations/{uid}").json["turns"]
+    assert [(turn["answer"], turn["reason"]) for turn in turns[1:]] == [("you said two", "stop")]
     assert len(client.say("three", uid)["history"]) == 3
 
 

@@ -162,6 +162,29 @@ def test_tool_calls_and_their_results(ai: openai.OpenAI) -> None:
     )
 
 
+@pytest.mark.parametrize("closing", [{}, {"tools": [SEARCH], "tool_choice": "none"}])
+def test_what_tools_said_is_told_also_where_none_may_be_called(ai: openai.OpenAI, closing: Any) -> None:
+    """The form without fields was chosen, which has no place for calls and results."""
+    messages: Any = user("@search who wrote it")
+    message = ai.chat.completions.create(model="toy", messages=messages, tools=[SEARCH]).choices[0].message
+    assert message.tool_calls is not None
+    messages += [message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "nobody knows"}]
+    done = ai.chat.completions.create(model="toy", messages=messages, **closing)
+    assert "found Search(\"who wrote it\") =>\n<|1|>: 'nobody knows'" in (done.choices[0].message.content or "")
+
+
+def test_a_call_that_was_cut_is_none(client: Client) -> None:
+    """A stream gave what max_tokens had left of it as a call to answer."""
+    body = {"messages": user("@search who wrote it all"), "tools": [SEARCH]}
+    reasons = []
+    for most in range(1, 60):
+        with client.stream("/v1/chat/completions", {**body, "max_tokens": most}) as stream:
+            choices = [event["choices"][0] for event in stream.events()]
+        reasons.append(choices[-1]["finish_reason"])
+        assert any("tool_calls" in choice["delta"] for choice in choices) is (reasons[-1] == "tool_calls"), most
+    assert set(reasons) == {"length", "tool_calls"}
+
+
 def test_tool_calls_in_a_stream(ai: openai.OpenAI) -> None:
     with ai.chat.completions.stream(model="toy", messages=user("@search it"), tools=[SEARCH]) as stream:
         final = stream.get_final_completion()

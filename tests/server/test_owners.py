@@ -6,9 +6,9 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from live_server import LiveServer
+from live_server import Asked, LiveServer, until
 
-from moss_jt.server.keys import add_key, remove_key
+from moss_jt.server.keys import add_key, remove_key, tokens_today
 
 ROUTES = [
     ("GET", "/v1/conversations/{uid}", None),
@@ -107,6 +107,23 @@ def test_a_key_counts_at_once_and_is_gone_at_once(tmp_path: Path) -> None:
         assert live.client().get("/v1/models").status == 401, "the last key gone, the server does not open"
         again = live.client(live.database.now(add_key, "carol"))
         assert again.get(f"/v1/conversations/{mine}").status == 404, "a new carol does not inherit"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_outlives_its_key_is_not_kept(tmp_path: Path, stream: bool) -> None:
+    """Its turn brought the conversation back, for whoever got a key of the same name next."""
+    with LiveServer(tmp_path) as live:
+        key = live.database.now(add_key, "carol")
+        asked = {"prompt": "@long", "max_new_tokens": 1000, "stream": stream}
+        asking = Asked(lambda: live.client(key).post("/", asked))
+        until(lambda: live.service.dispatcher.running == 1, "it is answered")
+        live.database.now(remove_key, "carol", keep_conversations=False)
+        again = live.client(live.database.now(add_key, "carol"))
+        reply = asking.reply()
+        assert b"the key carol was removed while it was answered" in reply.body
+        assert reply.status == (200 if stream else 401)
+        assert again.get("/v1/conversations").json["data"] == []
+        assert live.database.now(tokens_today, "carol") == 0
 
 
 def test_no_key_and_no_uid_stand_in_the_file_in_a_form_that_opens(keyed_server: LiveServer) -> None:
