@@ -4,7 +4,8 @@ It answers "<|Human|>: X" with "you said X". Words in X make it behave otherwise
 "@die" kills its process once the answer has begun, "@die-first" before anything is said, "@bad" is an error of the
 request, "@crash" a mistake in the engine; "@search" and "@draw" in a turn with tools call Search and Text2Image with
 the rest of X. For those who look at a page: after "@hold" the answer never ends and nothing more comes, "@count" is
-answered with a number that is another each time, "@settings" with how the answer is chosen.
+answered with a number that is another each time, "@settings" with how the answer is chosen, "@results" with the field
+of that name.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ class ToyEngine:
         words = f" you said {human}{found}" if human else " and so on"
         if "@count" in human:
             words = f" this is number {self.number}"
+        if "@results" in human:
+            words = f" {results!r}"
         if "@settings" in human:
             words = " " + ", ".join(f"{name} {getattr(request.config, name)}" for name in SETTINGS)
         return [*encode(words), marker("<eom>")]

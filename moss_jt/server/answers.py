@@ -19,7 +19,7 @@ from moss_jt.server.dispatch import Again, Dispatcher
 from moss_jt.server.prompts import Prompt
 from moss_jt.server.tool_threads import ToolThreads
 from moss_jt.template import Template
-from moss_jt.tools.wording import fitting
+from moss_jt.tools.wording import NOTHING_RAN, fitting
 
 if TYPE_CHECKING:
     from moss_jt.tokenizer import Tokenizer
@@ -330,9 +330,10 @@ class Thinking:
         return self._question.context_size - len(self._continued(results))
 
     def _continued(self, results: str | None) -> tuple[int, ...]:
-        """The prompt of the answer."""
+        """The prompt of the answer; that nothing ran is said as in the training data, where tools are on."""
         (thoughts,) = self.passes
-        closing = self._template.close_commands(self._tokenizer, thoughts, results)
+        said = NOTHING_RAN if results is None else results
+        closing = self._template.close_commands(self._tokenizer, thoughts, said)
         return (*self._question.prompt.ids, *thoughts, *closing)
 
     def _think(self) -> AsyncGenerator[Started | Restarted | Delta | Done, None]:

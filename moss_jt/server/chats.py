@@ -24,6 +24,7 @@ from moss_jt.server.service import Service, Speaker
 from moss_jt.server.store import StoredTurn, add_turn, check_last, check_number, new_uid, read_turns
 from moss_jt.server.users import User
 from moss_jt.template import Template, Turn
+from moss_jt.tools.wording import NOTHING_RAN
 
 if TYPE_CHECKING:
     from moss_jt.tokenizer import Tokenizer
@@ -235,14 +236,15 @@ def _question(service: Service, speaker: Speaker, wish: Wish, turns: Sequence[St
 def turn_ids(tokenizer: Tokenizer, template: Template, turn: StoredTurn) -> list[int]:
     """A turn as it stands in a prompt: its generated ids where they say what its text says, else the text anew."""
     *before, last = turn.passes
+    results = NOTHING_RAN if turn.thoughts is not None and turn.results is None else turn.results
     if all(_are_plain(tokenizer, ids) for ids in turn.passes) and _text_of(tokenizer, template, last) == turn.answer:
         closing = template.close_turn(tokenizer, last)
         if turn.thoughts is None and not before:
             return [*template.open_turn(tokenizer, turn.human), *last, *closing]
         if len(before) == 1 and template.name == "fields":
             thinking = [*template.open_thoughts(tokenizer, turn.human), *before[0]]
-            return [*thinking, *template.close_commands(tokenizer, before[0], turn.results), *last, *closing]
-    whole = Turn(turn.human, turn.thoughts, turn.commands, turn.results, turn.answer)
+            return [*thinking, *template.close_commands(tokenizer, before[0], results), *last, *closing]
+    whole = Turn(turn.human, turn.thoughts, turn.commands, results, turn.answer)
     return template.whole_turn(tokenizer, whole)
 
 

@@ -55,6 +55,15 @@ def test_a_turn_without_calls_finds_nothing(alice: Client) -> None:
     assert events[2] == {"type": "results", "text": None, "sources": [], "pictures": []}
 
 
+def test_the_model_reads_that_nothing_ran_as_it_was_trained_to(alice: Client) -> None:
+    told = alice.say("@results")
+    assert told["response"] == repr("\nNone\n")
+    with alice.stream("/", {"prompt": "more", "uid": told["uid"]}) as stream:
+        *_, end = stream.events()
+    new = end["usage"]["prompt_tokens"] - end["usage"]["reused_tokens"]
+    assert new < 30, "it stands in the next prompt as it stood"
+
+
 def test_a_picture_comes_as_a_picture_and_nothing_else(alice: Client) -> None:
     reply = alice.get(picture_path(searched(alice)))
     assert (reply.status, reply.body) == (200, PICTURE)

@@ -133,4 +133,5 @@ def test_a_stored_turn_keeps_its_ids_only_where_they_say_its_text(tokenizer: Tok
     fields = Template("fields")
     tools = {"thoughts": "think", "commands": "None"}
     text = tokenizer.decode(turn_ids(tokenizer, fields, stored(tokenizer, "said", by_letter, **tools)))
-    assert text == fields.turn_text(Turn("ask", "think", "None", None, "said"))
+    assert text == fields.turn_text(Turn("ask", "think", "None", "None", "said"))
+    assert "<|Results|>:\nNone\n<eor>" in text, "as the training data has it where tools are on"
