@@ -7,7 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import chain, combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,16 @@ def test_fields_are_those_of_the_training_format(records: list[dict[str, Any]]) 
     assert min(forms.values()) > COUNT / 5, forms
 
 
+def possible_results(commands: str, pages: Documentation) -> set[str]:
+    """What the tools say; of a search's hits some, at least one, in their order."""
+    if not commands.startswith("Search("):
+        return {results_of(commands)}
+    (query,) = parse_commands(commands).calls[0].arguments
+    hits = pages.search(query)
+    shown = chain.from_iterable(combinations(hits, count) for count in range(min(1, len(hits)), len(hits) + 1))
+    return {results_of(commands, lambda _, some=some: some) for some in shown}
+
+
 def test_every_turn_says_what_the_tools_say(records: list[dict[str, Any]], pages: Documentation) -> None:
     seen: Counter[str] = Counter()
     for on, turn in turns_of(records):
@@ -223,12 +233,12 @@ def test_every_turn_says_what_the_tools_say(records: list[dict[str, Any]], pages
         assert not understood.skipped and understood.calls, turn["Commands"]
         assert ", ".join(call.text for call in understood.calls) == turn["Commands"]
         assert {TOOL_OF[call.name] for call in understood.calls} <= on, f"{turn['Commands']} with {on}"
-        assert turn["Tool Responses"].strip("\n ") == results_of(turn["Commands"], pages.search)
+        assert turn["Tool Responses"].strip("\n ") in possible_results(turn["Commands"], pages)
         seen.update(call.name for call in understood.calls)
         for number in re.findall(r"<sup><\|(\d)\|></sup>", turn["MOSS"]):
             assert f"<|{number}|>: " in turn["Tool Responses"]
             seen["cited"] += 1
-    assert all(seen[name] > 2 for name in ("Calculate", "Solve", "Search", "Text2Image", "cited")), seen
+    assert all(seen[name] > 2 for name in ("Calculate", "Solve", "Search", "cited")) and seen["Text2Image"], seen
 
 
 def test_results_are_those_of_the_toolbox(records: list[dict[str, Any]]) -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moss_jt.template import Template, Turn, system_prompt
+from moss_jt.tools.tool import Hit
 from moss_tiny.copying import draw_name, draw_picture, draw_repeat
 from moss_tiny.equations import draw_equation
-from moss_tiny.intents import read_intents
+from moss_tiny.intents import Intent, read_intents
 from moss_tiny.results import Search
 from moss_tiny.roughness import JOINED, rough, wrapped
 from moss_tiny.sums import Task, draw_following, draw_pair, draw_sum
@@ -26,10 +28,10 @@ from moss_tiny.wordings import LANGUAGES, Language
 
 FIELDS, README = Template("fields"), Template("readme")
 TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
-    ((), 40),
+    ((), 75),
     (("calc", "solve"), 20),
-    (("search", "calc", "solve"), 22),
-    (("search", "calc", "solve", "draw"), 5),
+    (("search", "calc", "solve"), 16),
+    (("search", "calc", "solve", "draw"), 3),
     (("calc",), 6),
     (("solve",), 3),
     (("search",), 2),
@@ -40,6 +42,7 @@ KINDS_PLAIN = {"product": 46, "small": 34, "sum": 5, "equation": 2, "picture": 2
 KINDS_TOOLS = {"product": 20, "small": 20, "sum": 32, "pair": 4, "equation": 18, "picture": 2, "repeat": 3, "name": 1}
 KINDS_SEARCH = {**KINDS_TOOLS, "product": 35}
 TURNS = (1, 1, 1, 2, 2, 3)  # of a conversation, in tasks; some tasks take more than one turn
+SHOWN = (1, 1, 2, 3)  # hits of a search that are shown: any of them, so that the answer must be looked for
 IN_FIELDS = 0.1  # of conversations without tools, those in the five-field form all the same
 FOLLOWED = 0.45  # of calculations, those that a next question goes on with
 SWITCHED = 0.08  # of turns, those in the other language
@@ -87,15 +90,28 @@ class Maker:
 
     def _talk(self, rng: random.Random, language: Language, tools: Tools, *, product: bool) -> Turn:
         """A question about the product, or small talk."""
-        intent = rng.choice([one for one in read_intents() if one.product == product])
+        intents, weights = _intents(product=product)
+        (intent,) = rng.choices(intents, weights)
         question = rough(rng, intent.question(rng, language), language)
         if rng.random() < JOINED:
             question += {"en": " ", "zh": ""}[language] + rough(rng, intent.question(rng, language), language)
         if "search" in tools and product:
-            return search_turn(intent, question, language, self.search)
+            return search_turn(intent, question, language, some_hits(rng, self.search))
         if "search" in tools and intent.name == "unknown":
-            return lost_turn(question, language, self.search)
+            return lost_turn(question, language, some_hits(rng, self.search))
         return plain_turn(question, intent.say[language], language, tools)
+
+
+def some_hits(rng: random.Random, search: Search) -> Search:
+    """A search that shows some of the hits, in their order, and the same ones when it is asked again."""
+
+    @cache
+    def found(query: str) -> Sequence[Hit]:
+        hits = search(query)
+        shown = sorted(rng.sample(range(len(hits)), min(rng.choice(SHOWN), len(hits))))
+        return [hits[number] for number in shown]
+
+    return found
 
 
 def write_conversations(path: Path, maker: Maker, *, count: int, seed: int) -> None:
@@ -116,6 +132,13 @@ def as_record(turns: list[Turn], tools: Tools, form: Template = FIELDS) -> dict[
     """A conversation in the form of the published training data; in the README form a turn has two fields."""
     chat = {f"turn_{number}": _fields(form.turn_text(turn)) for number, turn in enumerate(turns, 1)}
     return {"meta_instruction": system_prompt(form, tools), "num_turns": len(turns), "chat": chat}
+
+
+@cache
+def _intents(*, product: bool) -> tuple[list[Intent], list[float]]:
+    """The intents of one sort, and how often each is asked: what is asked in more ways, more often."""
+    found = [one for one in read_intents() if one.product == product]
+    return found, [sum(len(one.ask[language]) for language in LANGUAGES) ** 0.5 for one in found]
 
 
 def _fields(text: str) -> dict[str, str]:

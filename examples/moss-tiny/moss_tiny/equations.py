@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from moss_tiny.numbers import draw, is_held_back
-from moss_tiny.sums import Task, fill, wordings
-from moss_tiny.wordings import Language, choose, read_blocks, texts
+from moss_tiny.sums import Task, fill, wording
+from moss_tiny.wordings import Language, read_blocks, texts
 
 STORIES = ("some-plus", "some-minus", "some-times", "some-both", "cage")
 SHAPES = {  # written equations, with their weight
@@ -70,12 +70,13 @@ def _call(equation: str) -> str:
 
 def _story(rng: random.Random, language: Language, *, held: bool) -> Task:
     """A question in words."""
-    block = read_blocks("equations.txt")[rng.choice(STORIES)]
+    story = rng.choice(STORIES)
     values = _values(rng, held=held)
     heads = draw(rng, held=held, least=5, most=99)
     values |= {"h": str(heads), "l": str(_legs(rng, heads, held=held))}
-    question = choose(rng, wordings(block, "ask", language, held=held))
-    return Task(fill(question, values), _call(fill(texts(block, "command", language)[0], values)))
+    question = wording(rng, "equations.txt", story, language, held=held)
+    command = texts(read_blocks("equations.txt")[story], "command", language)[0]
+    return Task(fill(question, values), _call(fill(command, values)))
 
 
 def _legs(rng: random.Random, heads: int, *, held: bool) -> int:
@@ -88,7 +89,7 @@ def _legs(rng: random.Random, heads: int, *, held: bool) -> int:
 
 def _framed(rng: random.Random, frames: str, language: Language, written: str, unknown: str, *, held: bool) -> str:
     """A sentence around a written equation."""
-    pattern = choose(rng, wordings(read_blocks("equations.txt")[frames], "ask", language, held=held))
+    pattern = wording(rng, "equations.txt", frames, language, held=held)
     return fill(pattern, {"q": written, "v": unknown})
 
 

@@ -9,8 +9,8 @@ from functools import cache
 
 from moss_tiny.wordings import LANGUAGES, Block, Language, choose, expand, read_blocks, texts
 
-FRAME_SHARE = 0.3  # of the questions of an intent with phrases, those made of a phrase and a frame
-PLAIN_SHARE = 0.25  # of whole questions, those in the plain words of product.txt and smalltalk.txt
+FRAME_SHARE = 0.2  # of the questions of an intent with phrases, those made of a phrase and a frame
+PLAIN_SHARE = 0.15  # of whole questions, those in the plain words of product.txt and smalltalk.txt
 
 
 @dataclass(frozen=True)

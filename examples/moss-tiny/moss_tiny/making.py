@@ -40,16 +40,16 @@ class Recipe:
         group: inputs that share a scale in int8.
     """
 
-    conversations: int = 90000
+    conversations: int = 160000
     validation: int = 120
     for_tokenizer: int = 30000
     width: int = 256
-    layers: int = 4
+    layers: int = 3
     heads: int = 8
     rotary: int = 16
     epochs: int = 1
     batch: int = 16
-    learning_rate: float = 7e-4
+    learning_rate: float = 8e-4
     spread: float = 0.06
     max_length: int = 1024
     group: int = 128

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moss_tiny.numbers import draw, draw_decimal
-from moss_tiny.wordings import Block, Language, choose, read_blocks, texts
+from moss_tiny.wordings import Language, choose, read_blocks, read_plain_blocks, texts
 
 KINDS = {  # what is asked for in words, with its weight
     "add": 5,
@@ -43,6 +43,7 @@ SHAPES = {  # of written expressions, with their weight
     "{a}^{n}": 1,
 }
 LARGEST = {"percent": 99, "power": 99, "square": 999, "cube": 99}  # of the first number, else results grow long
+PLAIN_SHARE = 0.35  # of wordings, those in the plain words that the file begins with
 _WRITTEN_SHARE = 0.45  # of questions with a written expression rather than words
 _FRAMED_SHARE = 0.65  # of questions in words, those that are "What is …?"
 _TIMES = ("*", "*", "×", "x")
@@ -72,7 +73,7 @@ def draw_sum(rng: random.Random, language: Language, *, held: bool = False) -> T
     block = read_blocks("sums.txt")[kind]
     values = _values(rng, held=held) | _limited(rng, kind, held=held)
     expression = fill(texts(block, "command", language)[0], values)
-    return Task(fill(_in_words(rng, language, block, held=held), values), call(expression))
+    return Task(fill(_in_words(rng, language, kind, held=held), values), call(expression))
 
 
 def draw_pair(rng: random.Random, language: Language, *, held: bool = False) -> Task:
@@ -85,10 +86,11 @@ def draw_pair(rng: random.Random, language: Language, *, held: bool = False) -> 
 
 def draw_following(rng: random.Random, language: Language, result: str, *, held: bool = False) -> Task:
     """A question that goes on with the last result, which is positive: "and times 3?"."""
-    block = read_blocks("sums.txt")[rng.choices(list(FOLLOWING), weights=list(FOLLOWING.values()))[0]]
+    kind = rng.choices(list(FOLLOWING), weights=list(FOLLOWING.values()))[0]
     values = {"r": result, "b": str(draw(rng, held=held, least=2, most=999))}
-    question = choose(rng, wordings(block, "ask", language, held=held))
-    return Task(fill(question, values), call(fill(texts(block, "command", language)[0], values)))
+    question = wording(rng, "sums.txt", kind, language, held=held)
+    command = texts(read_blocks("sums.txt")[kind], "command", language)[0]
+    return Task(fill(question, values), call(fill(command, values)))
 
 
 def draw_expression(rng: random.Random, *, held: bool) -> str:
@@ -99,12 +101,15 @@ def draw_expression(rng: random.Random, *, held: bool) -> str:
 
 def frame(rng: random.Random, language: Language, *, held: bool) -> str:
     """A sentence around an expression."""
-    return choose(rng, wordings(read_blocks("sums.txt")["frames"], "ask", language, held=held))
+    return wording(rng, "sums.txt", "frames", language, held=held)
 
 
-def wordings(block: Block, key: str, language: Language, *, held: bool) -> tuple[str, ...]:
-    """The texts of a block for training, or those that are held back."""
-    return texts(block, "held" if held else key, language)
+def wording(rng: random.Random, file: str, name: str, language: Language, *, held: bool) -> str:
+    """A text of a block for training, often one in plain words; or one of those that are held back."""
+    if held:
+        return choose(rng, texts(read_blocks(file)[name], "held", language))
+    blocks = read_plain_blocks(file) if rng.random() < PLAIN_SHARE else read_blocks(file)
+    return choose(rng, texts(blocks[name], "ask", language))
 
 
 def spelled(rng: random.Random, expression: str) -> str:
@@ -128,11 +133,11 @@ def fill(pattern: str, values: Mapping[str, str]) -> str:
     return pattern
 
 
-def _in_words(rng: random.Random, language: Language, block: Block, *, held: bool) -> str:
+def _in_words(rng: random.Random, language: Language, kind: str, *, held: bool) -> str:
     """A question without a written expression."""
-    words = texts(block, "words", language)
+    words = texts(read_blocks("sums.txt")[kind], "words", language)
     if held or rng.random() >= _FRAMED_SHARE:
-        return choose(rng, wordings(block, "ask", language, held=held))
+        return wording(rng, "sums.txt", kind, language, held=held)
     return frame(rng, language, held=False).replace("{e}", choose(rng, words))
 
 

@@ -55,6 +55,12 @@ def read_blocks(name: str) -> Mapping[str, Block]:
     return blocks
 
 
+@cache
+def read_plain_blocks(name: str) -> Mapping[str, Block]:
+    """The blocks of a file of the text folder alone: its texts are in plain words."""
+    return _read_file(TEXT_FOLDER / name)
+
+
 def _read_file(file: Path) -> Mapping[str, Block]:
     """The blocks of one file."""
     blocks: dict[str, dict[str, tuple[str, ...]]] = {}
