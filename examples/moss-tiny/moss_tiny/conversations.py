@@ -24,7 +24,7 @@ from moss_tiny.results import Search
 from moss_tiny.roughness import JOINED, rough, wrapped
 from moss_tiny.sums import Task, draw_following, draw_pair, draw_sum
 from moss_tiny.turns import Answered, Tools, lost_turn, plain_turn, search_turn, task_turn
-from moss_tiny.wordings import LANGUAGES, Language
+from moss_tiny.wordings import LANGUAGES, Language, expand
 
 FIELDS, README = Template("fields"), Template("readme")
 TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
@@ -138,7 +138,8 @@ def as_record(turns: list[Turn], tools: Tools, form: Template = FIELDS) -> dict[
 def _intents(*, product: bool) -> tuple[list[Intent], list[float]]:
     """The intents of one sort, and how often each is asked: what is asked in more ways, more often."""
     found = [one for one in read_intents() if one.product == product]
-    return found, [sum(len(one.ask[language]) for language in LANGUAGES) ** 0.5 for one in found]
+    texts = [sum(len(expand(pattern)) for language in LANGUAGES for pattern in one.ask[language]) for one in found]
+    return found, [count**0.5 for count in texts]
 
 
 def _fields(text: str) -> dict[str, str]:
