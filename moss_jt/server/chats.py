@@ -137,8 +137,8 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
     Where the stream ends before the answer does, what was passed on is kept as a turn.
 
     Raises:
-        Refusal: the uid is unknown, there are too many conversations to begin one, the text does not fit, the turn to replace is not the last, or the request was not
-            taken.
+        Refusal: the uid is unknown, there are too many conversations to begin one, the text does not fit, the turn to
+            replace is not the last, or the request was not taken.
     """
     speaker, asked_at = service.speaker, datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     check_length(len(wish.text), speaker.context_size)
