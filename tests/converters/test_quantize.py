@@ -247,7 +247,7 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"q is finished already, .*name hf-int4, not hf-int8; quantization .*bits=4"):
         quantize(source, target, bits=8, group_size=32, head="int8", resume=True)
     with pytest.raises(ConfigError, match=r"something else: head int8, not floats; dtype float16, not float32\. Name"):
-        quantize(source, target, bits=4, group_size=32, head="fp16", dtype="float32", resume=True)
+        quantize(source, target, bits=4, group_size=32, head="float16", dtype="float32", resume=True)
 
 
 class Halving(RoundToNearest):
