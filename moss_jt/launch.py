@@ -40,6 +40,7 @@ HEADERS = (
     "rounded_plain.h",
     "rounded_x86.h",
     "rounded_vnni.h",
+    "rounded_amx.h",
     "rounded.h",
     "pointwise.h",
     "ordered.h",

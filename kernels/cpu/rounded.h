@@ -9,16 +9,15 @@
 
 #include <atomic>
 
+#include "rounded_amx.h"
 #include "rounded_plain.h"
 #include "rounded_vnni.h"
 
 namespace moss {
 
-enum Processor { kBest = 0, kPlain = 1, kAvx2 = 2, kAvxVnni = 3, kAvx512Vnni = 4 };
+enum Processor { kBest = 0, kPlain = 1, kAvx2 = 2, kAvxVnni = 3, kAvx512Vnni = 4, kAmxInt8 = 5 };
 
-constexpr int64_t kTilesAtOnce = 2;   // tiles that share the codes of a run of tokens
-constexpr int64_t kTokensAtOnce = 64; // a run of tokens: its codes and sums stay in the first cache
-constexpr int64_t kTilesKept = 32;    // tiles whose results are written together
+constexpr int64_t kTilesKept = 32;  // tiles whose results are written together
 
 static inline bool can_run(int processor) {
     if (processor == kPlain) return true;
@@ -29,6 +28,9 @@ static inline bool can_run(int processor) {
 #if MOSS_HAS_AVXVNNI
     if (processor == kAvxVnni) return avx2 && __builtin_cpu_supports("avxvnni");
 #endif
+#if MOSS_HAS_AMX
+    if (processor == kAmxInt8) return can_run(kAvx512Vnni) && can_run_amx();
+#endif
     if (processor == kAvx512Vnni)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -38,7 +40,7 @@ static inline bool can_run(int processor) {
 
 // The wanted version, or what comes next where this processor cannot run it.
 static inline int choose_processor(int wanted) {
-    for (int p = wanted == kBest ? kAvx512Vnni : wanted; p > kPlain; p--)
+    for (int p = wanted == kBest ? kAmxInt8 : wanted; p > kPlain; p--)
         if (can_run(p)) return p;
     return kPlain;
 }
@@ -47,6 +49,9 @@ template <int BITS>
 static inline RoundedKernels rounded_kernels(int processor) {
     switch (choose_processor(processor)) {
 #if defined(__x86_64__)
+#if MOSS_HAS_AMX
+        case kAmxInt8: return amx_kernels<BITS>();
+#endif
         case kAvx512Vnni: return avx512_kernels<BITS>();
 #if MOSS_HAS_AVXVNNI
         case kAvxVnni: return avxvnni_kernels<BITS>();
@@ -84,8 +89,9 @@ static inline BlockRun run_of(const RoundedCall& call, int64_t tile, const Block
     run.zeros = from + s.zeros_at + b.group * kTileRows * s.stored / 8;
     run.left_in_group = b.left_in_group();
     run.per_group = b.per_group();
-    run.x = call.codes + b.start * s.tokens + t * b.size;
-    run.x_block = s.tokens * b.size;
+    const CodesAt codes(s.tokens, s.padded_in, b, t);
+    run.x = call.codes + codes.at;
+    run.x_block = codes.run_tokens * b.size;
     run.x_token = b.size;
     run.steps = call.steps + b.index * s.tokens + t;
     run.sums = call.sums + b.index * s.tokens + t;
@@ -149,18 +155,16 @@ static inline void few_tokens_of(const RoundedCall& call, int64_t tile, int64_t 
     }
 }
 
-// Some tokens, at most kTokensAtOnce, of some tiles, at most kTilesAtOnce.
+// Some tokens of some tiles, both at most those that the version takes at once.
 static inline void many_tokens(const RoundedCall& call, int64_t tile, int64_t tiles, int64_t t, int64_t tokens) {
-    float total[kTilesAtOnce][kTokensAtOnce * kTileRows] = {};
-    ReadyBlock ready[kTilesAtOnce];
+    float total[kTilesReady][kRunTokens * kTileRows];
+    ReadyBlock ready[kTilesReady];
+    std::memset(total, 0, tiles * sizeof total[0]);
     for (Blocks b(call.s.padded_in, call.s.padded_group, call.block); b.more(); b.next()) {
-        BlockRun run;
-        for (int64_t i = 0; i < tiles; i++) {
-            run = run_of(call, tile + i, b, 1, t);
-            call.kernels.prepare(run, ready[i]);
-        }
+        BlockRun run = run_of(call, tile, b, 1, t);
+        for (int64_t i = 0; i < tiles; i++, run.move(call.s.tile_bytes)) call.kernels.prepare(run, ready[i]);
         const BlockTokens x{tokens, run.x, run.x_token, run.steps, run.sums};
-        for (int64_t i = 0; i < tiles; i++) call.kernels.multiply(ready[i], x, total[i]);
+        call.kernels.multiply(ready, tiles, x, total[0], kRunTokens * kTileRows);
     }
     for (int64_t i = 0; i < tiles; i++) write_totals(call, tile + i, t, tokens, total[i]);
 }
@@ -168,7 +172,8 @@ static inline void many_tokens(const RoundedCall& call, int64_t tile, int64_t ti
 static inline void rounded_tiles(const RoundedCall& call, int64_t tile, int64_t tiles) {
     const int64_t tokens = call.s.tokens;
     const bool few = tokens <= kFew || call.kernels.prepare == nullptr;
-    const int64_t tiles_at_once = few ? tiles : kTilesAtOnce, tokens_at_once = few ? kFew : kTokensAtOnce;
+    const int64_t tiles_at_once = few ? tiles : call.kernels.tiles_at_once;
+    const int64_t tokens_at_once = few ? kFew : call.kernels.tokens_at_once;
     for (int64_t i = 0; i < tiles; i += tiles_at_once) {
         const int64_t count = tiles - i < tiles_at_once ? tiles - i : tiles_at_once;
         for (int64_t t = 0; t < tokens; t += tokens_at_once) {
@@ -200,17 +205,20 @@ static inline void linear_rounded(const LinearShape& s, const int8_t* codes, con
     const RoundedCall call{s, block, codes, blob + s.blob_at, bias + s.first, steps, sums, y + s.first,
                            s.stored == kInt4 ? rounded_kernels<4>(processor) : rounded_kernels<8>(processor)};
     const int64_t tiles = (s.out + kTileRows - 1) / kTileRows;
-    const int64_t unit = s.tokens <= kPair ? 2 : s.tokens <= kFew ? 1 : kTilesAtOnce;
+    const int64_t unit = s.tokens <= kPair ? 2 : s.tokens <= kFew ? 1 : call.kernels.tiles_at_once;
     std::atomic<int64_t> next(0);
 #pragma omp parallel if (worth_waking(s.out * s.padded_in, 8 * (1 + s.tokens)))
     {
         const int64_t threads = omp_get_num_threads();
         int64_t count = 0;
+        const bool prepared = s.tokens > kFew && call.kernels.begin != nullptr;
+        if (prepared) call.kernels.begin();
         for (;;) {
             const int64_t first = take_tiles(next, tiles, unit, threads, &count);
             if (first >= tiles) break;
             rounded_tiles(call, first, count);
         }
+        if (prepared) call.kernels.end();
     }
 }
 

@@ -16,6 +16,7 @@ namespace moss {
 
 constexpr int kFew = 4;              // tokens at most of `sum` and `add`
 constexpr int kPair = 2;             // tokens at most for which they take two tiles
+constexpr int kTilesReady = 8;        // tiles at most whose weights of one block are unpacked together
 constexpr int64_t kRunBlocks = 192;  // blocks at most between `sum` and `add`
 
 // Some blocks of one size in one or two tiles, for some tokens.
@@ -31,6 +32,13 @@ struct BlockRun {
     const float* steps;      // of the first token
     const int32_t* sums;
     int64_t tokens;          // from block to block in `steps` and `sums`
+
+    // The same blocks of a tile that is so many bytes further.
+    void move(int64_t bytes) {
+        codes += bytes;
+        scales += bytes / 2;
+        zeros += bytes;
+    }
 };
 
 // The sums of code * x, [block][tile][token][row]; totals are [tile][token][row].
@@ -60,6 +68,8 @@ struct alignas(64) ReadyBlock {
     float scales[kTileRows];
     int32_t zeros[kTileRows];
     int64_t chunks;
+    const uint8_t* next;  // AMX: the codes of the next block as they are stored
+    bool centred;         // AMX: zeros have been taken off the codes
 };
 
 // Tokens of one block: codes of the first one, bytes to those of the next, steps and sums of each.
@@ -72,7 +82,8 @@ struct BlockTokens {
 };
 
 typedef void (*PrepareKernel)(const BlockRun&, ReadyBlock&);
-typedef void (*MultiplyKernel)(const ReadyBlock&, const BlockTokens&, float* total);
+// Some tiles; the totals of each are [token][row], `apart` floats from one tile's to the next one's.
+typedef void (*MultiplyKernel)(const ReadyBlock* tiles, int64_t count, const BlockTokens&, float* totals, int64_t apart);
 
 // The version for one processor and number of bits; [n - 1] is for n tokens.
 struct RoundedKernels {
@@ -80,8 +91,12 @@ struct RoundedKernels {
     AddKernel add[kFew];
     SumKernel sum_pair[kPair];  // of two tiles
     AddKernel add_pair[kPair];
+    int tiles_at_once;      // of `multiply`: they share the codes of x
+    int tokens_at_once;     // they share the weights; kRunTokens is a multiple
     PrepareKernel prepare;  // null: there are only those above
     MultiplyKernel multiply;
+    void (*begin)();  // what a thread does before and after those; may be null
+    void (*end)();
 };
 
 typedef int16_t i16x16 __attribute__((vector_size(32)));
@@ -161,7 +176,7 @@ static inline RoundedKernels plain_kernels() {
             {plain_add<BITS, 1, 1>, plain_add<BITS, 2, 1>, plain_add<BITS, 3, 1>, plain_add<BITS, 4, 1>},
             {plain_sum<BITS, 1, 2>, plain_sum<BITS, 2, 2>},
             {plain_add<BITS, 1, 2>, plain_add<BITS, 2, 2>},
-            nullptr, nullptr};
+            1, 1, nullptr, nullptr, nullptr, nullptr};
 }
 
 }  // namespace moss

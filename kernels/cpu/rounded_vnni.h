@@ -103,10 +103,13 @@ MOSS_AVXVNNI MOSS_INLINE void avxvnni_tokens(const ReadyBlock& w, const BlockTok
 }
 
 template <int BITS>
-MOSS_AVXVNNI static void avxvnni_multiply(const ReadyBlock& w, const BlockTokens& x, float* total) {
-    int64_t t = 0;
-    for (; t + 4 <= x.count; t += 4) avxvnni_tokens<BITS, 4>(w, x, t, total);
-    for (; t < x.count; t++) avxvnni_tokens<BITS, 1>(w, x, t, total);
+MOSS_AVXVNNI static void avxvnni_multiply(const ReadyBlock* w, int64_t tiles, const BlockTokens& x, float* totals,
+                                          int64_t apart) {
+    for (int64_t i = 0; i < tiles; i++, w++, totals += apart) {
+        int64_t t = 0;
+        for (; t + 4 <= x.count; t += 4) avxvnni_tokens<BITS, 4>(*w, x, t, totals);
+        for (; t < x.count; t++) avxvnni_tokens<BITS, 1>(*w, x, t, totals);
+    }
 }
 
 template <int BITS>
@@ -115,18 +118,35 @@ static inline RoundedKernels avxvnni_kernels() {
             {avx2_add<BITS, 1, 1>, avx2_add<BITS, 2, 1>, avx2_add<BITS, 3, 1>, avx2_add<BITS, 4, 1>},
             {avxvnni_sum<BITS, 1, 2>, avxvnni_sum<BITS, 2, 2>},
             {avx2_add<BITS, 1, 2>, avx2_add<BITS, 2, 2>},
-            vnni_prepare<BITS>, avxvnni_multiply<BITS>};
+            2, kFirstCacheTokens, vnni_prepare<BITS>, avxvnni_multiply<BITS>, nullptr, nullptr};
 }
 #endif
 
-// As avxvnni_chunks, with all 16 rows in one register.
-template <int BITS, int TOKENS, bool READY, int SUMS, int CHUNKS>
+template <int BITS>
+MOSS_AVX512 static void avx512_prepare(const BlockRun& run, ReadyBlock& to) {
+    if (BITS == 8) {
+        vnni_prepare<8>(run, to);
+        return;
+    }
+    avx2_prepare_group<4>(run, to);
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int64_t c = 0; c < run.chunks; c++) {
+        _mm_prefetch((const char*)run.codes + (run.chunks + c) * 64, _MM_HINT_T0);  // of the next block
+        const __m512i both = _mm512_loadu_si512(run.codes + c * 64);
+        _mm512_store_si512(to.codes + c * 128, _mm512_and_si512(both, low));
+        _mm512_store_si512(to.codes + c * 128 + 64, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+    }
+}
+
+// As avxvnni_chunks, with all 16 rows in one register. What lies AHEAD bytes further is fetched, if that is not 0.
+template <int BITS, int TOKENS, bool READY, int AHEAD, int SUMS, int CHUNKS>
 MOSS_AVX512 MOSS_INLINE void avx512_chunks(const uint8_t* codes, const int8_t* x, int64_t stride,
                                            __m512i (&sum)[SUMS][TOKENS]) {
     constexpr int parts = BITS == 4 ? 2 : 1, bytes = chunk_bytes<BITS, READY>();
 #pragma GCC unroll 4
     for (int i = 0; i < CHUNKS * parts; i++) {
         __m512i w = _mm512_loadu_si512(codes + i / parts * bytes + (READY && i % parts ? 64 : 0));
+        if (AHEAD > 0 && i % parts == 0) _mm_prefetch((const char*)codes + i / parts * bytes + AHEAD, _MM_HINT_T0);
         if (BITS == 4 && !READY)
             w = _mm512_and_si512(i % 2 == 0 ? w : _mm512_srli_epi16(w, 4), _mm512_set1_epi8(15));
 #pragma GCC unroll 8
@@ -138,7 +158,7 @@ MOSS_AVX512 MOSS_INLINE void avx512_chunks(const uint8_t* codes, const int8_t* x
     }
 }
 
-template <int BITS, int TOKENS, bool READY>
+template <int BITS, int TOKENS, bool READY, int AHEAD>
 MOSS_AVX512 MOSS_INLINE void avx512_products(const uint8_t* codes, int64_t chunks, const int8_t* x, int64_t stride,
                                              __m512i (&whole)[TOKENS]) {
     constexpr int sums = TOKENS <= 2 ? 4 : 2, at_once = BITS == 4 ? 2 : 4;
@@ -150,9 +170,9 @@ MOSS_AVX512 MOSS_INLINE void avx512_products(const uint8_t* codes, int64_t chunk
         for (int t = 0; t < TOKENS; t++) sum[s][t] = _mm512_setzero_si512();
     int64_t c = 0;
     for (; c + at_once <= chunks; c += at_once)
-        avx512_chunks<BITS, TOKENS, READY, sums, at_once>(codes + c * bytes, x + c * inputs, stride, sum);
+        avx512_chunks<BITS, TOKENS, READY, AHEAD, sums, at_once>(codes + c * bytes, x + c * inputs, stride, sum);
     for (; c < chunks; c++)
-        avx512_chunks<BITS, TOKENS, READY, sums, 1>(codes + c * bytes, x + c * inputs, stride, sum);
+        avx512_chunks<BITS, TOKENS, READY, AHEAD, sums, 1>(codes + c * bytes, x + c * inputs, stride, sum);
 #pragma GCC unroll 8
     for (int t = 0; t < TOKENS; t++) {
         whole[t] = sum[0][t];
@@ -161,7 +181,7 @@ MOSS_AVX512 MOSS_INLINE void avx512_products(const uint8_t* codes, int64_t chunk
     }
 }
 
-template <int BITS, int TOKENS, int TILES>
+template <int BITS, int TOKENS, int TILES, int AHEAD>
 MOSS_AVX512 static void avx512_sum(const BlockRun& run, int32_t* sums) {
     const uint8_t* codes = run.codes;
     const int8_t* x = run.x;
@@ -169,7 +189,7 @@ MOSS_AVX512 static void avx512_sum(const BlockRun& run, int32_t* sums) {
         if (TOKENS == 1 && i + 1 < run.count) touch(x + run.x_block, run.x_token);
         for (int tile = 0; tile < TILES; tile++) {
             __m512i sum[TOKENS];
-            avx512_products<BITS, TOKENS, false>(codes + tile * run.second, run.chunks, x, run.x_token, sum);
+            avx512_products<BITS, TOKENS, false, AHEAD>(codes + tile * run.second, run.chunks, x, run.x_token, sum);
 #pragma GCC unroll 4
             for (int t = 0; t < TOKENS; t++, sums += kTileRows) _mm512_storeu_si512(sums, sum[t]);
         }
@@ -179,7 +199,7 @@ MOSS_AVX512 static void avx512_sum(const BlockRun& run, int32_t* sums) {
 template <int BITS, int TOKENS>
 MOSS_AVX512 MOSS_INLINE void avx512_tokens(const ReadyBlock& w, const BlockTokens& x, int64_t t, float* total) {
     __m512i sum[TOKENS];
-    avx512_products<BITS, TOKENS, true>(w.codes, w.chunks, x.codes + t * x.stride, x.stride, sum);
+    avx512_products<BITS, TOKENS, true, 0>(w.codes, w.chunks, x.codes + t * x.stride, x.stride, sum);
     const __m512i zeros = _mm512_loadu_si512(w.zeros);
     const __m512 scales = _mm512_loadu_ps(w.scales);
 #pragma GCC unroll 8
@@ -195,20 +215,24 @@ MOSS_AVX512 MOSS_INLINE void avx512_tokens(const ReadyBlock& w, const BlockToken
 }
 
 template <int BITS>
-MOSS_AVX512 static void avx512_multiply(const ReadyBlock& w, const BlockTokens& x, float* total) {
-    int64_t t = 0;
-    for (; t + 8 <= x.count; t += 8) avx512_tokens<BITS, 8>(w, x, t, total);
-    for (; t + 2 <= x.count; t += 2) avx512_tokens<BITS, 2>(w, x, t, total);
-    for (; t < x.count; t++) avx512_tokens<BITS, 1>(w, x, t, total);
+MOSS_AVX512 static void avx512_multiply(const ReadyBlock* w, int64_t tiles, const BlockTokens& x, float* totals,
+                                        int64_t apart) {
+    for (int64_t i = 0; i < tiles; i++, w++, totals += apart) {
+        int64_t t = 0;
+        for (; t + 8 <= x.count; t += 8) avx512_tokens<BITS, 8>(*w, x, t, totals);
+        for (; t + 2 <= x.count; t += 2) avx512_tokens<BITS, 2>(*w, x, t, totals);
+        for (; t < x.count; t++) avx512_tokens<BITS, 1>(*w, x, t, totals);
+    }
 }
 
-template <int BITS>
+template <int BITS, int AHEAD = 0>
 static inline RoundedKernels avx512_kernels() {
-    return {{avx512_sum<BITS, 1, 1>, avx512_sum<BITS, 2, 1>, avx512_sum<BITS, 3, 1>, avx512_sum<BITS, 4, 1>},
+    return {{avx512_sum<BITS, 1, 1, AHEAD>, avx512_sum<BITS, 2, 1, AHEAD>, avx512_sum<BITS, 3, 1, AHEAD>,
+             avx512_sum<BITS, 4, 1, AHEAD>},
             {avx2_add<BITS, 1, 1>, avx2_add<BITS, 2, 1>, avx2_add<BITS, 3, 1>, avx2_add<BITS, 4, 1>},
-            {avx512_sum<BITS, 1, 2>, avx512_sum<BITS, 2, 2>},
+            {avx512_sum<BITS, 1, 2, AHEAD>, avx512_sum<BITS, 2, 2, AHEAD>},
             {avx2_add<BITS, 1, 2>, avx2_add<BITS, 2, 2>},
-            vnni_prepare<BITS>, avx512_multiply<BITS>};
+            2, kFirstCacheTokens, avx512_prepare<BITS>, avx512_multiply<BITS>, nullptr, nullptr};
 }
 
 }  // namespace moss

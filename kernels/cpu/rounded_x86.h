@@ -16,6 +16,8 @@
 
 namespace moss {
 
+constexpr int kFirstCacheTokens = 64;  // whose codes of a block and sums of two tiles stay in the first cache
+
 MOSS_AVX2 MOSS_INLINE __m256i load32(const void* from) { return _mm256_loadu_si256((const __m256i*)from); }
 
 // Low (part 0) or high (part 1) nibbles.
@@ -252,10 +254,13 @@ MOSS_AVX2 MOSS_INLINE void avx2_tokens(const ReadyBlock& w, const BlockTokens& x
 }
 
 template <int BITS>
-MOSS_AVX2 static void avx2_multiply(const ReadyBlock& w, const BlockTokens& x, float* total) {
-    int64_t t = 0;
-    for (; t + 4 <= x.count; t += 4) avx2_tokens<BITS, 4>(w, x, t, total);
-    for (; t < x.count; t++) avx2_tokens<BITS, 1>(w, x, t, total);
+MOSS_AVX2 static void avx2_multiply(const ReadyBlock* w, int64_t tiles, const BlockTokens& x, float* totals,
+                                    int64_t apart) {
+    for (int64_t i = 0; i < tiles; i++, w++, totals += apart) {
+        int64_t t = 0;
+        for (; t + 4 <= x.count; t += 4) avx2_tokens<BITS, 4>(*w, x, t, totals);
+        for (; t < x.count; t++) avx2_tokens<BITS, 1>(*w, x, t, totals);
+    }
 }
 
 template <int BITS>
@@ -264,7 +269,7 @@ static inline RoundedKernels avx2_kernels() {
             {avx2_add<BITS, 1, 1>, avx2_add<BITS, 2, 1>, avx2_add<BITS, 3, 1>, avx2_add<BITS, 4, 1>},
             {avx2_sum<BITS, 1, 2>, avx2_sum<BITS, 2, 2>},
             {avx2_add<BITS, 1, 2>, avx2_add<BITS, 2, 2>},
-            avx2_prepare<BITS>, avx2_multiply<BITS>};
+            2, kFirstCacheTokens, avx2_prepare<BITS>, avx2_multiply<BITS>, nullptr, nullptr};
 }
 
 }  // namespace moss

@@ -4,15 +4,19 @@
 // holds its inputs. Of each token and block there are int8 codes, the step between them and their sum:
 //
 //   step = max(max |x| / 127, smallest normal float)      x is about step * code, off by step / 2 at most
-//   codes  for every block, for every token, the block's codes
+//   codes  for every run of kRunTokens tokens (fewer in the last), for every block, for every token, the block's codes
 //   steps  (blocks, T) float, NaN where the block holds a NaN or an infinity: it reaches every output
 //   sums   (blocks, T) int32
+//
+// What a product needs of a run lies in one piece: blocks of all tokens would stand at distances that are high powers of
+// two for common lengths of prompts, and throw each other out of the caches.
 #pragma once
 #include "matrix.h"
 
 namespace moss {
 
 constexpr int64_t kMaxBlock = 128;  // more would overflow sixteen bits, in sums of codes and of products
+constexpr int64_t kRunTokens = 128;
 constexpr float kCodes = 127.0f;    // codes lie between -127 and 127
 constexpr float kSmallestNormal = 1.17549435e-38f;
 
@@ -45,6 +49,17 @@ struct Blocks {
         group = start / padded_group;
         group_end = (group + 1) * padded_group < padded_in ? (group + 1) * padded_group : padded_in;
         size = group_end - start < block ? group_end - start : block;
+    }
+};
+
+// Where the codes of a block of a token are; the same block of the next token in its run follows.
+struct CodesAt {
+    int64_t run_tokens, at;
+
+    CodesAt(int64_t tokens, int64_t padded_in, const Blocks& b, int64_t t) {
+        const int64_t first = t / kRunTokens * kRunTokens;
+        run_tokens = tokens - first < kRunTokens ? tokens - first : kRunTokens;
+        at = first * padded_in + b.start * run_tokens + (t - first) * b.size;
     }
 };
 
@@ -104,7 +119,7 @@ static inline void round_token(const RoundingShape& s, int64_t t, const float* x
         } else {
             std::memcpy(values, x + b.start, b.size * sizeof(float));
         }
-        const RoundedCodes got = round_block(values, b.size, codes + b.start * s.tokens + t * b.size);
+        const RoundedCodes got = round_block(values, b.size, codes + CodesAt(s.tokens, s.padded_in, b, t).at);
         steps[b.index * s.tokens + t] = got.step;
         sums[b.index * s.tokens + t] = got.sum;
     }

@@ -1,4 +1,4 @@
-"""Products with activations rounded to int8 (rounding, rounded, rounded_plain, rounded_x86, rounded_vnni).
+"""Products with activations rounded to int8 (rounding, rounded, rounded_plain, rounded_x86, rounded_vnni, rounded_amx).
 
 The reference follows the kernels operation by operation; every version that this processor can run must
 give its bits, for any number of tokens, any cut and any number of threads.
@@ -246,10 +246,22 @@ def test_largest_sums_do_not_overflow(jittor: Any) -> None:
             np.testing.assert_array_equal(product.run(signs * 5, processor), product.reference(signs * 5))
 
 
+@pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_in_the_middle(jittor: Any, bits: Bits, processor: str) -> None:
+    """As symmetric weights have them: some versions take them off the codes; in one tile others do not allow it."""
+    product = Product(Case(50, 392, bits, 128))
+    product.matrix.zeros[:] = 2 ** (bits - 1) - 1  # stored less one, as GPTQ does
+    product.matrix.zeros[20, 1] = 2**bits - 1
+    product.blob.array[:] = pack(product.matrix, product.layout)
+    x = activations(40, 392)
+    np.testing.assert_array_equal(product.run(x, processor), product.reference(x))
+
+
 CALL_ALL = """
 #include "rounded.h"
 void call(const moss::LinearShape& s, const int8_t* x, const uint8_t* w, const float* f, const int32_t* n, float* y) {
-    for (int p = moss::kBest; p <= moss::kAvx512Vnni; p++) moss::linear_rounded(s, x, w, f, f, n, y, 128, p);
+    for (int p = moss::kBest; p <= moss::kAmxInt8; p++) moss::linear_rounded(s, x, w, f, f, n, y, 128, p);
 }
 """
 
