@@ -26,7 +26,7 @@ static inline bool can_run(int processor) {
     const bool avx2 = __builtin_cpu_supports("avx2");
     if (processor == kAvx2) return avx2;
 #if MOSS_HAS_AVXVNNI
-    if (processor == kAvxVnni) return avx2 && __builtin_cpu_supports("avxvnni");
+    if (processor == kAvxVnni) return avx2 && has_avxvnni();
 #endif
 #if MOSS_HAS_AMX
     if (processor == kAmxInt8) return can_run(kAvx512Vnni) && can_run_amx();

@@ -15,7 +15,6 @@
 #endif
 
 #if MOSS_HAS_AMX
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 

@@ -7,6 +7,8 @@
 #include "rounded_x86.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define MOSS_HAS_AVXVNNI 1
 #endif
@@ -33,6 +35,12 @@ MOSS_AVX2 static void vnni_prepare(const BlockRun& run, ReadyBlock& to) {
 }
 
 #if MOSS_HAS_AVXVNNI
+// Compilers do not agree on a name for it.
+static inline bool has_avxvnni() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
 // CHUNKS chunks, each four codes of x (int8) or twice four (int4) for every token; SUMS sums a token, by turns.
 template <int BITS, int TOKENS, bool READY, int SUMS, int CHUNKS>
 MOSS_AVXVNNI MOSS_INLINE void avxvnni_chunks(const uint8_t* codes, const int8_t* x, int64_t stride,
