@@ -44,7 +44,8 @@ Floats = npt.NDArray[np.float32]
 MAX_HEAD_DIM = 1024  # of the kernels: one head lies on the stack
 LOGIT_ROWS = 32  # rows of logits that are held at a time
 ROUND_BLOCK = 128  # positions, at most, that share a step when activations are rounded; of the kernels: up to 128
-PROCESSORS = {"best": 0, "plain": 1, "avx2": 2, "avx-vnni": 3, "avx512-vnni": 4, "amx-int8": 5}  # versions of the rounded product
+# versions of the rounded product
+PROCESSORS = {"best": 0, "plain": 1, "avx2": 2, "avx-vnni": 3, "avx512-vnni": 4, "amx-int8": 5}
 STRETCH = 256  # positions after which attention begins a partial result; of the kernels
 _KV_KIND = {"float32": 0, "float16": 1, "int8": 2}
 _STORED_KIND = {"float32": 0, "float16": 1, "bfloat16": 2}
