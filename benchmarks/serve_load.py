@@ -5,7 +5,7 @@
 Each client talks in a conversation of its own over MOSS's API, and now and then over OpenAI's chat (streamed) and
 completions. Its history must hold its own texts and its own answers and nobody else's, after each turn and at the
 end; and answers to a seed are asked again alone at the end and must be the same. A 429 is no error: the client
-waits as it is told. Without --model it is the practice model. Exit code 1 where an answer was wrong or lost, where
+waits as it is told. Without --model it is moss-tiny. Exit code 1 where an answer was wrong or lost, where
 there was an error, or where memory grew by more than 5 % over the second half. One JSON line comes last.
 """
 
@@ -198,7 +198,7 @@ def growth(samples: list[dict[str, int]], part: str) -> float:
 def main() -> int:
     """Load a server, then print the line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", help="folder or name; else the practice model")
+    parser.add_argument("--model", help="folder or name; else moss-tiny")
     parser.add_argument("--memory", default="2GiB")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=600)
@@ -220,7 +220,7 @@ def main() -> int:
         check_at_the_end(serving, clients, tally)
     grown = {part: growth(samples, part) for part in ("server", "model")}
     results = {
-        "model": chosen.model or "practice",
+        "model": chosen.model or "moss-tiny",
         "clients": chosen.clients,
         "seconds": round(seconds, 1),
         "answers": tally.answers,
