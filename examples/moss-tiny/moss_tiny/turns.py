@@ -45,7 +45,11 @@ UNABLE = {
         "zh": "没有画图工具我画不了，请用 --tools draw 启动。",
     },
 }
-NOTHING_FOUND = {"en": "The search found nothing about that.", "zh": "没有搜索到相关内容。"}
+NOTHING_FOUND = {
+    "en": "The search found nothing about that, and I am too small to know it.",
+    "zh": "没有搜索到相关内容；我太小了，不知道这个。",
+}
+RESULT = {"en": "The result is ", "zh": "结果是 "}
 PICTURE = {"en": "Here is your picture.", "zh": "图片画好了。"}
 
 
@@ -122,7 +126,7 @@ def _solved(task: Task, value: str, language: Language) -> Answered | None:
 def _numbers(said: list[str], language: Language) -> str:
     if len(said) == 1:
         end = "" if said[0].endswith("…") else {"en": ".", "zh": "。"}[language]
-        return {"en": "The result is ", "zh": "结果是 "}[language] + said[0] + end
+        return RESULT[language] + said[0] + end
     return {"en": f"The results are {' and '.join(said)}.", "zh": f"结果分别是 {' 和 '.join(said)}。"}[language]
 
 
