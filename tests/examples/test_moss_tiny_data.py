@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain, combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from moss_jt.template import TOOLS, system_prompt
 from moss_jt.tools.backends import moss_tools
 from moss_jt.tools.commands import parse_commands
 from moss_jt.tools.sandbox import Sandbox
+from moss_jt.tools.tool import Hit
 from moss_jt.tools.toolbox import ToolBox
 from moss_jt.tools.wording import joined
 
@@ -213,14 +215,17 @@ def test_fields_are_those_of_the_training_format(records: list[dict[str, Any]]) 
     assert min(forms.values()) > COUNT / 5, forms
 
 
-def possible_results(commands: str, pages: Documentation) -> set[str]:
-    """What the tools say; of a search's hits some, at least one, in their order."""
+def check_results(commands: str, results: str, pages: Documentation) -> None:
+    """They are what the tools say; of a search's hits some, at least one, or parts of them, in their order."""
     if not commands.startswith("Search("):
-        return {results_of(commands)}
+        assert results == results_of(commands)
+        return
     (query,) = parse_commands(commands).calls[0].arguments
-    hits = pages.search(query)
-    shown = chain.from_iterable(combinations(hits, count) for count in range(min(1, len(hits)), len(hits) + 1))
-    return {results_of(commands, dict.fromkeys([query], some).__getitem__) for some in shown}
+    shown = [Hit(ast.literal_eval(text)) for text in re.findall(r"^<\|\d\|>: (.+)$", results, re.MULTILINE)]
+    assert results == results_of(commands, {query: shown}.__getitem__)
+    hits = iter(pages.search(query))
+    assert all(any(one.text in hit.text for hit in hits) for one in shown), results
+    assert shown or not pages.search(query)
 
 
 def test_every_turn_says_what_the_tools_say(records: list[dict[str, Any]], pages: Documentation) -> None:
@@ -233,7 +238,7 @@ def test_every_turn_says_what_the_tools_say(records: list[dict[str, Any]], pages
         assert not understood.skipped and understood.calls, turn["Commands"]
         assert ", ".join(call.text for call in understood.calls) == turn["Commands"]
         assert {TOOL_OF[call.name] for call in understood.calls} <= on, f"{turn['Commands']} with {on}"
-        assert turn["Tool Responses"].strip("\n ") in possible_results(turn["Commands"], pages)
+        check_results(turn["Commands"], turn["Tool Responses"].strip("\n "), pages)
         seen.update(call.name for call in understood.calls)
         for number in re.findall(r"<sup><\|(\d)\|></sup>", turn["MOSS"]):
             assert f"<|{number}|>: " in turn["Tool Responses"]

@@ -30,7 +30,7 @@ FIELDS, README = Template("fields"), Template("readme")
 TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
     ((), 75),
     (("calc", "solve"), 20),
-    (("search", "calc", "solve"), 16),
+    (("search", "calc", "solve"), 20),
     (("search", "calc", "solve", "draw"), 3),
     (("calc",), 6),
     (("solve",), 3),
@@ -43,6 +43,8 @@ KINDS_TOOLS = {"product": 20, "small": 20, "sum": 32, "pair": 4, "equation": 18,
 KINDS_SEARCH = {**KINDS_TOOLS, "product": 35}
 TURNS = (1, 1, 1, 2, 2, 3)  # of a conversation, in tasks; some tasks take more than one turn
 SHOWN = (1, 1, 2, 3)  # hits of a search that are shown: any of them, so that the answer must be looked for
+SNIPPETS = 0.8  # of searches, those that show parts of passages, as other search engines do, and cost less to learn from
+SNIPPET = (40, 140)  # characters of a part
 IN_FIELDS = 0.1  # of conversations without tools, those in the five-field form all the same
 FOLLOWED = 0.45  # of calculations, those that a next question goes on with
 SWITCHED = 0.08  # of turns, those in the other language
@@ -103,15 +105,23 @@ class Maker:
 
 
 def some_hits(rng: random.Random, search: Search) -> Search:
-    """A search that shows some of the hits, in their order, and the same ones when it is asked again."""
+    """A search that shows some of the hits or parts of them, in their order, and the same when it is asked again."""
 
     @cache
     def found(query: str) -> Sequence[Hit]:
         hits = search(query)
         shown = sorted(rng.sample(range(len(hits)), min(rng.choice(SHOWN), len(hits))))
-        return [hits[number] for number in shown]
+        is_cut = rng.random() < SNIPPETS
+        return [snippet(rng, hits[number]) if is_cut else hits[number] for number in shown]
 
     return found
+
+
+def snippet(rng: random.Random, hit: Hit) -> Hit:
+    """A part of what a hit says."""
+    length = rng.randint(*SNIPPET)
+    start = rng.randint(0, max(0, len(hit.text) - length))
+    return replace(hit, text=hit.text[start : start + length].strip() or hit.text)
 
 
 def write_conversations(path: Path, maker: Maker, *, count: int, seed: int) -> None:
