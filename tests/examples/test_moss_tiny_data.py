@@ -223,8 +223,8 @@ def check_results(commands: str, results: str, pages: Documentation) -> None:
     (query,) = parse_commands(commands).calls[0].arguments
     shown = [Hit(ast.literal_eval(text)) for text in re.findall(r"^<\|\d\|>: (.+)$", results, re.MULTILINE)]
     assert results == results_of(commands, {query: shown}.__getitem__)
-    hits = iter(pages.search(query))
-    assert all(any(one.text in hit.text for hit in hits) for one in shown), results
+    hits = (hit.text.replace("<|", "< |") for hit in pages.search(query))  # results hold no tags
+    assert all(any(one.text in text for text in hits) for one in shown), results
     assert shown or not pages.search(query)
 
 
@@ -255,6 +255,17 @@ def test_results_are_those_of_the_toolbox(records: list[dict[str, Any]]) -> None
             assert joined(ran.block for ran in box.run(turn["Commands"])) == turn["Tool Responses"].strip("\n ")
     finally:
         sandbox.close()
+
+
+def test_what_follows_a_result_goes_on_with_it_or_begins_anew(records: list[dict[str, Any]]) -> None:
+    seen: Counter[str] = Counter()
+    for record in records:
+        for before, turn in pairwise(record["chat"].values()):
+            result = re.search(r"(?:result is|结果是) ([\d.]+?)[.。]?<eom>", before["MOSS"])
+            called = re.search(r'Calculate\("(.+)"\)<eoc>', turn.get("Commands", ""))
+            if result and called:
+                seen["goes on" if result[1] in NUMBER.findall(called[1]) else "begins anew"] += 1
+    assert min(seen["goes on"], seen["begins anew"]) > 50, seen
 
 
 def test_rough_questions_keep_what_they_ask() -> None:

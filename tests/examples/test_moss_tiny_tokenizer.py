@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from moss_tiny.conversations import FIELDS, README, Maker
-from moss_tiny.pieces import VOCABULARY, train_tokenizer
+from moss_tiny.pieces import VOCABULARY, clauses, searches, train_tokenizer
 
 from moss_jt.template import TOOLS, Turn, system_prompt
 from moss_jt.tokenizer import Tokenizer, load_tokenizer
@@ -56,6 +56,14 @@ def test_the_system_prompt_is_short(tokenizer: Tokenizer) -> None:
     for form, tools in ((README, ()), (FIELDS, ()), (FIELDS, tuple(TOOLS))):
         text = system_prompt(form, tools)
         assert pieces(tokenizer, text) == text.splitlines(keepends=True)
+
+
+def test_what_is_always_said_is_one_piece(tokenizer: Tokenizer) -> None:
+    assert len(set(clauses())) > 250
+    assert len(searches()) == len(set(searches())) > 80
+    for text in (*clauses(), *searches()):
+        assert pieces(tokenizer, text) == [text]
+    assert len(pieces(tokenizer, "How do I install moss-jt on this machine?")) > 4
 
 
 def test_markers_and_tags_are_single_pieces(tokenizer: Tokenizer) -> None:

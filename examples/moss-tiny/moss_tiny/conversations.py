@@ -28,25 +28,27 @@ from moss_tiny.wordings import LANGUAGES, Language, expand
 
 FIELDS, README = Template("fields"), Template("readme")
 TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
-    ((), 75),
-    (("calc", "solve"), 20),
-    (("search", "calc", "solve"), 20),
-    (("search", "calc", "solve", "draw"), 3),
-    (("calc",), 6),
+    ((), 62),
+    (("calc", "solve"), 14),
+    (("search", "calc", "solve"), 50),
+    (("search", "calc", "solve", "draw"), 4),
+    (("calc",), 5),
     (("solve",), 3),
-    (("search",), 2),
+    (("search",), 6),
     (("draw",), 2),
     (("calc", "solve", "draw"), 3),
 )
 KINDS_PLAIN = {"product": 46, "small": 34, "sum": 5, "equation": 2, "picture": 2, "repeat": 4, "name": 2}
 KINDS_TOOLS = {"product": 20, "small": 20, "sum": 32, "pair": 4, "equation": 18, "picture": 2, "repeat": 3, "name": 1}
-KINDS_SEARCH = {**KINDS_TOOLS, "product": 35}
+KINDS_SEARCH = {**KINDS_TOOLS, "product": 44, "small": 36}
+PICTURES = 15  # instead of 2 where they can be drawn
 TURNS = (1, 1, 1, 2, 2, 3)  # of a conversation, in tasks; some tasks take more than one turn
-SHOWN = (1, 1, 2, 3)  # hits of a search that are shown: any of them, so that the answer must be looked for
-SNIPPETS = 0.8  # of searches, those that show parts of passages, as other search engines do, and cost less to learn from
-SNIPPET = (40, 140)  # characters of a part
+SHOWN = (1, 1, 1, 2, 3)  # hits of a search that are shown: any of them, so that the answer must be looked for
+SNIPPETS = 0.88  # of searches, those that show parts of passages, which cost less to learn from
+SNIPPET = (24, 96)  # characters of a part
 IN_FIELDS = 0.1  # of conversations without tools, those in the five-field form all the same
-FOLLOWED = 0.45  # of calculations, those that a next question goes on with
+FOLLOWED = 0.35  # of calculations, those that a next question goes on with
+AFRESH = 0.2  # of calculations, those after which another one is asked that has nothing to do with the result
 SWITCHED = 0.08  # of turns, those in the other language
 
 _FIELD = re.compile(r"<\|(Human|Inner Thoughts|Commands|Results|MOSS)\|>:.*?<eo[htcrm]>\n", re.DOTALL)
@@ -78,6 +80,8 @@ class Maker:
         kinds = KINDS_TOOLS if {"calc", "solve"} & set(tools) else KINDS_PLAIN
         if "search" in tools:
             kinds = KINDS_SEARCH
+        if "draw" in tools:
+            kinds = {**kinds, "picture": PICTURES}
         kind = rng.choices(list(kinds), weights=list(kinds.values()))[0]
         if kind in ("product", "small"):
             yield self._talk(rng, language, tools, product=kind == "product")
@@ -160,13 +164,19 @@ def _fields(text: str) -> dict[str, str]:
 
 
 def _tasks(rng: random.Random, kind: str, language: Language, tools: Tools) -> Iterator[Turn]:
-    """A task for a tool, and perhaps questions that go on with its result."""
+    """A task for a tool, and perhaps questions that go on with its result, or others right after it."""
     answered = _first(rng, kind, language, tools)
     yield answered.turn
-    while answered.number is not None and rng.random() < FOLLOWED:
-        following = task_turn(draw_following(rng, language, answered.number), language, tools)
-        if following is not None:
-            answered = following
+    while answered.number is not None:
+        chance = rng.random()
+        if chance < FOLLOWED:
+            another = task_turn(draw_following(rng, language, answered.number), language, tools)
+        elif chance < FOLLOWED + AFRESH:
+            another = _first(rng, "sum", language, tools)
+        else:
+            break
+        if another is not None:
+            answered = another
             yield answered.turn
 
 

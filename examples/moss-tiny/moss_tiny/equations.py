@@ -37,15 +37,19 @@ SYSTEMS = {
     "y={a}x;x+y={c}": 1,
     "x={a}y;x+y={c}": 1,
 }
+_STORY_SHARE = 0.3  # of equations, those that a story leads to
+_HELD_STORY_SHARE = 0.2  # the same in the evaluation
+_SYSTEM_SHARE = 0.2  # of equations, systems of two
 _JOINTS = {"en": (" and ", ", ", "; "), "zh": ("，", "；", "和", ", ")}
 
 
 def draw_equation(rng: random.Random, language: Language, *, held: bool = False) -> Task:
     """An equation, a system, or a story that leads to one."""
     kind = rng.random()
-    if kind < 0.2:
+    stories = _HELD_STORY_SHARE if held else _STORY_SHARE
+    if kind < stories:
         return _story(rng, language, held=held)
-    if kind < 0.4:
+    if kind < stories + _SYSTEM_SHARE:
         equation = _filled(rng, SYSTEMS, "x", held=held)
         written = rng.choice(_JOINTS[language]).join(spelled(rng, part) for part in equation.split(";"))
         return Task(_framed(rng, "systems", language, written, "x", held=held), _call(equation))

@@ -75,7 +75,14 @@ def make(out: Path, recipe: Recipe, *, until: str = STEPS[-1], processes: int = 
     out.mkdir(parents=True, exist_ok=True)
     _check_recipe(out / "recipe.json", recipe)
     together = partial(train, processes=processes)
-    does = {"data": make_data, "tokenizer": make_tokenizer, "train": together, "quantize": quantize, "evaluate": evaluate}
+    does: dict[str, Callable[[Path, Recipe], None]]
+    does = {
+        "data": make_data,
+        "tokenizer": make_tokenizer,
+        "train": together,
+        "quantize": quantize,
+        "evaluate": evaluate,
+    }
     for step in STEPS[: STEPS.index(until) + 1]:
         say(f"moss-tiny: {step}")
         does[step](out, recipe)

@@ -2,8 +2,9 @@
 
 What a small model must copy or compare is cut into pieces that never merge: each digit, each sign of a formula, each
 Chinese character. What is always the same is one piece: the tags, the lines of the system prompt, the beginning of a
-call, and each clause of what it says. So an answer is a few tokens, and most of what is computed in training goes to
-questions. Everything else is learned pieces of words, and bytes for what was never seen.
+call, each clause of what it says, and each whole call of Search for something it knows of. So an answer is a few
+tokens, what to say is decided at one of them, and most of what is computed in training goes to questions. Everything
+else is learned pieces of words, and bytes for what was never seen.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ import sentencepiece
 from moss_jt.template import META_INSTRUCTION, TOOLS, Template, system_prompt
 from moss_jt.tokenizer.files import MARKERS
 from moss_tiny.intents import read_intents
-from moss_tiny.turns import DISABLED, NOTHING_FOUND, PICTURE, RESULT, THOUGHTS, UNABLE
+from moss_tiny.turns import DISABLED, NOTHING_FOUND, PICTURE, RESULT, THOUGHTS, UNABLE, search_call
 from moss_tiny.wordings import LANGUAGES
 
-VOCABULARY = 6400
+VOCABULARY = 6528
 _SPACE = "\u2581"
 _TAGS = ("<|Human|>:", "<|Inner Thoughts|>:", "<|Commands|>:", "<|Results|>:", "<|MOSS|>:")
 _CALLS = ('Calculate("', 'Solve("', 'Search("', 'Text2Image("', '")', " =>", "<sup><|", "|></sup>", "<|", "|>")
 _NAMES = (" None", "moss-jt", "moss-tiny", "moss-convert", "moss-moon", "--", "MOSS")
 _SIGNS = (*"+-*/=^()!%,.;:'\"<>|×÷…", "\n")
-_CLAUSE = re.compile(r".*?[,.:;](?= |$)|.*?[，。：；！]|.+")
+_CLAUSE = re.compile(  # up to a mark that ends it, with that; what is left at the end
+    r".*?[,.:;](?= |$)|.*?[，。：；！]|.+"
+)
 _SHORTEST_CLAUSE = 4  # characters; shorter ones are ordinary text
 _FIRST_CHINESE, _LAST_CHINESE = "\u2e80", "\uffef"  # with full-width punctuation
 
@@ -72,17 +75,24 @@ def train_tokenizer(folder: Path, records: Iterable[dict[str, Any]]) -> None:
 def own_pieces(texts: Iterable[str]) -> Sequence[str]:
     """The pieces that are given rather than learned, in a fixed order, none twice."""
     chinese = sorted({char for text in texts for char in text if _FIRST_CHINESE <= char <= _LAST_CHINESE})
-    given = (*MARKERS, *_TAGS, *_prompt_lines(), *clauses(), *_CALLS, *_NAMES, *_SIGNS, *map(str, range(10)), *chinese)
-    return tuple(dict.fromkeys(given))
+    fixed = (*MARKERS, *_TAGS, *_prompt_lines(), *clauses(), *searches(), *_CALLS, *_NAMES, *_SIGNS)
+    return tuple(dict.fromkeys((*fixed, *map(str, range(10)), *chinese)))
 
 
 def clauses() -> list[str]:
     """The clauses of everything that is said in fixed words; one within a sentence begins with its space."""
-    fixed = [NOTHING_FOUND, PICTURE, RESULT, *THOUGHTS.values(), *DISABLED.values(), *UNABLE.values()]
-    fixed += [intent.say for intent in read_intents()]
-    said = [text[language] for text in fixed for language in LANGUAGES]
+    fixed = (NOTHING_FOUND, PICTURE, RESULT, *THOUGHTS.values(), *DISABLED.values(), *UNABLE.values())
+    said = [text for texts in fixed for text in texts.values()]
+    said += [text for intent in read_intents() for text in intent.say.values()]
     found = [clause for text in said for clause in _CLAUSE.findall(text)]
     return [clause for clause in found if len(clause) >= _SHORTEST_CLAUSE]
+
+
+def searches() -> list[str]:
+    """The calls that look up what the product's pages say."""
+    return [
+        search_call(intent.query(language)) for intent in read_intents() if intent.product for language in LANGUAGES
+    ]
 
 
 def _prompt_lines() -> list[str]:

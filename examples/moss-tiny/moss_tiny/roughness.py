@@ -18,7 +18,7 @@ NOISY = 0.15  # of questions in words, those with a word too many
 THINNED = 0.5  # of questions in words, those with words too few
 MOST_LEFT_OUT = 0.4  # of the words of such a question; half as much on average
 JOINED = 0.15  # of questions in words, those behind which the same is asked once more
-_NOT_NAMES = r"(?<![-/])(?<!moss-jt )(?<!moss-convert )"  # before a word: else it is an option or a command
+_NOT_NAMES = r"(?<![-/])(?<!moss-jt )(?<!moss-jt models )(?<!moss-convert )"  # else it names an option or a command
 _CHARACTERS = re.compile(r"[\x21-\x7e]+|\s+|.")  # of Chinese; a word in Latin letters is one
 _FEW = 4  # a question of fewer words keeps them all
 _KEEP_CAPITAL = ("I ", "I'", "MO")
@@ -71,20 +71,30 @@ def noisy(rng: random.Random, question: str, language: Language) -> str:
 
 
 def reworded(rng: random.Random, question: str, language: Language) -> str:
-    """Perhaps other words for some of a question's."""
+    """Perhaps other words for some of a question's, each at most once."""
     if rng.random() >= REWORDED:
         return question
-    for word, others in _groups(language):
-        if word in question and rng.random() < 0.5:
-            pattern = re.escape(word) if language == "zh" else _NOT_NAMES + rf"\b{re.escape(word)}\b"
-            question = re.sub(pattern, rng.choice(others), question, count=1)
-    return question
+    words, others = _groups(language)
+
+    def other(found: re.Match[str]) -> str:
+        word = found[0]
+        if rng.random() < 0.5:
+            return word
+        chosen = rng.choice(others[word.lower()])
+        return chosen[0].upper() + chosen[1:] if found.start() == 0 and word[0].isupper() else chosen
+
+    return words.sub(other, question)
 
 
 @cache
-def _groups(language: Language) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Words, and what may stand for each."""
-    return tuple((group[0], group[1:]) for group in read_blocks("synonyms.txt")[language].values())
+def _groups(language: Language) -> tuple[re.Pattern[str], dict[str, tuple[str, ...]]]:
+    """What finds the words that others may stand for, the longest first, and those others, by the word in small letters."""
+    others: dict[str, tuple[str, ...]] = {}
+    for group in read_blocks("synonyms.txt")[language].values():
+        word = group[0].lower()
+        others[word] = others.get(word, ()) + group[1:]
+    any_word = "|".join(map(re.escape, sorted(others, key=len, reverse=True)))
+    return re.compile(any_word if language == "zh" else rf"{_NOT_NAMES}\b(?:{any_word})\b", re.IGNORECASE), others
 
 
 def _between(rng: random.Random, question: str, language: Language) -> str:

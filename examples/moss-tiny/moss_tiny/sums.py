@@ -43,9 +43,9 @@ SHAPES = {  # of written expressions, with their weight
     "{a}^{n}": 1,
 }
 LARGEST = {"percent": 99, "power": 99, "square": 999, "cube": 99}  # of the first number, else results grow long
-PLAIN_SHARE = 0.35  # of wordings, those in the plain words that the file begins with
+PLAIN_SHARE = 0.3  # of wordings, those in the plain words that the file begins with
 _WRITTEN_SHARE = 0.45  # of questions with a written expression rather than words
-_FRAMED_SHARE = 0.65  # of questions in words, those that are "What is …?"
+_FRAMED_SHARE = 0.45  # of questions in words, those that are "What is …?"
 _TIMES = ("*", "*", "×", "x")
 _OVER = ("/", "/", "÷")
 

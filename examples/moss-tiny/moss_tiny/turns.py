@@ -87,9 +87,14 @@ def task_turn(task: Task, language: Language, tools: Tools) -> Answered | None:
     return Answered(_called(task, tool, language, _numbers(said, language)), number)
 
 
+def search_call(query: str) -> str:
+    """The call of the search."""
+    return f'Search("{query}")'
+
+
 def search_turn(intent: Intent, question: str, language: Language, search: Search) -> Turn:
     """A turn that looks an intent up; the answer names the first source that holds the fact, if one does."""
-    command = f'Search("{intent.query(language)}")'
+    command = search_call(intent.query(language))
     hits = [hit.text.lower() for hit in search(intent.query(language))]
     sources = [number for number, text in enumerate(hits, 1) if intent.fact[language].lower() in text]
     answer = intent.say[language] + (f"<sup><|{sources[0]}|></sup>" if sources else "")
@@ -98,7 +103,7 @@ def search_turn(intent: Intent, question: str, language: Language, search: Searc
 
 def lost_turn(question: str, language: Language, search: Search) -> Turn:
     """A turn that looks up what the documentation cannot know."""
-    command = f'Search("{question.rstrip(".?!。？！")}")'
+    command = search_call(question.rstrip(".?!。？！"))
     return _called(Task(question, command), "search", language, NOTHING_FOUND[language], search)
 
 
