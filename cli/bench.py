@@ -29,12 +29,13 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
     help=pick(
         "Measure how fast a model computes here, beside what this machine can do at best in the same run.\n\n"
         "Decoding is compared with the read bandwidth of memory (and of the disk, for weights that are streamed), "
-        "prefill with the processor's arithmetic. Limits and runs alternate; medians are told.\n\n"
+        "prefill with the processor's arithmetic. Limits and runs alternate; medians are told. It computes on the CPU, "
+        "whatever devices there are; benchmarks/gpu_suite.sh measures a CUDA device.\n\n"
         "\b\nExample: moss-jt bench --synthetic moss-moon-003-int4 --layers 8\n"
         "Example: moss-jt bench --model DIR --memory 6GiB --json",
         "测量模型在本机的速度，并与同一次运行中测得的本机极限比较。\n\n"
         "解码与内存读取带宽（流式读取的权重则与磁盘）比较，预填充与处理器的算力比较。"
-        "极限与运行交替测量，给出中位数。\n\n"
+        "极限与运行交替测量，给出中位数。始终在 CPU 上计算；测量 CUDA 设备请用 benchmarks/gpu_suite.sh。\n\n"
         "\b\n例如：moss-jt bench --synthetic moss-moon-003-int4 --layers 8\n"
         "例如：moss-jt bench --model DIR --memory 6GiB --json",
     )

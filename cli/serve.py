@@ -26,7 +26,7 @@ from moss_jt.language import pick
         "例如：moss-jt serve --model fnlp/moss-moon-003-sft-int4",
     )
 )
-@model_options(model_required=False)
+@model_options(embedded=True)
 @click.option(
     "--host",
     default="127.0.0.1",

@@ -39,7 +39,7 @@ UNAUTHORIZED = 401
         "例如：moss-jt web --model fnlp/moss-moon-003-sft-int4",
     )
 )
-@model_options(model_required=False, embedded=True)
+@model_options(embedded=True)
 @click.option(
     "--host",
     default="127.0.0.1",

@@ -19,7 +19,7 @@ from moss_jt.tools.drawing import SECONDS
 from moss_jt.tools.tool import Status
 
 MODEL = "stabilityai/sd-turbo"
-_INSTALL = "pip install 'moss-jt[draw]' transformers"
+_INSTALL = "pip install 'diffusers[torch]' transformers"
 _PROGRAM = """
 import json, sys
 wanted = json.load(sys.stdin)

@@ -26,7 +26,7 @@ class Ddgs:
         try:
             from ddgs import DDGS
         except ImportError as error:
-            raise ToolError("the library ddgs is not installed. Run: pip install 'moss-jt[search]'") from error
+            raise ToolError("the library ddgs is not installed. Run: pip install ddgs") from error
         try:
             found = DDGS(timeout=int(TIMEOUT)).text(query, max_results=2 * count)
         except Exception as error:  # it has errors of many kinds, and none of them is ours
@@ -36,7 +36,7 @@ class Ddgs:
     def check(self) -> Status:
         """Search for something, where the library is installed."""
         if find_spec("ddgs") is None:
-            return Status("off", pick("pip install 'moss-jt[search]'", "请安装：pip install 'moss-jt[search]'"))
+            return Status("off", pick("pip install ddgs", "请安装：pip install ddgs"))
         return tried(lambda: self.search(_TRIED, 1))
 
 

@@ -202,7 +202,7 @@ def test_diffusers_runs_in_a_process_of_its_own(diffusers: Path) -> None:
 
 def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moss_jt.tools.drawing_diffusers.find_spec", lambda name: None)
-    with pytest.raises(ToolError, match=r"pip install 'moss-jt\[draw\]'"):
+    with pytest.raises(ToolError, match=r"pip install 'diffusers\[torch\]' transformers"):
         Diffusers().draw("x")
     assert Diffusers().check().state == "off"
 
