@@ -44,18 +44,20 @@ class Budget:
         plan: how the memory was divided.
         sizes: of the matrices.
         store: what holds the weights.
+        floor: bytes of weights that never leave, as nobody else holds them.
     """
 
-    def __init__(self, plan: Plan, sizes: Sequence[MatrixSize], store: Holder) -> None:
+    def __init__(self, plan: Plan, sizes: Sequence[MatrixSize], store: Holder, *, floor: int = 0) -> None:
         self.plan = plan
         self._sizes = sizes
         self._store = store
+        self._room = plan.room - floor
         self._held = plan.resident_budget(1)
         self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
 
     def most_tokens(self, slots: int) -> int:
-        """Tokens that a cache of `slots` sequences could hold if every weight left for it."""
-        return max(0, self.plan.room // self.plan.needs.kv_bytes(1) - slots + 1) * BLOCK
+        """Tokens that a cache of `slots` sequences could hold if every weight left for it that may."""
+        return max(0, self._room // self.plan.needs.kv_bytes(1) - slots + 1) * BLOCK
 
     def check_tokens(self, tokens: int, slots: int) -> None:
         """Refuse a cache that could never be filled.
@@ -101,7 +103,7 @@ class Budget:
         taken = sum(consumer.cache.resident_bytes for consumer in consumers) + extra + more
         held = min(self.plan.budget_beside(taken), self.plan.resident_budget(1))
         # without a ring, weights cannot leave
-        if taken > self.plan.room or (held < self._held and not self.plan.ring_slots):
+        if taken > self._room or (held < self._held and not self.plan.ring_slots):
             raise DeviceMemoryError(
                 f"{format_size(taken)} for conversations and their buffers do not fit in {format_size(self.plan.memory)} "
                 f"beside the rest. Shorten a conversation, forget one, or give more memory."

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from moss_jt.device import Device, Place
+from moss_jt.errors import DeviceMemoryError
 from moss_jt.kv_layout import KVLayout
 
 Units = npt.NDArray[np.int32]
@@ -37,14 +38,17 @@ class BlockPool:
         place: of unit 0; whoever takes units must know that there is room behind.
         layout: of a block.
         lock: held by whoever computes a pass: no unit moves meanwhile.
+        room: gives the bytes from unit 0 on in which nothing else lies.
 
     Attributes:
         place, layout: as given.
     """
 
-    def __init__(self, device: Device, place: Place, layout: KVLayout, lock: threading.RLock) -> None:
+    def __init__(
+        self, device: Device, place: Place, layout: KVLayout, lock: threading.RLock, room: Callable[[], int]
+    ) -> None:
         self.place, self.layout = place, layout
-        self._device, self._lock = device, lock
+        self._device, self._lock, self._room = device, lock, room
         self._users: list[_User] = []
         self._gone: list[Units] = []  # tables of caches that nobody has any more
 
@@ -57,10 +61,21 @@ class BlockPool:
         assert layout == self.layout, "one pool holds one kind of block"
         return DeviceBlocks(self, count)
 
+    @property
+    def used_bytes(self) -> int:
+        """Of the units in use."""
+        return len(self._users) * self.layout.block_bytes
+
     def take(self, units: Units, block: int) -> None:
-        """Give a block of a table the next unit."""
+        """Give a block of a table the next unit.
+
+        Raises:
+            DeviceMemoryError: something else lies there.
+        """
         with self._lock:
             self.sweep()
+            if self.used_bytes + self.layout.block_bytes > self._room():
+                raise DeviceMemoryError("one more block of a conversation would lie where weights are. Ask again.")
             self._users.append(_User(units, block))
             units[block] = len(self._users) - 1
 
@@ -76,9 +91,10 @@ class BlockPool:
             units[block] = _NONE
             self._users.pop()
 
-    def copy(self, source: int, target: int) -> None:
-        """Copy the content of a unit to another."""
-        self._device.move(self.of(source), self.of(target), self.layout.block_bytes)
+    def copy(self, units: Units, source: int, target: int) -> None:
+        """Copy what one block of a table holds to another."""
+        with self._lock:
+            self._device.move(self.of(int(units[source])), self.of(int(units[target])), self.layout.block_bytes)
 
     def leave(self, units: Units) -> None:
         """A cache is gone. May be called anywhere, so nothing moves before `sweep`."""
@@ -119,4 +135,4 @@ class DeviceBlocks:
 
     def copy(self, source: int, target: int) -> None:
         """Copy what one block holds to another."""
-        self._pool.copy(int(self.units[source]), int(self.units[target]))
+        self._pool.copy(self.units, source, target)

@@ -257,7 +257,9 @@ class DeviceOps:
     def allow(self, allowed: npt.NDArray[np.bool_] | None) -> None:
         """Say which ids may come out, (V,); None for all."""
         self._masks = allowed is not None
-        if allowed is not None:
+        if allowed is None:
+            return
+        with self.space.lock:  # else it could become part of what another thread captures
             self.device.write(self.space.allowed, allowed.astype(np.uint8))
 
     def _find(self, wishes: Sequence[Wish], out: DeviceBuffer) -> npt.NDArray[np.void]:

@@ -189,12 +189,26 @@ class DeviceWeights:
         finally:
             progress.end()
 
-    def hold(self, rows: Mapping[str, int]) -> None:
+    @property
+    def free_bytes(self) -> int:
+        """At the start of the arena, where no weights lie or will come to lie."""
+        return self.arena_bytes - sum(matrix.room for matrix in self._matrices.values())
+
+    def hold(self, rows: Mapping[str, int], *, beside: int = 0) -> None:
         """Hold this many rows of each matrix from now on: fewer at once, more as they pass by. Only between passes.
 
+        Args:
+            rows: of each matrix.
+            beside: bytes at the start of the arena that others use.
+
         Raises:
-            DeviceMemoryError: they do not fit into the arena.
+            DeviceMemoryError: they do not fit into the rest of the arena; nothing has changed.
         """
+        total = sum(round_up(matrix.size.bytes_of(rows[name]), ALIGNMENT) for name, matrix in self._matrices.items())
+        if total > self.arena_bytes - beside:
+            raise DeviceMemoryError(
+                f"weights of {total} bytes do not fit in {self.arena_bytes - beside} on {self._device.name}."
+            )
         if self._is_moving:  # an interrupt struck: who knows what lies where
             for matrix in self._matrices.values():
                 matrix.held = 0
@@ -203,11 +217,6 @@ class DeviceWeights:
         for name, matrix in self._matrices.items():
             matrix.goal = rows[name]
             matrix.held = min(matrix.held, matrix.goal)
-        total = sum(matrix.room for matrix in self._matrices.values())
-        if total > self.arena_bytes:
-            raise DeviceMemoryError(
-                f"weights of {total} bytes do not fit in {self.arena_bytes} on {self._device.name}."
-            )
         offset = self.arena_bytes - total
         targets = {}
         for name, matrix in self._matrices.items():

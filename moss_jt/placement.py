@@ -37,6 +37,7 @@ from moss_jt.progress import Progress
 from moss_jt.weights import WeightStore
 from moss_jt.workspace import Terms, Workspace, device_needs
 
+_SPARE_BLOCKS = 8  # of caches, that several conversations leave half empty
 _HOST_MARGIN = 64 * MIB  # what the driver's copies take, and what nobody foresaw
 
 
@@ -101,7 +102,7 @@ def plan_both(
         device = make_plan(sizes, needs, memory=vram, context=context)
     except ConfigError as error:
         raise ConfigError(f"on the device, {error}") from error
-    base = resident_rows(sizes, device.resident_budget(device.context))
+    base = resident_rows(sizes, _floor(device))
     rest = rest_of(sizes, base)
     if not rest:
         return TwoPlans(device, None, base)
@@ -177,4 +178,9 @@ def fill(
         device.pin(part)
     space = Workspace(config, device, store, sizes=sizes, plan=plans.device, kind=kv, terms=terms)
     space.weights.load(plans.device.resident, progress)
-    return Placed(store, space, Budget(plans.device, sizes, space.weights), plans)
+    return Placed(store, space, Budget(plans.device, sizes, space, floor=_floor(plans.device)), plans)
+
+
+def _floor(plan: Plan) -> int:
+    """Bytes of weights that stay on the device however full its caches are, so that the host need not have them."""
+    return plan.budget_beside(plan.kv_bytes(plan.context) + _SPARE_BLOCKS * plan.kv_bytes(1))

@@ -236,6 +236,7 @@ class TieredMatrices:
 
     def start_at(self, rows: Mapping[str, int]) -> None:
         """Ask for the rows of each matrix from these on; a device has the others. Only between passes."""
+        assert all(rows[name] >= base for name, base in self._base.items()), "rows before `base` are not in here"
         self._is_cut = False
         for name, matrix in self._matrices.items():
             matrix.low = max(0, rows[name] - matrix.base)

@@ -6,6 +6,7 @@ the plan; what is left then is the arena, whose start belongs to the caches and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -184,7 +185,10 @@ class Workspace:
         self.middle = DeviceBuffer(places["middle"], rank_of(terms))
         self.weights = DeviceWeights(device, store, sizes, slab, slots=plan.ring_slots, slot_bytes=plan.slot_bytes)
         self.share: HostShare | None = None
-        self.pool = BlockPool(device, self.weights.arena, KVLayout.of(config, kind), store.lock)
+        weights = self.weights
+        self.pool = BlockPool(
+            device, weights.arena, KVLayout.of(config, kind), store.lock, room=lambda: weights.free_bytes
+        )
 
     def _upload_small(self, slab: Slab, sizes: Sequence[MatrixSize]) -> None:
         """Norms, biases, and the orders in which matrices hold their inputs, by the matrix."""
@@ -200,6 +204,20 @@ class Workspace:
         place = slab.take(values.nbytes, "norms and biases")
         self.device.write(place, values)
         return place
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by whoever computes a pass, or changes what lies where."""
+        return self.store.lock
+
+    def hold(self, rows: Mapping[str, int]) -> None:
+        """Hold this many rows of each matrix from now on, see `DeviceWeights.hold`; blocks that nobody has go first.
+
+        Raises:
+            DeviceMemoryError: they do not fit beside the blocks of conversations.
+        """
+        self.pool.sweep()
+        self.weights.hold(rows, beside=self.pool.used_bytes)
 
     def inputs(self, *, rounding: bool) -> Inputs:
         """How fast compute rounds the inputs of products: to half, but to int8 where the host, which can do no other

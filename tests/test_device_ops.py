@@ -323,15 +323,59 @@ def test_weights_leave_for_the_cache_and_return(golden: Path, golden_model: Load
 
 
 def test_a_cache_that_is_gone_gives_its_blocks_back(golden_model: Load, folder: Path) -> None:
-    seat = Seat(golden_model("tiny-int4/g32"), HostDevice(folder))
+    seat = Seat(golden_model("tiny-int4/g32"), HostDevice(folder), context=256)
     pool = seat.placed.space.pool
-    first, second = (seat.placed.space.cache(slots=1, tokens=64) for _ in range(2))
-    for cache in (first, second):
-        cache.reserve(0, 40)
-    assert [list(cache.blocks.units) for cache in (first, second)] == [[0, 1], [2, 3]]  # type: ignore[attr-defined]
-    del first, cache
+    first, second = (seat.model.runner(slots=1) for _ in range(2))
+    for runner in (first, second):
+        runner.cache.reserve(0, 40)
+    assert [list(runner.cache.blocks.units[:2]) for runner in (first, second)] == [[0, 1], [2, 3]]  # type: ignore[attr-defined]
+    del first, runner
     pool.sweep()
-    assert sorted(second.blocks.units) == [0, 1]  # type: ignore[attr-defined]
+    assert sorted(second.cache.blocks.units[:2]) == [0, 1]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("is_older", [True, False])
+def test_rows_come_back_beside_what_is_still_in_use(is_older: bool, golden_model: Load, folder: Path) -> None:
+    """They came to lie over blocks in use, where those of a cache that was gone had not been taken back before."""
+    model = golden_model("tiny-int4/g32")
+    ids, more = np.arange(1, 61, dtype=np.int32), single_batch(np.arange(5, 35, dtype=np.int32), start=60)
+    other = Seat(model, HostDevice(folder), kv="float16", context=128)
+    want, after = other.logits(ids), other.forward(more)
+    device = HostDevice(folder)
+    least, whole = needed(Checkpoint.open(model.path), device, "float16", 128)
+    seat = Seat(model, device, vram=(least + whole) // 2, kv="float16", context=128)
+    weights, gone = seat.placed.space.weights, seat.model.runner(slots=1)
+    if is_older:  # so its units are the first ones, and those of the living move
+        gone.cache.reserve(0, 60)
+    assert np.array_equal(seat.logits(ids), want)
+    if not is_older:
+        gone.cache.reserve(0, 60)
+    with_both = weights.resident_bytes
+    del gone
+    assert np.array_equal(seat.forward(more), after)
+    assert np.array_equal(seat.logits(ids), want)
+    assert weights.resident_bytes > with_both
+
+
+def test_rows_that_only_the_device_has_never_leave_it(
+    golden_model: Load, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two conversations together were longer than what was planned for: rows left that the host could not give."""
+    monkeypatch.setattr("moss_jt.placement._SPARE_BLOCKS", 0)  # as large as all of so small a model
+    model = golden_model("tiny-int4/g32")
+    ids = np.arange(1, 61, dtype=np.int32)
+    want = Seat(model, HostDevice(folder), kv="float16", context=32).logits(ids[:32])
+    device = HostDevice(folder)
+    least, whole = needed(Checkpoint.open(model.path), device, "float16", 32)
+    seat = Seat(model, device, vram=least + (whole - least) * 9 // 10, kv="float16", context=32)
+    assert any(seat.placed.plans.base.values())
+    assert np.array_equal(seat.logits(ids[:32]), want)
+    runners = []
+    with pytest.raises(DeviceMemoryError, match="Shorten a conversation, forget one, or give more memory"):
+        for _ in range(20):
+            runners.append(seat.model.runner(slots=1))
+            runners[-1].cache.reserve(0, 32)
+    assert np.array_equal(seat.logits(ids[:32]), want)
 
 
 def test_an_interrupt_while_weights_move_loses_nothing(
