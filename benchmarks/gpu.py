@@ -17,18 +17,21 @@ offload    fp16 under each cap beside transformers with accelerate's offload (gp
 swap       fp16 under each cap beside Jittor's own swap (gpu_offload.py; aim 2 times)
 jittor     Jittor itself in CUDA mode (gpu_jittor.py): it starts, and computes what numpy does
 
-Each part ends with a JSON line as soon as it is measured, and a table comes last; the exit code is 1 where numbers are
-wrong. Without a device it says so and exits with 0.
+Each part ends with a JSON line as soon as it is measured, and a table comes last; rows go to stderr before. Several parts
+run in processes of their own: after a fault of the device a process can do nothing more with it. The exit code is 1
+where numbers are wrong. Without a device it says so and exits with 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -42,6 +45,7 @@ import gpu_peers
 import numpy as np
 from gpu_model import Stage
 from gpu_peers import PAST_CACHES, SHAPES
+from gpu_rows import Rows
 from peers.environment import folder_of, python_of
 
 from moss_jt.checkpoint import Checkpoint
@@ -66,6 +70,7 @@ TOKENS = (1, 2, 4, 8, 16, 64, 512)
 WAYS = {"halves": np.float16, "bytes": np.int8}  # how inputs are rounded
 ALLOWED: dict[Compute, float] = {"exact": 1e-3, "fast": 2e-2}
 Results = dict[str, Any]
+PART_SECONDS = 570  # for a part; offload and swap want fewer --caps at once
 
 
 def timed(device: Device, work: Callable[[], None], *, least_s: float = 0.05, runs: int = 9) -> list[float]:
@@ -106,7 +111,7 @@ def bandwidth(_: argparse.Namespace) -> Results:
     device, nbytes = CupyDevice(), 256 << 20
     pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
     target = device.allocate(nbytes, "measuring")
-    results: Results = {"copy_gb_per_s": round(copy_rate(device) / 1e9, 1)}
+    results: Results = Rows(copy_gb_per_s=round(copy_rate(device) / 1e9, 1))
     for name, values in (("pinned", pinned), ("ordinary", np.ones(nbytes, np.uint8))):
         taken = timed(device, partial(device.write, target, values, stays=True))
         rates = [nbytes / each / 1e9 for each in taken]
@@ -121,7 +126,9 @@ def kernels(_: argparse.Namespace) -> Results:
     files = [str(ROOT / "tests" / "kernels" / f"test_cuda_{name}.py") for name in names]
     variables = {**os.environ, "MOSS_JT_TEST_DEVICE": "0", "PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "pytest", "-q", "-W", "default", "--rootdir", str(ROOT), *files]
-    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, env=variables, check=False)
+    done = subprocess.run(
+        line, stdout=subprocess.PIPE, text=True, env=variables, check=False, timeout=PART_SECONDS - 30
+    )
     told = done.stdout.splitlines()
     return {
         "told": told[-1] if told else "",
@@ -132,7 +139,7 @@ def kernels(_: argparse.Namespace) -> Results:
 
 def golden(_: argparse.Namespace) -> Results:
     """The largest difference from the original's logits."""
-    results: Results = {}
+    results: Results = Rows()
     for name in MODELS:
         path = GOLDEN / name / "expected.npz"
         want = np.load(path if path.is_file() else path.parents[1] / "expected.npz")
@@ -164,7 +171,7 @@ def products(_: argparse.Namespace) -> Results:
     """Weights per second for each shape and number of tokens."""
     device = CupyDevice()
     limit = copy_rate(device)
-    results: Results = {"copy_gb_per_s": round(limit / 1e9, 1)}
+    results: Results = Rows(copy_gb_per_s=round(limit / 1e9, 1))
     kinds = [*itertools.product(WAYS, ("int4", "int8")), ("halves", "float16"), ("halves", "bfloat16")]
     for (way, kept), (name, shape) in itertools.product(kinds, SHAPES.items()):
         device_here = CupyDevice()
@@ -291,15 +298,41 @@ def main() -> int:
     if driver.problem is not None:
         print(f"not measured: {driver.problem}")
         return 0
-    found = {}
-    for name in names:
-        try:
-            found[name] = PARTS[name](arguments)
-        except Exception as error:  # the parts that follow tell what they can
-            found[name] = {"failed": f"{type(error).__name__}: {error}", "wrong": True}
-        print(keep(f"gpu_{name}", found[name], save=arguments.save), flush=True)
+    found = {name: _measured(name, arguments) if len(names) == 1 else _apart(name, arguments) for name in names}
     print("\n".join(table(found)))
     return int(any(results.get("wrong") for results in found.values()))
+
+
+def _measured(name: str, arguments: argparse.Namespace) -> Results:
+    """A part, and its line."""
+    try:
+        results = PARTS[name](arguments)
+    except Exception as error:  # whatever it is belongs into the line
+        traceback.print_exc()
+        results = {"failed": f"{type(error).__name__}: {error}", "wrong": True}
+    print(keep(f"gpu_{name}", results, save=arguments.save), flush=True)
+    return results
+
+
+def _apart(name: str, arguments: argparse.Namespace) -> Results:
+    """The same in a process of its own, which has so much time."""
+    options = [
+        f"--{key.replace('_', '-')}={value}" for key, value in vars(arguments).items() if value not in (None, False)
+    ]
+    options = ["--save" if option == "--save=True" else option for option in options if not option.startswith("--only")]
+    line = [sys.executable, __file__, *options, "--only", name]
+    try:
+        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False, timeout=PART_SECONDS)
+        told = [each for each in done.stdout.splitlines() if each.startswith("{")]
+        problem = f"its process ended with {done.returncode}"
+    except subprocess.TimeoutExpired:
+        told, problem = [], f"it took longer than {PART_SECONDS} s"
+    if not told:
+        results: Results = {"failed": problem, "wrong": True}
+        told = [keep(f"gpu_{name}", results, save=arguments.save)]
+    print(told[-1], flush=True)
+    found: Results = json.loads(told[-1])["results"]
+    return found
 
 
 def table(found: Mapping[str, Results]) -> list[str]:

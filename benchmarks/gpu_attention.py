@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from gpu_rows import Rows
 
 from moss_jt.batch import tiles_of
 from moss_jt.device import Device, Place
@@ -30,7 +31,7 @@ KINDS: tuple[tuple[KVType, int, str], ...] = (("float16", 1, "half"), ("int8", 2
 
 def attention(open_device: Callable[[], Device], timed: Timed) -> Results:
     """Seconds of each kernel, stretches merged, their rates, and how far their results are apart."""
-    results: Results = {}
+    results: Results = Rows()
     for kind, number, name in KINDS:
         for tokens, context in CASES:
             device = open_device()

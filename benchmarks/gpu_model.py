@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gpu_rows import Rows
 
 from moss_jt.batch import Batch
 from moss_jt.bench import parse_synthetic
@@ -165,7 +166,7 @@ def bytes_of(model: Model) -> int:
 
 def resident(stage: Stage, copy_rate: float) -> Results:
     """Prefill and decoding of each kind of weights that the device holds whole, against copies within the device."""
-    results: Results = {}
+    results: Results = Rows()
     for kind in stage.kinds:
         with loaded(stage, kind, context=640) as model:
             assert model.placed is not None
@@ -190,7 +191,7 @@ def resident(stage: Stage, copy_rate: float) -> Results:
 
 def batch(stage: Stage) -> Results:
     """What a step of 16 conversations takes against a step of one."""
-    results: Results = {}
+    results: Results = Rows()
     for kind in stage.kinds:
         with loaded(stage, kind, context=1024) as model:
             steps = {}
@@ -206,7 +207,7 @@ def batch(stage: Stage) -> Results:
 
 def context(stage: Stage, limits: Sequence[int] = (12 * GIB, 4 * GIB)) -> Results:
     """int4 with 2048 tokens within limits of memory: whether anything is streamed, and how fast the last tokens are."""
-    results: Results = {}
+    results: Results = Rows()
     for limit in limits:
         with loaded(stage, "int4", limit=limit, context=stage.config("int4").n_positions) as model:
             found = answer(model, prompts_for(model, 1, model.max_tokens - NEW), NEW)
@@ -241,11 +242,11 @@ def link_rate(model: Model) -> float:
 
 def caps(stage: Stage, context: int = 256) -> Results:
     """Each kind of weights under each cap: the same tokens, no more memory, and how near to what the link allows."""
-    results: Results = {}
+    results: Results = Rows()
+    before = stage.used()  # once: what this process takes with its first opening stays
     for kind in stage.kinds:
         want: list[list[int]] | None = None
         for cap in sorted(stage.caps, reverse=True):
-            before = stage.used()
             with loaded(stage, kind, limit=cap, context=context) as model:
                 assert model.placed is not None
                 weights, device = model.placed.space.weights, model.placed.space.device
@@ -280,7 +281,7 @@ def share(stage: Stage, limit: int = 8 * GIB) -> Results:
     from moss_jt import launch
 
     launch.warm_up()
-    results: Results = {}
+    results: Results = Rows()
     for part in (0.0, 0.25, 0.5, 0.75, 1.0, "auto"):
         with loaded(stage, "int4", limit=limit) as model:
             assert model.placed is not None

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_model import NEW, PROMPT, Stage, answer, loaded, prompts_for
+from gpu_rows import Rows
 
 from moss_jt.config import MossConfig
 from moss_jt.memory import GIB
@@ -143,7 +144,7 @@ def compare(stage: Stage, peer: Peer, limits: Limits, runner: Callable[..., Resu
     if absent:
         return {"not_measured": f"{limits.python} has no {', '.join(absent)}: {peer.install}"}
     config = stage.config(KIND)
-    results: Results = {"layers": config.n_layer}
+    results: Results = Rows(layers=config.n_layer)
     for cap in sorted(stage.caps):
         name = f"{cap / GIB:g}GiB"
         ours = ours_under(stage, cap)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from gpu_rows import Rows
 
 from moss_jt.device import Device
 from moss_jt.layout import TileLayout
@@ -31,7 +32,7 @@ def products(open_device: Callable[[], Device]) -> Results:
     """Seconds of a product by each, and how many times ours is faster; medians of pairs."""
     if importlib.util.find_spec("torch") is None:
         return {"not_measured": "torch is not installed"}
-    results: Results = {}
+    results: Results = Rows()
     for name, shape in SHAPES.items():
         for tokens in TOKENS:
             device = open_device()

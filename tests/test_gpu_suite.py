@@ -244,3 +244,32 @@ def test_jittor_without_a_device_is_not_measured(benchmark_module: Import, offlo
         pytest.skip("there is a device: it would be measured")
     for found in (benchmark_module("gpu_jittor").part("cuda", only=["sort"]), offload.swap(None, offload.Limits())):
         assert list(found) == ["not_measured"] and "Jittor cannot use CUDA here: " in found["not_measured"]
+
+
+def test_parts_run_in_processes_of_their_own(
+    benchmark_module: Import, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A fault of the device in one of them left all that followed unmeasured."""
+    gpu = benchmark_module("gpu")
+    rows = benchmark_module("gpu_rows").Rows()
+    rows["int4 8GiB"] = {"wrong": False}
+    assert json.loads(capfd.readouterr().err) == {"int4 8GiB": {"wrong": False}}
+    asked: list[list[str]] = []
+
+    def run(line: list[str], **_: object) -> Any:
+        asked.append(line)
+        if line[-1] == "caps":
+            raise gpu.subprocess.TimeoutExpired(line, 570)
+        told = '{"results": {"int4": {"tokens": 5}, "wrong": false}}\na table' if line[-1] == "resident" else ""
+        return gpu.subprocess.CompletedProcess(line, -6, told)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "keep", lambda name, results, *, save: json.dumps({"benchmark": name, "results": results}))
+    monkeypatch.setattr(gpu, "ask_driver", lambda: gpu.argparse.Namespace(problem=None))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "golden,resident,caps", "--caps", "8", "--save"])
+    assert gpu.main() == 1
+    assert [line[-2:] for line in asked] == [["--only", name] for name in ("golden", "resident", "caps")]
+    assert all("--save" in line and "--caps=8" in line and "--layers=34" in line for line in asked)
+    told = capfd.readouterr().out
+    assert "its process ended with -6" in told and "it took longer than 570 s" in told
+    assert '"tokens": 5' in told
