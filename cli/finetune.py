@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +200,7 @@ def command(*, as_json: bool, **values: Any) -> None:
     from moss_jt.finetune.run import finetune
     from moss_jt.finetune.team import find_team
     from moss_jt.progress import Quiet
+    from moss_jt.startup.mpi import processes
 
     request = _request(values)
     try:
@@ -207,6 +210,10 @@ def command(*, as_json: bool, **values: Any) -> None:
         done = finetune(request, team=team, progress=Quiet() if team.rank else TerminalProgress())
     except KeyboardInterrupt:
         click.echo(_stopped(checkpoints(request.output_dir)), err=True)
+        _leave_the_others(processes())
+        raise
+    except Exception:
+        _leave_the_others(processes())
         raise
     if team.rank:
         return
@@ -216,6 +223,12 @@ def command(*, as_json: bool, **values: Any) -> None:
     for line in _notes(done):
         click.echo(line, err=True)
     click.echo(done.path)
+
+
+def _leave_the_others(processes: int) -> None:
+    """See that a process that fails ends: MPI's own end would wait for the others, which wait for this one."""
+    if processes > 1:
+        atexit.register(os._exit, 1)
 
 
 def _request(values: dict[str, Any]) -> Request:

@@ -180,6 +180,8 @@ def test_encoded_data_is_kept_and_known_again(golden: Path, tmp_path: Path) -> N
         ('{"chat": {}, "num_turns": 1}', "there is no turn_1, and num_turns says that there is"),
         ('{"chat": {"turn_1": {"Robot": ""}}}', "has the field 'Robot'; a turn has Human"),
         ('{"chat": {"turn_1": {"Human": 3}}}', "'Human' is 3; it must be text"),
+        ("\n", r"train\.jsonl: no records in there"),
+        ('{"text": ""}', r"train\.jsonl: none of the 1 records gives a sample: .* \(--max_length\), or .* nothing"),
     ],
 )
 def test_wrong_data_is_named(golden: Path, tmp_path: Path, text: str, words: str) -> None:
@@ -188,6 +190,19 @@ def test_wrong_data_is_named(golden: Path, tmp_path: Path, text: str, words: str
         load_samples(tmp_path, "train", golden / TOKENIZER, DataSettings(), cache_dir=tmp_path)
     with pytest.raises(ConfigError, match=r"has no data for val: wanted is val\.jsonl"):
         load_samples(tmp_path, "val", golden / TOKENIZER, DataSettings(), cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_data_as_windows_writes_it(ends: str, golden: Path, tmp_path: Path) -> None:
+    """The mark before the text was refused in .jsonl, and was learned in .txt."""
+    found = []
+    for folder, mark, end in ((tmp_path / "plain", "", "\n"), (tmp_path / "marked", "\ufeff", ends)):
+        folder.mkdir()
+        lines = [json.dumps(conversation("Answer")), json.dumps({"text": "Some words."})]
+        (folder / "train.jsonl").write_bytes((mark + end.join(lines)).encode())
+        (folder / "train.txt").write_bytes(f"{mark}One line.{end}Another.".encode())
+        found.append(load_samples(folder, "train", golden / TOKENIZER, DataSettings(), cache_dir=tmp_path / "cache"))
+    assert len(found[0]) == 3 and np.array_equal(found[0].ids, found[1].ids)
 
 
 def numbered(lengths: list[int]) -> Samples:

@@ -311,6 +311,16 @@ def test_a_full_disk_while_a_log_is_written(tmp_path: Path) -> None:
         RunLog(tmp_path / "file", tensorboard=False)
 
 
+def test_the_log_of_another_run_in_the_same_folder_is_put_aside(tmp_path: Path) -> None:
+    """It was emptied where two runs had the same --log_dir."""
+    for number in range(3):
+        lines = RunLog(tmp_path, tensorboard=False)
+        lines.write(1, {"loss": float(number)})
+        lines.close()
+    names = ("log-1.jsonl", "log-2.jsonl", "log.jsonl")
+    assert [json.loads((tmp_path / name).read_text("utf-8"))["loss"] for name in names] == [0, 1, 2]
+
+
 def test_a_log_that_a_disk_has_spoilt(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n\0\0\xff\n[]\n{"step": 2}\n')
     RunLog(tmp_path, begun=2, tensorboard=False).close()

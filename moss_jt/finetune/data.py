@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,9 +74,15 @@ def join(samples: Iterable[Sample | None]) -> Samples:
             continue
         ids.append(sample.ids)
         labels.append(sample.labels)
-    nothing = np.zeros(0, np.int32)
     ends = np.cumsum([len(part) for part in ids], dtype=np.int64)
-    return Samples(np.concatenate([nothing, *ids]), np.concatenate([nothing, *labels]), ends, dropped)
+    return Samples(_flat(ids), _flat(labels), ends, dropped)
+
+
+def _flat(parts: list[Ids]) -> Ids:
+    """Parts one after the other; the list is emptied, for they may be most of the memory."""
+    whole: Ids = np.concatenate([np.zeros(0, np.int32), *parts])
+    parts.clear()
+    return whole
 
 
 def load_samples(
@@ -110,25 +116,42 @@ def load_samples(
         found = _encode(files, tokenizer_dir, settings, progress or Quiet())
         _write(kept, found)
     if not len(found):
-        raise ConfigError(
-            f"{files[0]}: no sample of at most {settings.max_length} tokens in it. Give a larger --max_length."
-        )
+        raise ConfigError(f"{files[0]}{_others(files)}: {_nothing(found.dropped, settings)}")
     return found
+
+
+def _others(files: list[Path]) -> str:
+    return f" and {len(files) - 1} more" if len(files) > 1 else ""
+
+
+def _nothing(dropped: int, settings: DataSettings) -> str:
+    """Why records gave no sample, and what to do."""
+    if not dropped:
+        return "no records in there. Put in conversations or texts, or remove it where it is data for validation."
+    return (
+        f"none of the {dropped} records gives a sample: not even a first turn fits into {settings.max_length} tokens "
+        "(--max_length), or there is nothing in them that is learned, such as an answer."
+    )
 
 
 def _encode(files: list[Path], tokenizer_dir: Path, settings: DataSettings, progress: Progress) -> Samples:
     strips = settings.original and not _is_sentencepiece(tokenizer_dir)  # which has no such habit
     encoder = Encoder(load_tokenizer(tokenizer_dir, strip_around_added=strips), settings)
-    made: list[Sample | None] = []
-    progress.begin(pick("Encoding the data", "编码数据"), sum(file.stat().st_size for file in files), "B")
-    try:
+
+    def samples() -> Iterator[Sample | None]:
         for file in files:
             for place, record in read_records(file):
-                made += list(encoder.samples(record, place)) or [None]
+                made = list(encoder.samples(record, place))
+                yield from made
+                if not made:
+                    yield None
             progress.advance(file.stat().st_size)
+
+    progress.begin(pick("Encoding the data", "编码数据"), sum(file.stat().st_size for file in files), "B")
+    try:
+        return join(samples())
     finally:
         progress.end()
-    return join(made)
 
 
 def _is_sentencepiece(folder: Path) -> bool:

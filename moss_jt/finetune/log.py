@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -23,6 +24,7 @@ class RunLog:
     Args:
         folder: made if it is not there.
         begun: steps of a run that goes on: what it holds of them stays, what came after is dropped, for it is done again.
+            For 0 the log of another run in this folder is put aside as `log-1.jsonl`, `log-2.jsonl`, ….
         tensorboard: whether to write event files too; None where the package is installed.
 
     Raises:
@@ -33,12 +35,15 @@ class RunLog:
     def __init__(self, folder: Path, *, begun: int = 0, tensorboard: bool | None = None) -> None:
         has_package = find_spec(PACKAGE) is not None
         if tensorboard and not has_package:
-            raise ConfigError(f"--tensorboard needs the package {PACKAGE}: pip install 'moss-jt[train]'")
+            raise ConfigError(f"--tensorboard needs the package {PACKAGE}: pip install tensorboardX")
         self._file = folder / "log.jsonl"
         self._writer: Any = None
         with writing(self._file):
             folder.mkdir(parents=True, exist_ok=True)
-            _keep_steps(self._file, begun)
+            if begun:
+                _keep_steps(self._file, begun)
+            else:
+                _put_aside(self._file)
             self._lines = self._file.open("a", encoding="utf-8")
             if has_package and tensorboard is not False:
                 from tensorboardX import SummaryWriter
@@ -60,6 +65,13 @@ class RunLog:
             self._lines.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _put_aside(file: Path) -> None:
+    """Give the log of another run another name."""
+    if file.exists() and file.stat().st_size:
+        names = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(1))
+        file.rename(next(name for name in names if not name.exists()))
 
 
 def _keep_steps(file: Path, begun: int) -> None:

@@ -54,21 +54,28 @@ def read_records(file: Path) -> Iterator[tuple[str, Record]]:
     Raises:
         ConfigError: the file cannot be read, or holds something else.
     """
-    try:
-        text = file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read as UTF-8 text: {error}.") from error
-    if file.suffix == ".txt":
-        yield str(file), {"text": text}
-    elif file.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
+    if file.suffix == ".jsonl":
+        for number, line in enumerate(_lines(file), 1):
             if line.strip():
                 yield f"{file}:{number}", _record(_parse(line, f"{file}:{number}"), f"{file}:{number}")
+        return
+    text = "".join(_lines(file))
+    if file.suffix == ".txt":
+        yield str(file), {"text": text}
     else:
         values = _parse(text, str(file))
         for number, value in enumerate(values if isinstance(values, list) else [values], 1):
             place = f"{file}, record {number}" if isinstance(values, list) else str(file)
             yield place, _record(value, place)
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a text, one at a time: the data may be larger than the memory."""
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            yield from lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read as UTF-8 text: {error}.") from error
 
 
 def _parse(text: str, place: str) -> Any:

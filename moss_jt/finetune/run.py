@@ -162,6 +162,10 @@ def _places(request: Request, progress: Progress) -> tuple[Path | None, Path]:
         raise ConfigError(
             "--new_tokens needs new rows in the model, and --lora_rank leaves it as it is. Give one of them."
         )
+    if request.init is not None and request.adapter is not None:
+        raise ConfigError(
+            "--lora_rank adds to a model that has learned, and --init begins with none. Give one of them."
+        )
     if request.model is None:
         if request.tokenizer is None:
             raise ConfigError("a new model (--init) needs --tokenizer, the folder of its tokenizer.")

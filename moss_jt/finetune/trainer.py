@@ -8,9 +8,11 @@ learned tokens, however they are shared out over passes, batches and processes.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moss_jt import startup
+from moss_jt.errors import ConfigError
 from moss_jt.finetune import checkpoint
 from moss_jt.finetune.batches import Order, Pass, learned_tokens, passes_of
 from moss_jt.finetune.data import Samples
+from moss_jt.finetune.interrupts import held_back, terminating
 from moss_jt.finetune.optimizer import AdamW
 from moss_jt.finetune.parameters import Floats, Parameters
 from moss_jt.finetune.schedule import rate_factor
@@ -140,23 +144,28 @@ class Trainer:
     def run(self, until: int | None = None) -> Scalars:
         """Train to the end, or to a step; gives the last figures of training and validation.
 
-        An interrupt stops it at once, but for the time that a checkpoint of the steps done takes; a second one does
-        not wait for that.
+        An interrupt (Ctrl-C, SIGTERM) stops it at once, but for the time that a checkpoint of the steps done takes; a
+        second one does not wait for that.
+
+        Raises:
+            ConfigError: gradients are not numbers.
+            DiskError: the disk is full or fails.
         """
         end = self.total if until is None else min(until, self.total)
         figures: Scalars = {}
         self.progress.begin(pick("Training", "训练"), end - self.done, pick("steps", "步"))
-        try:
-            while self.done < end:
-                figures |= self.step()
-                figures |= self._between_steps(is_last=self.done == self.total)
-                self.progress.advance(1)
-        except KeyboardInterrupt:
-            if self._is_whole and self.done > self._kept:
-                self.save()
-            raise
-        finally:
-            self.progress.end()
+        with terminating():
+            try:
+                while self.done < end:
+                    figures |= self.step()
+                    figures |= self._between_steps(is_last=self.done == self.total)
+                    self.progress.advance(1)
+            except KeyboardInterrupt:
+                if self._is_whole and self.done > self._kept:
+                    self.save()
+                raise
+            finally:
+                self.progress.end()
         return figures
 
     def _between_steps(self, *, is_last: bool) -> Scalars:
@@ -178,15 +187,21 @@ class Trainer:
         sums = self._gradients(list(passes_of(self.job.training, mine, settings.pass_tokens)), total)
         names = self._trained
         norm = self._optimizer.gradient_norm(names)
+        if not math.isfinite(norm):
+            raise ConfigError(
+                f"the gradients of step {self.done + 1} are not numbers any more; its values are not taken, and earlier "
+                "checkpoints are kept. Train again into another --output_dir with a smaller --learning_rate."
+            )
         scale = min(1.0, settings.clip / (norm + 1e-6)) if settings.clip else 1.0
         rate = settings.learning_rate * rate_factor(
             self.done, warmup_steps=round(settings.warmup * self.total), total_steps=self.total
         )
         ages = {name: self.done + 1 - self.first_step(name) for name in names}
-        self._is_whole = False
-        self._optimizer.step(ages, learning_rate=rate, scale=scale)
-        self.done += 1
-        self._is_whole = True
+        with held_back():
+            self._is_whole = False
+            self._optimizer.step(ages, learning_rate=rate, scale=scale)
+            self.done += 1
+            self._is_whole = True
         seconds = time.monotonic() - began
         figures = {
             "loss": sums.loss,
@@ -294,9 +309,15 @@ class Trainer:
         """What must be the same for a run to go on as if it had not stopped."""
         free = ("eval_step", "save_step", "keep", "pass_tokens", "recompute", "max_steps")
         settings = {key: value for key, value in self.settings.to_dict().items() if key not in free}
-        data = hashlib.sha256(self.job.training.ids.tobytes() + self.job.training.labels.tobytes())
-        told = {**settings, "steps": self.total, "processes": self.team.size, "data": data.hexdigest()[:16]}
+        told = {**settings, "steps": self.total, "processes": self.team.size, "data": self._data_hash}
         return {**told, **self.job.identity}
+
+    @cached_property
+    def _data_hash(self) -> str:
+        """Of the training data; taken from where they lie, since they may be most of the memory."""
+        data = hashlib.sha256(self.job.training.ids.data)
+        data.update(self.job.training.labels.data)
+        return data.hexdigest()[:16]
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -31,7 +31,7 @@ def read_tokens(file: Path) -> list[str]:
         ConfigError: it cannot be read, or names a token twice.
     """
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--new_tokens {file} cannot be read as UTF-8 text: {error}.") from error
     tokens = [line for line in lines if line]
@@ -50,9 +50,9 @@ def new_ids(source: Path, tokens: Sequence[str]) -> dict[str, int]:
         source: its folder.
         tokens: the wanted ones.
     """
-    count, added = load_tokenizer(source).vocab_size, _added(source)
-    wanted = [token for token in tokens if token not in added]
-    return {token: count + place for place, token in enumerate(wanted)}
+    tokenizer, added = load_tokenizer(source), _added(source)
+    wanted = [token for token in tokens if token not in added and not _is_token(tokenizer, token)]
+    return {token: tokenizer.vocab_size + place for place, token in enumerate(wanted)}
 
 
 def extend_tokenizer(source: Path, new: Mapping[str, int], target: Path) -> None:
@@ -81,6 +81,12 @@ def extend_tokenizer(source: Path, new: Mapping[str, int], target: Path) -> None
         copy_tokenizer(source, target)
         (target / _ADDED).write_text(text, "utf-8")
     load_tokenizer(target)  # refuses what cannot be a token
+
+
+def _is_token(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a tokenizer makes one token of a text already, as it does of common words."""
+    ids = tokenizer.encode(text, inside=True)
+    return len(ids) == 1 and tokenizer.decode(ids) == text
 
 
 def _added(folder: Path) -> dict[str, int]:
