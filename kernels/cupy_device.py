@@ -37,6 +37,20 @@ _log = logging.getLogger(__name__)
 _own: dict[int, int] = {}  # by device, what opening it first took: the driver's part is taken once in a process
 
 
+def own_bytes(taken: int | None, known: int | None) -> int:
+    """What a process takes on a device before anything is allocated: the driver's part and our modules.
+
+    Args:
+        taken: bytes that opening it took; None where nobody tells.
+        known: what was found when it was opened first in this process, if it was.
+    """
+    if known is not None:
+        return max(known, min(taken or 0, _MOST))
+    if taken is None or taken < _LEAST:  # another library has opened it before: the driver's part is there already
+        return _CONTEXT
+    return min(taken, _MOST)
+
+
 class CupyDevice:
     """One CUDA device.
 
@@ -75,8 +89,8 @@ class CupyDevice:
             after = used_memory(self._device.pci_bus_id)
         except (ImportError, RuntimeError) as error:
             raise KernelError(f"CUDA device {index} cannot be used: {error}. `moss-jt doctor` checks it.") from error
-        taken = _CONTEXT if before is None or after is None else min(max(after - before, _LEAST), _MOST)
-        self.own_bytes = _own[index] = max(taken, _own.get(index, 0))
+        taken = None if before is None or after is None else after - before
+        self.own_bytes = _own[index] = own_bytes(taken, _own.get(index))
         usual = free - max(_RESERVE, free // _RESERVE_SHARE)
         self._account = Account(max(0, usual if limit is None else min(limit - self.own_bytes, usual)))
         self.capacity = self._account.capacity
