@@ -44,6 +44,8 @@ SHAPES = {  # of written expressions, with their weight
 }
 LARGEST = {"percent": 99, "power": 99, "square": 999, "cube": 99}  # of the first number, else results grow long
 PLAIN_SHARE = 0.3  # of wordings, those in the plain words that the file begins with
+PLAINEST_SHARE = 0.3  # of calculations, the four kinds in the plainest words: among so many others they become rare
+_PLAINEST = ("add", "subtract", "multiply", "divide")
 _WRITTEN_SHARE = 0.45  # of questions with a written expression rather than words
 _FRAMED_SHARE = 0.45  # of questions in words, those that are "What is …?"
 _TIMES = ("*", "*", "×", "x")
@@ -65,6 +67,8 @@ class Task:
 
 def draw_sum(rng: random.Random, language: Language, *, held: bool = False) -> Task:
     """A calculation."""
+    if not held and rng.random() < PLAINEST_SHARE:
+        return _plainest(rng, language)
     if rng.random() < _WRITTEN_SHARE:
         expression = draw_expression(rng, held=held)
         question = fill(frame(rng, language, held=held), {"e": spelled(rng, expression)})
@@ -74,6 +78,15 @@ def draw_sum(rng: random.Random, language: Language, *, held: bool = False) -> T
     values = _values(rng, held=held) | _limited(rng, kind, held=held)
     expression = fill(texts(block, "command", language)[0], values)
     return Task(fill(_in_words(rng, language, kind, held=held), values), call(expression))
+
+
+def _plainest(rng: random.Random, language: Language) -> Task:
+    """What most people ask: "What is 37 times 489?"."""
+    kind, blocks = rng.choice(_PLAINEST), read_plain_blocks("sums.txt")
+    words = choose(rng, texts(blocks[kind], "words", language))
+    sentence = choose(rng, texts(blocks["frames"], "ask", language)).replace("{e}", words)
+    values = _values(rng, held=False)
+    return Task(fill(sentence, values), call(fill(texts(blocks[kind], "command", language)[0], values)))
 
 
 def draw_pair(rng: random.Random, language: Language, *, held: bool = False) -> Task:
