@@ -183,4 +183,6 @@ def fill(
 
 def _floor(plan: Plan) -> int:
     """Bytes of weights that stay on the device however full its caches are, so that the host need not have them."""
+    if not plan.ring_slots:  # nothing can leave
+        return plan.total_bytes
     return plan.budget_beside(plan.kv_bytes(plan.context) + _SPARE_BLOCKS * plan.kv_bytes(1))
