@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 _own: dict[int, int] = {}  # by device, what opening it first took: the driver's part is taken once in a process
 
 
-def own_bytes(taken: int | None, known: int | None) -> int:
+def _own_bytes(taken: int | None, known: int | None) -> int:
     """What a process takes on a device before anything is allocated: the driver's part and our modules.
 
     Args:
@@ -90,7 +90,7 @@ class CupyDevice:
         except (ImportError, RuntimeError) as error:
             raise KernelError(f"CUDA device {index} cannot be used: {error}. `moss-jt doctor` checks it.") from error
         taken = None if before is None or after is None else after - before
-        self.own_bytes = _own[index] = own_bytes(taken, _own.get(index))
+        self.own_bytes = _own[index] = _own_bytes(taken, _own.get(index))
         usual = free - max(_RESERVE, free // _RESERVE_SHARE)
         self._account = Account(max(0, usual if limit is None else min(limit - self.own_bytes, usual)))
         self.capacity = self._account.capacity

@@ -13,7 +13,6 @@ import pytest
 from moss_jt import accelerator
 from moss_jt.accelerator import open_accelerator
 from moss_jt.errors import ConfigError, KernelError
-from moss_jt.kernels.cupy_device import own_bytes
 from moss_jt.startup.gpu import Driver, Gpu
 
 OLD = Gpu("GeForce GTX 1080", 8 << 30, (6, 1))
@@ -119,19 +118,3 @@ def test_what_was_asked_for_by_name_must_be_there(  # noqa: PLR0917
     with pytest.raises(kind, match=words):
         open_accelerator(name)
     assert not opened
-
-
-@pytest.mark.parametrize(
-    ("taken", "known", "own"),
-    [
-        (500 << 20, None, 500 << 20),
-        (None, None, 512 << 20),
-        (9 << 20, None, 512 << 20),
-        (9 << 20, 500 << 20, 500 << 20),
-        (None, 500 << 20, 500 << 20),
-        (9 << 30, None, 1 << 30),
-    ],
-)
-def test_what_the_driver_takes_counts(taken: int | None, known: int | None, own: int) -> None:
-    """Where torch or Jittor had opened the device before, only our modules counted."""
-    assert own_bytes(taken, known) == own

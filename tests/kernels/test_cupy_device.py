@@ -180,7 +180,13 @@ def test_memory_is_counted_and_given_back(cupy: FakeCupy) -> None:
 
 @pytest.mark.parametrize(
     ("said", "own"),
-    [([None, None], 512 << 20), ([1 << 30, 1 << 29], 64 << 20), ([0, 5 << 30], 1 << 30), ([0, 90 << 20], 90 << 20)],
+    [
+        ([None, None], 512 << 20),
+        ([1 << 30, 1 << 29], 512 << 20),
+        ([9 << 30, (9 << 30) + 5], 512 << 20),  # torch or Jittor had opened the device before
+        ([0, 5 << 30], 1 << 30),
+        ([0, 90 << 20], 90 << 20),
+    ],
 )
 def test_what_the_driver_takes_is_believed_within_reason(
     said: list[int | None], own: int, used: list[int | None], cupy: FakeCupy

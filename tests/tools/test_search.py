@@ -144,7 +144,7 @@ def test_ddgs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ToolError, match="ddgs found nothing: division by zero"):
         Ddgs().search("q", 3)
     monkeypatch.setitem(sys.modules, "ddgs", None)
-    with pytest.raises(ToolError, match=r"pip install 'moss-jt\[search\]'"):
+    with pytest.raises(ToolError, match=r"pip install ddgs"):
         Ddgs().search("q", 3)
 
 
