@@ -133,7 +133,7 @@ def _open(values: dict[str, Any], longest: int, screen: Screen, times: dict[str,
 
     name, synthetic, layers = values.pop("model"), values.pop("synthetic"), values.pop("layers")
     options = load_options({**values, "context": longest})
-    require_cpu(options["device"])
+    require_cpu(options["device"], vram=options.pop("vram"), host_share=options.pop("host_share"))
     options["device"] = "cpu"
     progress = screen.progress()
     config = None if synthetic is None else parse_synthetic(synthetic, layers=layers)
@@ -143,7 +143,6 @@ def _open(values: dict[str, Any], longest: int, screen: Screen, times: dict[str,
     times["start_s"] = round(time.perf_counter() - began, 2)
     began = time.perf_counter()
     if config is not None:
-        del options["vram"], options["host_share"]
         if options.pop("adapter") is not None:
             raise click.UsageError(pick("--adapter is for --model.", "--adapter 需与 --model 同用。"))
         model = synthetic_model(config, **options, progress=progress)

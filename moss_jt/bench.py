@@ -160,15 +160,19 @@ def synthetic_model(
     return Model(nowhere, store, compute=compute, device="cpu", max_tokens=plan.context, kv=kind, budget=budget)
 
 
-def require_cpu(device: str) -> None:
-    """Refuse a device: the limits here are those of the processor and its memory.
+def require_cpu(device: str, *, vram: int | str | None = None, host_share: float | str = "auto") -> None:
+    """Refuse a device and what is said of one: the limits here are those of the processor and its memory.
 
     Raises:
-        ConfigError: another device was asked for by name.
+        ConfigError: another device was asked for by name, or a limit or a share for one was given.
     """
     if device not in ("auto", "cpu"):
         raise ConfigError(
             f'device is "{device}"; bench measures the CPU. benchmarks/gpu_suite.sh measures a CUDA device.'
+        )
+    if vram is not None or host_share not in (0, "auto"):
+        raise ConfigError(
+            "vram or host_share was given; bench measures the CPU, whatever devices there are. Leave it out."
         )
 
 

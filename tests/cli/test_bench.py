@@ -125,6 +125,8 @@ def test_lists_of_numbers_are_checked(value: str) -> None:
         (["--synthetic", "gpt-2"], "no synthetic model 'gpt-2'"),
         ([*TINY, "--context", "16"], "more than the 16 new tokens"),
         ([*TINY, "--device", "cuda"], "bench measures the CPU"),
+        ([*TINY, "--vram", "4GiB"], "vram or host_share was given"),
+        ([*TINY, "--host-share", "0.5"], "vram or host_share was given"),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
