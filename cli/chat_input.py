@@ -83,9 +83,19 @@ class TerminalInput:
         """The next message."""
         try:
             with _leaving_on_sigterm(self._session.app):
-                return self._session.prompt([("bold ansicyan", you())])
+                return as_typed(self._session.prompt([("bold ansicyan", you())]))
         except EOFError:
             return None
+
+
+def as_typed(text: str) -> str:
+    """What somebody typed whose terminal sends GBK where the locale says UTF-8: the line editor makes escapes of it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        with contextlib.suppress(UnicodeError):
+            return text.encode("utf-8", "surrogateescape").decode("gb18030")
+    return text
 
 
 @contextlib.contextmanager
@@ -133,6 +143,13 @@ def _open_history(path: Path) -> History:
     """The history in a file that only the user can read, or in memory where no file can be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
+    class Forgiving(FileHistory):
+        """A message that cannot be written down is sent all the same."""
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(as_typed(string).encode("utf-8", "replace").decode())
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -140,7 +157,7 @@ def _open_history(path: Path) -> History:
         os.close(handle)
     except OSError:
         return InMemoryHistory()
-    return FileHistory(str(path))
+    return Forgiving(str(path))
 
 
 def _key_bindings() -> KeyBindings:

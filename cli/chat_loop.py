@@ -60,6 +60,11 @@ def _answer_all(talk: Talk, source: Input) -> bool:
             talk.screen.end_answer()
             talk.screen.error(str(error))
             good = warned = False
+        except (
+            KeyboardInterrupt
+        ):  # a moment before the answer or after it: it must not end the chat and unload the model
+            talk.screen.end_answer()
+            warned = True
         if warned and not talk.screen.interactive:
             raise KeyboardInterrupt
     return good
@@ -89,9 +94,9 @@ def _show_answer(talk: Talk, events: Iterator[ChatEvent]) -> bool:
     if finished is not None:
         talk.last = finished.stats
         if finished.kept:
+            _keep(talk)
             show_sources(talk.screen, talk.session.turns[-1])
         _explain_end(talk, finished)
-        _keep(talk)
     return interrupted or (finished is not None and finished.reason == "cancelled")
 
 
@@ -181,9 +186,17 @@ def _explain_end(talk: Talk, finished: Finished) -> None:
 
 
 def _keep(talk: Talk) -> None:
-    """Write the conversation down after each answer, so that leaving or a crash loses nothing."""
+    """Write the conversation down after each answer, so that leaving, a crash or Ctrl-C right now loses nothing."""
     if not talk.screen.interactive or not talk.keeping:
         return
+    try:
+        _save(talk)
+    except KeyboardInterrupt:
+        _save(talk)
+        raise
+
+
+def _save(talk: Talk) -> None:
     try:
         last_chat().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         talk.session.save(last_chat())

@@ -62,6 +62,7 @@ TOOLS: Mapping[str, ToolLine] = {
     "solve": ToolLine("Equation solver", "Solve(equation)"),
     "draw": ToolLine("Text-to-image", "Text2Image(description)"),
 }
+_STATUS = re.compile(r"- [^:]+: (?:disabled\.|enabled\.(?: API: .+)?)")
 _NEVER_OFFERED = ("Image edition", "Text-to-speech")
 
 
@@ -234,6 +235,12 @@ def system_prompt(template: Template, enabled_tools: Iterable[str | ToolLine] = 
     lines += [_status(ToolLine(title, None), False) for title in _NEVER_OFFERED]
     lines += [_status(tool, True) for tool in own]
     return META_INSTRUCTION + "".join(f"{line}\n" for line in lines)
+
+
+def is_own_prompt(system: str) -> bool:
+    """Whether a system prompt is one that `system_prompt` makes, whatever tools it names."""
+    lines = system.removeprefix(META_INSTRUCTION).splitlines()
+    return system.startswith(META_INSTRUCTION) and all(_STATUS.fullmatch(line) for line in lines)
 
 
 def _status(tool: ToolLine, enabled: bool) -> str:

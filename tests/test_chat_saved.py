@@ -13,7 +13,7 @@ from scripted_chat import FIELDS, README, finish, make, script
 
 from moss_jt.chat import ChatSession
 from moss_jt.errors import ConversationError
-from moss_jt.template import Turn
+from moss_jt.template import ToolLine, Turn, system_prompt
 from moss_jt.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -53,6 +53,25 @@ def test_another_template_reads_the_same_file(tokenizer: Tokenizer, tmp_path: Pa
     finish(other.reply("2"))
     expected = FIELDS.conversation_text("Be brief.", [Turn("1", moss="One."), Turn("2")])
     assert tokenizer.decode(engine.requests[0].ids) == expected
+
+
+@pytest.mark.parametrize("saved", [(), ("calc",), (ToolLine("Chess", "Move(square)"),)])
+def test_the_systems_own_prompt_becomes_that_of_the_tools_that_are_on(
+    tokenizer: Tokenizer, tmp_path: Path, saved: tuple[Any, ...]
+) -> None:
+    for form in (README, FIELDS):
+        path = write_file(tmp_path, system=system_prompt(form, saved), turns=[turn(human="1", answer="One.")])
+        session, _ = make(tokenizer, "Two.", template=FIELDS)
+        session.load(path)
+        assert session.system == system_prompt(FIELDS)
+        assert len(session.turns) == 1
+
+
+def test_a_prompt_of_ones_own_stays_even_if_it_begins_with_that_of_moss(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for system in (system_prompt(FIELDS) + "Be brief.\n", "- Calculator: disabled.\n", ""):
+        session, _ = make(tokenizer, "Two.", template=FIELDS)
+        session.load(write_file(tmp_path, system=system, turns=[turn(human="1", answer="One.")]))
+        assert session.system == system
 
 
 def test_ids_of_another_tokenizer_are_not_trusted(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from moss_jt.config import GenerationConfig
 from moss_jt.errors import ConversationError
 from moss_jt.language import pick
 from moss_jt.messages import FinishedEvent, PrefillEvent, Request, TokenEvent
-from moss_jt.template import system_prompt
+from moss_jt.template import is_own_prompt, system_prompt
 
 if TYPE_CHECKING:
     from moss_jt.engine import Engine
@@ -230,7 +230,8 @@ class ChatSession:
     def load(self, path: Path) -> None:
         """Take the conversation of a file in place of this one.
 
-        Ids are used where this tokenizer reads them as the same text, else the text is encoded anew.
+        Ids are used where this tokenizer reads them as the same text, else the text is encoded anew. MOSS's own system
+        prompt becomes that of this conversation, which names the tools that are on now.
 
         Raises:
             ConversationError: the file is not a saved conversation; nothing has changed then.
@@ -238,7 +239,7 @@ class ChatSession:
         self._check_idle()
         system, saved = read_conversation(path)
         turns = [restored_turn(turn, self._template, self._tokenizer, self._text_of) for turn in saved]
-        self.set_system(system)
+        self.set_system(None if is_own_prompt(system) else system)
         self.clear()
         self._turns = turns
 

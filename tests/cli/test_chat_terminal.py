@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import stat
@@ -236,6 +237,14 @@ def test_chinese(start: Start) -> None:
     assert "（已停止；/continue 继续，/retry 重新回答）" in chat.await_prompt()
     chat.type("stop\r")
     assert chat.end().endswith("再见。\n")
+
+
+def test_a_terminal_that_sends_gbk_is_understood(start: Start) -> None:
+    chat = start(answers=["Good."])
+    chat.await_prompt()
+    os.write(chat.child.child_fd, "你好".encode("gbk"))
+    assert "MOSS: Good." in chat.say("")
+    assert kept_turns() == [("你好", "Good.")]
 
 
 @pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
