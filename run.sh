@@ -124,6 +124,7 @@ install_browser() { # Debian's, for the tests of the web pages; other systems ke
 
 LOG=
 child=
+unset PYTHONPATH PYTHONHOME # another Python's packages would come before ours
 
 stop() {
     trap - INT TERM HUP
@@ -162,8 +163,8 @@ show_log() {
 
 # ---- the virtual environment ----------------------------------------------------------------------------------
 
-stamp() { # what an installation depends on: the place, the settings of the package
-    printf '%s %s\n' "$ROOT" "$(cat "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum)"
+stamp() { # what an installation depends on: the place, the Python that the link leads to, the settings of the package
+    printf '%s %s %s\n' "$ROOT" "$(readlink -f "$VENV/bin/python")" "$(cat "$ROOT/setup.py" "$ROOT/pyproject.toml" | cksum)"
 }
 
 is_set_up() { # EXTRA or nothing
@@ -228,6 +229,9 @@ install() { # EXTRA or nothing
     say "installing moss-jt and what it needs into $VENV (once; some minutes)" \
         "正在把 moss-jt 及其依赖装入 $VENV（仅一次，需几分钟）"
     unset PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
+    for info in "$VENV"/lib/python3*/site-packages/*.dist-info; do # what a killed pip has left half of counts for it as whole
+        [ ! -d "$info" ] || [ -e "$info/INSTALLER" ] || rm -rf "$info"
+    done
     cuda=$(cuda_extra)
     extras=$1${1:+${cuda:+,}}$cuda
     if lacks_old_numpy; then # pip would compile numpy 1.26 for many minutes; moss-jt makes Jittor right with numpy 2
@@ -297,6 +301,6 @@ test)
     *) extra= ;;
     esac
     is_set_up "$extra" || set_up_alone "$extra"
-    exec "$VENV/bin/python" -m moss_jt.cli "$@"
+    exec "$VENV/bin/moss-jt" "$@" # with python -m, files in the user's folder would be imported in place of packages
     ;;
 esac

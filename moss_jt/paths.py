@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from moss_jt.errors import StartupError
+
 HOME_VARIABLE = "MOSS_JT_HOME"
 EMBEDDED_MODEL = "moss-tiny"  # the name of the model that comes with the package
 
@@ -23,12 +25,21 @@ def expand(text: str) -> Path:
 
 
 def home() -> Path:
-    """The folder of everything that moss-jt stores for this user."""
+    """The folder of everything that moss-jt stores for this user.
+
+    Raises:
+        StartupError: the user has no home folder, and no other is named.
+    """
     chosen = os.environ.get(HOME_VARIABLE)
     if chosen:
         return expand(chosen).absolute()
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache").absolute() / "moss-jt"
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache").absolute() / "moss-jt"
+    except RuntimeError as error:
+        raise StartupError(
+            f"this user has no home folder: set {HOME_VARIABLE} to a folder that you can write"
+        ) from error
 
 
 def jittor_home() -> Path:

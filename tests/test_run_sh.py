@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TOOLS = "sh cat cksum tail tr cut date mktemp rm sed sleep dirname env ln mkdir cp chmod flock touch grep"
+TOOLS = "sh cat cksum tail tr cut date mktemp rm sed sleep dirname env ln mkdir cp chmod flock touch grep readlink"
 PYTHON = """#!/bin/sh
 printf 'python %s\\n' "$(printf '%s' "$*" | head -n 1)" >>"$CALLS"
 case "$*" in
@@ -25,7 +25,9 @@ case "$*" in
 "-m venv --clear "*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
 "-m pip install"*)
     if [ -n "${PIP_HANGS:-}" ]; then echo >"$CALLS.hangs"; exec sleep 60; fi
-    if [ -n "${PIP_FAILS:-}" ]; then echo "no route to the index"; exit 1; fi ;;
+    if [ -n "${PIP_FAILS:-}" ]; then echo "no route to the index"; exit 1; fi
+    printf '#!/bin/sh\\necho "in $PWD: moss-jt $*"\\n' >"${0%/*}/moss-jt"
+    chmod +x "${0%/*}/moss-jt" ;;
 "-m moss_jt.cli"* | "-m pytest"*) echo "in $PWD: $*" ;;
 esac
 """
@@ -103,11 +105,11 @@ def machine(tmp_path: Path) -> Machine:
 def test_sets_up_once_and_passes_words_on_from_where_the_user_is(machine: Machine) -> None:
     first = machine.run("chat", "--model", "a b")
     assert first.returncode == 0, first.stderr
-    assert first.stdout == f"in {machine.elsewhere}: -m moss_jt.cli chat --model a b\n"
+    assert first.stdout == f"in {machine.elsewhere}: moss-jt chat --model a b\n"
     assert "installing moss-jt" in first.stderr
     assert f"-m pip install --no-input --disable-pip-version-check -e {machine.checkout}\n" in machine.called()
     second = machine.run("doctor", "--json")
-    assert second.stdout == f"in {machine.elsewhere}: -m moss_jt.cli doctor --json\n"
+    assert second.stdout == f"in {machine.elsewhere}: moss-jt doctor --json\n"
     assert second.stderr == ""
     assert machine.called().count("pip install") == 1
 
@@ -133,7 +135,7 @@ def test_where_old_numpy_has_no_wheel_it_is_not_compiled(machine: Machine) -> No
 @pytest.mark.parametrize(("word", "extra"), [("serve", "serve"), ("finetune", "train"), ("web", "web")])
 def test_what_a_command_needs_comes_with_it(machine: Machine, word: str, extra: str) -> None:
     machine.run("chat")
-    assert machine.run(word, "--help").stdout == f"in {machine.elsewhere}: -m moss_jt.cli {word} --help\n"
+    assert machine.run(word, "--help").stdout == f"in {machine.elsewhere}: moss-jt {word} --help\n"
     assert f"-e {machine.checkout}[{extra}]\n" in machine.called()
     assert "installing" not in machine.run(word).stderr + machine.run("chat").stderr
 
@@ -160,6 +162,26 @@ def test_a_moved_checkout_is_installed_again(machine: Machine) -> None:
     assert "installing moss-jt" in machine.run("chat").stderr
 
 
+def test_an_upgraded_python_is_set_up_again(machine: Machine) -> None:
+    machine.run("chat")
+    machine.add("python3.99", PYTHON)
+    link = machine.checkout / ".venv" / "bin" / "python"
+    link.unlink()
+    link.symlink_to(machine.bin / "python3.99")
+    assert "installing" in machine.run("chat").stderr
+    assert "installing" not in machine.run("chat").stderr
+
+
+def test_what_a_killed_pip_has_left_half_of_is_installed_again(machine: Machine) -> None:
+    packages = machine.checkout / ".venv" / "lib" / "python3.11" / "site-packages"
+    for name in ("half", "whole"):
+        (packages / f"{name}-1.0.dist-info").mkdir(parents=True)
+        (packages / f"{name}-1.0.dist-info" / "METADATA").touch()
+    (packages / "whole-1.0.dist-info" / "INSTALLER").write_text("pip\n")
+    machine.run("chat")
+    assert [path.name for path in packages.iterdir()] == ["whole-1.0.dist-info"]
+
+
 def test_names_the_apt_line_to_a_user(machine: Machine) -> None:
     (machine.bin / "g++").unlink()
     done = machine.run("chat", MISSING="python3-venv\npython3-dev\n")
@@ -175,7 +197,7 @@ def test_runs_the_apt_line_as_root(machine: Machine) -> None:
     done = machine.run("chat", MISSING="python3-venv\n", USER_ID="0")
     assert done.returncode == 0, done.stderr
     assert "apt-get update\napt-get install -y --no-install-recommends python3-venv\n" in machine.called()
-    assert "-m moss_jt.cli chat" in done.stdout
+    assert ": moss-jt chat" in done.stdout
 
 
 def test_the_tests_get_a_browser(machine: Machine) -> None:

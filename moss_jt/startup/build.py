@@ -170,10 +170,21 @@ def _write_stamp(plan: Plan, jittor: Any) -> None:
     cache = str(plan.home / ".cache")
     places = {str(getattr(module, "__file__", None)) for module in list(sys.modules.values())}
     compiled = sorted(place for place in places if place.startswith(cache) and place.endswith(".so"))
+    sizes = {place: _safe_size(Path(place)) for place in compiled}
     stamp = stamp_file(plan)
     stamp.parent.mkdir(parents=True, exist_ok=True)
     temporary = stamp.with_suffix(".new")
     temporary.write_text(
-        json.dumps({"files": compiled, "jittor": jittor.__version__, "device": plan.device}, indent=1), "utf-8"
+        json.dumps({"files": sizes, "jittor": jittor.__version__, "device": plan.device}, indent=1), "utf-8"
     )
     temporary.replace(stamp)
+
+
+def _safe_size(file: Path) -> int:
+    """Bytes of a file, once they are on the disk: what the stamp speaks of must outlast a loss of power."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)

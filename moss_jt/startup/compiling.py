@@ -46,10 +46,10 @@ def is_built(plan: Plan) -> bool:
     """Whether the core of this plan is compiled and all of it is still there."""
     try:
         stamp = json.loads(stamp_file(plan).read_text("utf-8"))
-        wanted = [Path(name) for name in stamp["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        is_whole = all(Path(name).stat().st_size == size for name, size in stamp["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return is_prepared(plan) and all(file.is_file() for file in wanted)
+    return is_whole and is_prepared(plan)
 
 
 def ensure_built(plan: Plan, progress: Progress) -> None:

@@ -6,6 +6,7 @@ only look. Nothing here imports Jittor or numpy.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import os
 import platform
@@ -16,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from moss_jt.errors import StartupError
+from moss_jt.memory import available_memory
 from moss_jt.paths import HOME_VARIABLE
 
 JITTOR_VERSION = "1.3.11.0"
@@ -140,18 +142,31 @@ def require_usable_home(home: Path) -> None:
         )
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=home):
-            pass
+        with tempfile.TemporaryFile(dir=home) as file:
+            has_locks = _can_lock(file.fileno())
     except OSError as error:
         raise StartupError(
             f"the folder {home} must be writable for Jittor's compiled code, found: {error.strerror or error}; "
             f"set {HOME_VARIABLE} to a folder that you can write"
         ) from error
+    if not has_locks:
+        raise StartupError(
+            f"the folder {home} lies on a file system without locks, which Jittor needs; "
+            f"set {HOME_VARIABLE} to a folder on a local disk"
+        )
     if os.statvfs(home).f_flag & os.ST_NOEXEC:
         raise StartupError(
             f"the folder {home} lies on a disk mounted noexec, where compiled code cannot run; "
             f"set {HOME_VARIABLE} to a folder elsewhere"
         )
+
+
+def _can_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def free_bytes(folder: Path) -> int:
@@ -214,12 +229,13 @@ def _cgroup_cores() -> int:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Total and available main memory."""
+    """Main memory of the machine, and what this process may still take: less, in a container with a limit."""
     values: dict[str, int] = {}
     for line in Path("/proc/meminfo").read_text("ascii").splitlines():
         name, _, rest = line.partition(":")
         values[name] = int(rest.split()[0]) << 10
-    return values["MemTotal"], values.get("MemAvailable", values["MemFree"])
+    free = min(values.get("MemAvailable", values["MemFree"]), available_memory())
+    return values["MemTotal"], free
 
 
 def compile_jobs() -> int:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from moss_jt.errors import StartupError
 from moss_jt.progress import Progress, Quiet
-from moss_jt.startup.compiling import ensure_built, is_built, log_file
+from moss_jt.startup.compiling import ensure_built, is_built, log_file, stamp_file
 from moss_jt.startup.loading import load
 from moss_jt.startup.plan import Device, DeviceWish, Plan, make_plan
 
@@ -110,8 +110,10 @@ def _load_and_check(plan: Plan) -> ModuleType:
             f"Jittor needs the package {error.name}: {sys.executable} -m pip install {error.name}"
         ) from error
     except Exception as error:  # Jittor raises bare Exception, AssertionError and RuntimeError alike
+        stamp_file(plan).unlink(missing_ok=True)  # the next start looks through what was compiled
         raise StartupError(
-            f"importing Jittor failed: {_first_line(error)} (its last compilation's log: {log_file(plan.home)})"
+            f"importing Jittor failed: {_first_line(error)} (its last compilation's log: {log_file(plan.home)}). "
+            f"Start again; if that does not help, delete {plan.home}: it is made anew"
         ) from error
     check(module)
     return module

@@ -32,7 +32,7 @@ from moss_jt.startup.compiling import stamp_file
 def work(plan, report):
     def stamp():
         stamp_file(plan).parent.mkdir(exist_ok=True)
-        stamp_file(plan).write_text(json.dumps({"files": [__import__("os").__file__]}))
+        stamp_file(plan).write_text(json.dumps({"files": {os.__file__: os.stat(os.__file__).st_size}}))
     home = plan.home
     BODY
 build._build = work
@@ -117,14 +117,16 @@ def test_what_is_built_is_not_built_again(plan: Plan, monkeypatch: pytest.Monkey
 
 def test_stamp_counts_only_while_its_files_are_there(plan: Plan, tmp_path: Path) -> None:
     core = tmp_path / "core.so"
-    core.write_text("", "ascii")
+    core.write_text("code", "ascii")
     stamp = compiling.stamp_file(plan)
     stamp.parent.mkdir()
-    stamp.write_text(json.dumps({"files": [str(core)]}), "utf-8")
+    stamp.write_text(json.dumps({"files": {str(core): 4}}), "utf-8")
     assert compiling.is_built(plan)
+    core.write_text("", "ascii")
+    assert not compiling.is_built(plan), "cut off by a loss of power"
     core.unlink()
     assert not compiling.is_built(plan)
-    for broken in ("", "[]", "{}", '{"files": 3}', "\0"):
+    for broken in ("", "[]", "{}", '{"files": 3}', '{"files": ["core.so"]}', "\0"):
         stamp.write_text(broken, "utf-8")
         assert not compiling.is_built(plan)
 

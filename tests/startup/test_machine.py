@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from fake_machine import install_wheel
 
+from moss_jt import paths
 from moss_jt.errors import StartupError
 from moss_jt.startup import machine
 
@@ -94,6 +95,33 @@ def test_home_without_execution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC))
     with pytest.raises(StartupError, match="mounted noexec, where compiled code cannot run; set MOSS_JT_HOME"):
         machine.require_usable_home(tmp_path)
+
+
+def test_home_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(StartupError, match="on a file system without locks, which Jittor needs; set MOSS_JT_HOME"):
+        machine.require_usable_home(tmp_path)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(paths.HOME_VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", refuse)
+    with pytest.raises(StartupError, match="no home folder: set MOSS_JT_HOME to a folder that you can write"):
+        paths.home()
+
+
+def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: 1500 << 20)
+    monkeypatch.setattr(machine, "logical_cores", lambda: 64)
+    assert machine.memory_bytes()[1] <= 1500 << 20
+    assert machine.compile_jobs() <= 2
 
 
 def test_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,9 +228,12 @@ def test_device_before_the_start(fresh: None) -> None:
     ],
 )
 def test_import_that_fails_is_told_and_not_tried_again(
-    fresh: None, monkeypatch: pytest.MonkeyPatch, raised: BaseException, words: str
+    fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raised: BaseException, words: str
 ) -> None:
     calls = []
+    stamp = tmp_path / "stamp"
+    stamp.touch()
+    monkeypatch.setattr(starting, "stamp_file", lambda plan: stamp)
 
     def load(plan: object) -> None:
         calls.append(plan)
@@ -242,6 +245,7 @@ def test_import_that_fails_is_told_and_not_tried_again(
         with pytest.raises(StartupError, match=words):
             starting.import_jittor(device="cpu")
     assert len(calls) == 1
+    assert stamp.exists() != isinstance(raised, RuntimeError), "what was compiled is looked through at the next start"
 
 
 def test_interrupted_import_is_not_tried_again(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
