@@ -7,6 +7,8 @@ numbers are exact too: 0.1+0.2 is 0.3. Every operation checks the size of its re
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -18,7 +20,9 @@ DIGITS = 50  # of a number that is not exact
 MAX_BITS = 1 << 16  # of a numerator or denominator: 19,700 digits
 MAX_POWER = 1 << 40  # of two, that a number that is not exact may reach
 LONGEST = 500  # digits of a whole number that is written out
-_NOTHING = 40  # decimal places: what is closer to a whole number than this, after rounding errors, is one
+_MULTIPLES = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
+_MULTIPLE = re.compile("(?:(?!千[米克瓦卡赫帕伏焦]|[百千万]分)[十百千万亿])+")  # 千米 and 百分点 are units themselves
+_SURE = 40  # of these digits those that rounding errors do not reach
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Value:
     Attributes:
         number: a Fraction, or an mpf of `DIGITS` digits.
         whole: made of whole numbers by operations that keep them whole.
-        unit: in which it was given, "" for none.
+        unit: in which it was given, "" for none; a multiple (万) stands only at its beginning.
     """
 
     number: Fraction | Inexact
@@ -75,10 +79,28 @@ def make(number: Any, *, whole: bool = False, unit: str = "") -> Value:
     if not mp.isfinite(number):
         raise ToolError("the result is not finite.")
     if number and abs(mp.mag(number)) > MAX_POWER:
-        raise ToolError("the result is too large.")
-    if abs(number) < mp.mpf(10) ** DIGITS and abs(number - mp.nint(number)) < mp.mpf(10) ** -_NOTHING:
-        return Value(Fraction(int(mp.nint(number))), unit=unit)  # sin(pi) is 0, not 1e-51
+        raise ToolError(f"the result is too {'large' if mp.mag(number) > 0 else 'close to zero'}.")
+    if abs(number) < mp.mpf(10) ** DIGITS and is_nothing(number - mp.nint(number), beside=mp.nint(number)):
+        return Value(Fraction(int(mp.nint(number))), unit=unit)  # sqrt(2)*sqrt(8) is 4
     return Value(number, unit=unit)
+
+
+def is_nothing(number: Inexact, *, beside: Inexact) -> bool:
+    """Whether a number is 0, or so small beside another that it may be a rounding error of it."""
+    return bool(abs(number) <= abs(beside) * context().mpf(10) ** -_SURE)
+
+
+def plain(value: Value) -> Value:
+    """The value with the multiple in its unit counted: 30000 元 for 3 万元."""
+    found = _MULTIPLE.match(value.unit)
+    if found is None:
+        return value
+    times = math.prod(_MULTIPLES[sign] for sign in found[0])
+    return make(value.number * times, whole=value.whole, unit=value.unit[found.end() :])
+
+
+def _is_multiple(value: Value) -> bool:
+    return _MULTIPLE.match(value.unit) is not None
 
 
 def add(a: Value, b: Value, sign: int = 1) -> Value:
@@ -88,21 +110,26 @@ def add(a: Value, b: Value, sign: int = 1) -> Value:
     left, right = exact(a), exact(b)
     if left is not None and right is not None:
         return make(left + sign * right, whole=a.whole and b.whole, unit=a.unit)
-    return make(real(a) + sign * real(b), unit=a.unit)
+    found = real(a) + sign * real(b)
+    return make(0 if is_nothing(found, beside=real(a)) else found, unit=a.unit)  # sqrt(12) - 2*sqrt(3) is 0
 
 
 def multiply(a: Value, b: Value) -> Value:
-    """A product; units are written one behind the other."""
+    """A product; units are written one behind the other, of 万 and 千 the multiples are counted."""
+    if _is_multiple(a) and _is_multiple(b):
+        a, b = plain(a), plain(b)
     left, right = exact(a), exact(b)
-    unit = a.unit + b.unit
+    unit = b.unit + a.unit if _is_multiple(b) else a.unit + b.unit
     if left is not None and right is not None:
         return make(left * right, whole=a.whole and b.whole, unit=unit)
     return make(real(a) * real(b), unit=unit)
 
 
 def divide(a: Value, b: Value) -> Value:
-    """A quotient, never whole; equal units cancel."""
+    """A quotient, never whole; equal units cancel, and nothing is left "per 万"."""
     _not_zero(b)
+    if a.unit != b.unit and _is_multiple(b):
+        a, b = plain(a), plain(b)
     unit = "" if a.unit == b.unit else f"{a.unit}/{b.unit}" if b.unit else a.unit
     left, right = exact(a), exact(b)
     if left is not None and right is not None:
@@ -112,7 +139,7 @@ def divide(a: Value, b: Value) -> Value:
 
 def floor_divide(a: Value, b: Value) -> Value:
     """The largest whole number not above the quotient."""
-    quotient = divide(a, b)
+    quotient = divide(a, b) if a.unit == b.unit else divide(plain(a), plain(b))
     known = exact(quotient)
     number = known.__floor__() if known is not None else int(context().floor(quotient.number))
     return make(number, whole=a.whole and b.whole, unit=quotient.unit)
@@ -120,6 +147,8 @@ def floor_divide(a: Value, b: Value) -> Value:
 
 def remainder(a: Value, b: Value) -> Value:
     """What is left by `floor_divide`; it has the sign of the divisor, as in Python."""
+    if a.unit != b.unit:
+        a, b = plain(a), plain(b)
     return add(a, multiply(floor_divide(Value(a.number, a.whole), Value(b.number, b.whole)), b), -1)
 
 
@@ -132,7 +161,8 @@ def power(a: Value, b: Value) -> Value:
         return _whole_power(a, base, int(exponent), b.whole)
     mp = context()
     x, y = real(a), real(b)
-    if x < 0 or (x == 0 and y < 0):
+    is_whole = exponent is not None and exponent.denominator == 1
+    if (x < 0 and not is_whole) or (x == 0 and y < 0):
         raise ToolError("the result is not a real number.")
     if exponent is not None and base is not None and exponent.denominator == 2:
         found = exact(root(a, 2))
@@ -140,7 +170,8 @@ def power(a: Value, b: Value) -> Value:
             return _whole_power(a, found, exponent.numerator, False)
     if x and abs(mp.mag(x) * y) > MAX_POWER:
         raise ToolError("the result is too large.")
-    return make(x**y)
+    found = abs(x) ** y
+    return make(-found if x < 0 and exponent is not None and exponent % 2 else found, unit=a.unit)
 
 
 def _whole_power(a: Value, base: Fraction, exponent: int, whole: bool) -> Value:

@@ -16,11 +16,12 @@ from moss_jt.tools.arithmetic import (
     floor_divide,
     make,
     multiply,
+    plain,
     power,
     remainder,
     written,
 )
-from moss_jt.tools.functions import FUNCTIONS, constant, factorial
+from moss_jt.tools.functions import FUNCTIONS, KEEP_UNITS, constant, factorial
 from moss_jt.tools.grammar import Apply, Both, Name, Number, Sign, Tree, parse
 
 OPERATORS: Mapping[str, Callable[[Value, Value], Value]] = {
@@ -89,6 +90,8 @@ def _applied(tree: Apply) -> Value:
     if function is None:
         raise ToolError(f"there is no function {tree.name[:40]!r}.")
     values = [value_of(argument) for argument in tree.arguments]
+    if tree.name.lower() not in KEEP_UNITS:
+        values = [plain(value) for value in values]
     try:
         return function(*values)
     except TypeError as error:

@@ -12,6 +12,7 @@ nevertheless. Runs in the worker process, which limits time and memory.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from moss_jt.errors import ToolError
-from moss_jt.tools.arithmetic import Value, exact
+from moss_jt.tools.arithmetic import Value, exact, plain
 from moss_jt.tools.calculate import is_constant, value_of
-from moss_jt.tools.grammar import MAX_CHARACTERS, Apply, Both, Name, Number, Sign, Statement, Tree, parse
+from moss_jt.tools.functions import ANGULAR
+from moss_jt.tools.grammar import MAX_CHARACTERS, THOUSANDS, Apply, Both, Name, Number, Sign, Statement, Tree, parse
 
 if TYPE_CHECKING:
     from sympy import Expr, Symbol
@@ -32,6 +34,8 @@ MAX_DEGREE = 60  # of a power with an unknown in it
 MAX_SOLUTIONS = 40
 LONGEST_EXACT = 40  # characters of an exact root; a longer one is written as a number
 _DIGITS = 15
+_EQUALS = re.compile("[=＝]")
+_REST = 1e-14  # of a complex number's larger part: a smaller one is a rounding error
 
 _CALLED = {  # what may be applied to an unknown, and its name in SymPy
     "sqrt": "sqrt",
@@ -65,6 +69,8 @@ def solve(text: str) -> str:
     system = _read(text)
     names = _unknowns(system.equations)
     reader = _Translator({name for name in names if len(name) == 1}, only_real="|" in text or "abs" in text.lower())
+    for equation in system.equations:
+        _check_units(equation)
     expressions = [reader.difference(equation) for equation in system.equations]
     asked = [reader.symbol(name) for name in system.asked]
     solutions = _solutions([e for e in expressions if e != 0], asked, tuple(reader.symbols.values()))
@@ -76,11 +82,15 @@ def _read(text: str) -> _System:
     if len(text) > MAX_CHARACTERS:
         raise ToolError(f"the equations have {len(text)} characters; at most {MAX_CHARACTERS} are read.")
     pieces = [piece for part in re.split("[;；\n]", text) for piece in _split_at_commas(part)]
-    statements = [parse(piece) for piece in pieces if piece.strip()]
+    pieces = [piece.strip() for piece in pieces if piece.strip()]
+    statements = [parse(piece) for piece in pieces]
     if not statements or len(statements) > MAX_EQUATIONS:
         raise ToolError(f"there are {len(statements)} equations; from 1 to {MAX_EQUATIONS} are solved.")
     equations = tuple(one for one in statements if one.right is not None)
     loose = [one for one in statements if one.right is None]
+    numbers = [piece[:40] for piece, one in zip(pieces, statements, strict=True) if _is_number(one)]
+    if equations and numbers:
+        raise ToolError(f"{numbers[0]} stands alone beside an equation. Write numbers without commas: x=1000;y=2")
     asked = tuple(one.left.name for one in loose if isinstance(one.left, Name))
     if not equations:  # an expression alone is meant to be zero; beside an equation it is passed over
         equations = tuple(one for one in loose if not isinstance(one.left, Name))
@@ -89,15 +99,38 @@ def _read(text: str) -> _System:
     return _System(equations, asked)
 
 
+def _is_number(statement: Statement) -> bool:
+    tree = statement.left
+    while isinstance(tree, Sign):
+        tree = tree.of
+    return statement.right is None and isinstance(tree, Number)
+
+
+def _check_units(equation: Statement) -> None:
+    """Refuse an equation in whose sums there are numbers in different units."""
+    units: set[str] = set()
+    waiting: list[Tree | None] = [equation.left, equation.right]
+    while waiting:
+        tree = waiting.pop()
+        if isinstance(tree, Both) and tree.sign in "+-":
+            waiting += (tree.left, tree.right)
+        elif tree is not None and is_constant(tree):
+            units.add(plain(value_of(tree)).unit)
+    if len(units - {""}) > 1:
+        raise ToolError(f"{' and '.join(sorted(units - {''}))} stand in one sum. Write every number in the same unit.")
+
+
 def _split_at_commas(text: str) -> list[str]:
-    """Split at commas, those within brackets excepted."""
+    """Split at commas, those within brackets and within numbers (1,000) excepted; the latter are left out."""
     pieces, depth = [""], 0
-    for character in text:
+    numbers = THOUSANDS.finditer(text.replace("，", ","))
+    ends = {at: number.end() for number in numbers for at in range(*number.span())}
+    for at, character in enumerate(text):
         depth += (character in "([{（") - (character in ")]}）")
-        if character in ",，" and depth <= 0:
-            pieces.append("")
-        else:
+        if character not in ",，" or depth > 0:
             pieces[-1] += character
+        elif at not in ends or (_EQUALS.search(pieces[-1]) and _EQUALS.search(re.split("[,，]", text[ends[at] :])[0])):
+            pieces.append("")  # also in x=1,200=y: one number there would leave an equation with two "="
     return pieces
 
 
@@ -129,6 +162,7 @@ class _Translator:
     def __init__(self, letters: set[str], *, only_real: bool) -> None:
         self._letters = letters  # unknowns of one letter: "xy" is x times y where both are among them
         self._real = True if only_real else None  # SymPy solves for what is in |x| only where x is real
+        self._is_angle = False  # what is being read stands within a function of an angle: degrees count as such
         self.symbols: dict[str, Symbol] = {}
         self.inexact = False
 
@@ -166,18 +200,19 @@ class _Translator:
         if isinstance(tree, Name):
             self.inexact = True
             return {"pi": sympy.pi, "e": sympy.E, "tau": 2 * sympy.pi}[tree.name.lower()]
-        value = value_of(tree)  # checks the size of everything first
+        value = plain(value_of(tree))  # checks the size of everything first
         self.inexact |= not value.whole
+        unit = sympy.pi / 180 if self._is_angle and value.unit == "°" else 1
         number = exact(value)
         if number is not None:
-            return sympy.Rational(number.numerator, number.denominator)
+            return sympy.Rational(number.numerator, number.denominator) * unit
         if isinstance(tree, Both):
             return self._joined(tree.sign, self._constant(tree.left), self._constant(tree.right))
         if isinstance(tree, Sign) and tree.sign in "+-":
             return -self._constant(tree.of) if tree.sign == "-" else self._constant(tree.of)
         if isinstance(tree, Apply) and tree.name.lower() in _CALLED and len(tree.arguments) == 1:
-            return self._called(tree, self._constant(tree.arguments[0]))
-        return self._number(value)
+            return self._called(tree)
+        return self._number(value) * unit
 
     def _number(self, value: Value) -> Any:
         import sympy
@@ -198,11 +233,10 @@ class _Translator:
         assert isinstance(tree, Apply), "a number holds no unknown"
         if len(tree.arguments) != 1:
             raise ToolError(f"{tree.name[:40]} of {len(tree.arguments)} arguments is not solved for.")
-        inside = self._of(tree.arguments[0])
         if tree.name.lower() in _CALLED:
-            return self._called(tree, inside)
+            return self._called(tree)
         if tree.name in self._letters or len(tree.name) == 1:
-            return self.symbol(tree.name) * inside  # x(y+1)
+            return self.symbol(tree.name) * self._of(tree.arguments[0])  # x(y+1)
         raise ToolError(f"there is no function {tree.name[:40]!r}.")
 
     def _product_of_letters(self, name: str) -> Any:
@@ -210,11 +244,17 @@ class _Translator:
 
         return sympy.Mul(*(self.symbol(letter) for letter in name))
 
-    @staticmethod
-    def _called(tree: Apply, inside: Any) -> Any:
+    def _called(self, tree: Apply) -> Any:
+        """A function of one argument."""
         import sympy
 
-        return getattr(sympy, _CALLED[tree.name.lower()])(inside)
+        name = _CALLED[tree.name.lower()]
+        around, self._is_angle = self._is_angle, name in ANGULAR
+        inside = self._of(tree.arguments[0])
+        self._is_angle = around
+        if name == "cbrt" and inside.is_negative:
+            return -sympy.cbrt(-inside)  # the real root, as Calculate takes it
+        return getattr(sympy, name)(inside)
 
     @staticmethod
     def _joined(sign: str, left: Any, right: Any) -> Any:
@@ -245,11 +285,41 @@ def _solutions(expressions: list[Any], asked: list[Any], known: Sequence[Any]) -
     Raises:
         ToolError: there is none, or the equations leave something open.
     """
-    import sympy
-
     unknowns = asked or sorted(known, key=lambda symbol: symbol.name)
     if not expressions or not unknowns:
         raise ToolError("nothing depends on an unknown.")
+    if asked and len(expressions) > 1:
+        with contextlib.suppress(ToolError):  # then in terms of the others: a*x=b; x
+            return _asked_of_all(_found(expressions, sorted(known, key=lambda symbol: symbol.name)), asked)
+    found = _found(expressions, unknowns)
+    for solution in found:
+        missing = [symbol for symbol in unknowns if symbol not in solution]
+        loose = {symbol for value in solution.values() for symbol in value.free_symbols}
+        if missing or (loose and not asked) or loose & set(unknowns):
+            raise ToolError("there are more unknowns than equations.")
+    return found
+
+
+def _asked_of_all(solutions: list[Solution], asked: list[Any]) -> list[Solution]:
+    """What was asked for, out of solutions for every unknown, each value once.
+
+    Raises:
+        ToolError: it is left open.
+    """
+    if any(symbol not in solution or solution[symbol].free_symbols for solution in solutions for symbol in asked):
+        raise ToolError("there are more unknowns than equations.")
+    every = [{symbol: solution[symbol] for symbol in asked} for solution in solutions]
+    return [one for number, one in enumerate(every) if one not in every[:number]]
+
+
+def _found(expressions: list[Any], unknowns: Sequence[Any]) -> list[Solution]:
+    """What SymPy finds for some unknowns; it may leave others open.
+
+    Raises:
+        ToolError: nothing, or too much.
+    """
+    import sympy
+
     try:
         alone = len(expressions) == 1 == len(unknowns)  # only then are roots without a formula given
         found = sympy.solve(expressions[0] if alone else expressions, unknowns, dict=True)
@@ -261,11 +331,6 @@ def _solutions(expressions: list[Any], asked: list[Any], known: Sequence[Any]) -
         found = _numeric_roots(expressions, unknowns)
     if len(found) > MAX_SOLUTIONS:
         raise ToolError(f"there are more than {MAX_SOLUTIONS} solutions.")
-    for solution in found:
-        missing = [symbol for symbol in unknowns if symbol not in solution]
-        loose = {symbol for value in solution.values() for symbol in value.free_symbols}
-        if missing or (loose and not asked) or loose & set(unknowns):
-            raise ToolError("there are more unknowns than equations.")
     return list(found)
 
 
@@ -297,5 +362,18 @@ def _number_text(value: Any, *, inexact: bool) -> str:
 
     text = str(value)
     if inexact or (not value.free_symbols and (len(text) > LONGEST_EXACT or value.atoms(sympy.Float))):
-        return str(sympy.N(value, _DIGITS, chop=True))
+        return str(_numeric(value))
     return text
+
+
+def _numeric(value: Any) -> Any:
+    """A value in 15 digits; a real or imaginary part that is but a rounding error of the other is left out."""
+    import sympy
+
+    found = sympy.N(value, _DIGITS)
+    if not (found.is_number and found.is_finite):
+        return found
+    parts = [sympy.S.Zero if part.is_Float and part._prec == 1 else part for part in found.as_real_imag()]  # 0.e-125
+    largest = max(map(abs, parts))
+    real, imaginary = (sympy.S.Zero if abs(part) <= largest * _REST else part for part in parts)
+    return real + imaginary * sympy.I

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 from moss_jt.errors import ToolError
 from moss_jt.tools.arithmetic import (
@@ -20,7 +20,9 @@ from moss_jt.tools.arithmetic import (
     context,
     divide,
     exact,
+    is_nothing,
     make,
+    plain,
     power,
     real,
     remainder,
@@ -28,6 +30,8 @@ from moss_jt.tools.arithmetic import (
 )
 
 MAX_FACTORIAL = 5000
+KEEP_UNITS = frozenset(["abs", "fabs", "max", "min", "sum", "mean", "average", "avg"])  # others take plain numbers
+ANGULAR = frozenset(["sin", "cos", "tan", "cot", "sec", "csc"])  # functions of an angle
 Function = Callable[..., Value]
 
 
@@ -52,7 +56,7 @@ def whole(value: Value, name: str) -> int:
 
 def factorial(value: Value) -> Value:
     """n!, for n up to `MAX_FACTORIAL`."""
-    n = whole(value, "a factorial")
+    n = whole(plain(value), "a factorial")
     if n < 0:
         raise ToolError("the factorial of a negative number is not defined.")
     if n > MAX_FACTORIAL:
@@ -67,7 +71,13 @@ def _through(name: str) -> Function:
         number = real(value) * context().pi / 180 if value.unit == "°" else real(value)
         if number and context().mag(number) > 200:  # sin(1e300) would need 300 digits of pi; exp(1e60) is no number
             raise ToolError(f"the argument of {name} is too large.")
-        return make(getattr(context(), name)(number))
+        found = getattr(context(), name)(number)
+        if name not in ANGULAR or not number:
+            return make(found)
+        least = min(abs(number), 1)  # sin(pi) is 0, not 1e-51, and tan(pi/2) no number; but sin(1e-60) is 1e-60
+        if is_nothing(1 / least, beside=found):
+            raise ToolError(f"{name} has no value there.")
+        return make(0 if is_nothing(found, beside=least) else found)
 
     return apply
 
@@ -89,6 +99,8 @@ def _round(value: Value, places: Value | None = None) -> Value:
     if abs(count) > 100:
         raise ToolError("round takes up to 100 places.")
     number = exact(value)
+    if number is None and context().mag(value.number) < -MAX_BITS:
+        number = Fraction(0)  # as a fraction it would fill the memory
     kept = number if number is not None else Fraction(str(context().nstr(value.number, 50)))
     return make(round(kept, count), whole=places is None or value.whole)
 
@@ -105,7 +117,16 @@ def _log_of(base: int) -> Function:
 
 
 def _best(choose: Callable[..., Any]) -> Function:
-    return lambda first, *more: choose((first, *more), key=real)
+    def apply(first: Value, *more: Value) -> Value:
+        values = (first, *more)
+        if len({value.unit for value in values}) > 1:
+            values = tuple(map(plain, values))
+        if other := {value.unit for value in values} - {values[0].unit}:
+            units = f"{values[0].unit or 'a plain number'} and {other.pop() or 'a plain number'}"
+            raise ToolError(f"{units} cannot be compared.")
+        return cast(Value, choose(values, key=real))
+
+    return apply
 
 
 def _sum(first: Value, *more: Value) -> Value:
@@ -164,7 +185,7 @@ FUNCTIONS: Mapping[str, Function] = {
     "log2": _log_of(2),
     "log10": _log_of(10),
     "lg": _log_of(10),
-    **{name: _through(name) for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
+    **{name: _through(name) for name in ANGULAR},
     **{name: _through(name) for name in ("asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh")},
     "arcsin": _through("asin"),
     "arccos": _through("acos"),

@@ -96,7 +96,7 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")
 _MODULE = re.compile(r"\b(?:math|np|numpy|sympy|sp)\.(?=[A-Za-z])")
 
 
@@ -124,7 +124,7 @@ def _plain(text: str) -> str:
     text = _RAISED.sub(lambda found: "^" + unicodedata.normalize("NFKC", found[0]), text)
     text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS)
     text = _MODULE.sub("", text)
-    return text if re.search(r"\w\s*\(.*,", text) else _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+    return text if re.search(r"\w\s*\(.*,", text) else THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
 
 
 def _tokens(text: str) -> Iterator[_Token]:

@@ -25,7 +25,7 @@ from moss_jt import paths
 from moss_jt.errors import ToolError
 from moss_jt.language import pick
 from moss_jt.progress import Progress, Quiet
-from moss_jt.tools.passages import documents, read_passages
+from moss_jt.tools.passages import covers, documents, read_passages
 from moss_jt.tools.tool import Hit, Status
 
 FILE = "documents.sqlite"
@@ -68,6 +68,7 @@ CREATE TABLE IF NOT EXISTS passages (id INTEGER PRIMARY KEY, file INTEGER, headi
 CREATE INDEX IF NOT EXISTS passages_of_a_file ON passages (file);
 CREATE VIRTUAL TABLE IF NOT EXISTS terms USING fts5 (heading, text, tokenize = 'porter unicode61');
 """
+_PART = "folder = ? AND (path = ? OR substr(path, 1, ?) = ?)"
 
 
 @dataclass(frozen=True)
@@ -123,56 +124,71 @@ class LocalIndex:
     def add(self, folder: Path, *, progress: Progress | None = None) -> Indexed:
         """Bring the index up to date with the documents below a folder.
 
+        Each file is there once. What lies below a folder of the index stays a part of that folder; a folder
+        around others takes them in, and they are listed no more.
+
         Raises:
             ToolError: the folder does not exist or its name is no text, or the index cannot be written.
         """
-        folder = folder.absolute()
+        folder = _place(folder)
         if not _is_text(folder):
             raise ToolError(
                 f"the name of {str(folder)!r} is not UTF-8, and links to its files could not be given. Rename it."
             )
         if not folder.exists():
-            known_folder = any(one.path == str(folder) for one in self.folders())
-            raise ToolError(
-                f"{folder} does not exist. "
-                + (f"To forget it: moss-jt index --remove {folder}" if known_folder else "Name a folder of documents.")
-            )
+            raise ToolError(f"{folder} does not exist. {self._remedy(folder)}")
         progress = progress or Quiet()
         files = list(documents(folder))
         with self._open(write=True) as database:
+            owner = _around(_listed(database), folder) or folder
+            _take_in(database, owner)
             known = {
                 str(path): (int(changed), int(size))
                 for path, changed, size in database.execute(
-                    "SELECT path, changed, size FROM files WHERE folder = ?", (str(folder),)
+                    f"SELECT path, changed, size FROM files WHERE {_PART}", _part(owner, folder)
                 )
             }
             counts = {"added": 0, "changed": 0, "unchanged": 0, "unreadable": 0}
             progress.begin(pick("Reading documents", "正在读取文档"), len(files), "files read")
             try:
                 for path in files:
-                    counts[_take(database, folder, path, known.get(str(path)))] += 1
+                    counts[_take(database, owner, path, known.get(str(path)))] += 1
                     progress.advance(1)
             finally:
                 progress.end()
             gone = known.keys() - {str(path) for path in files}
             for name in gone:
                 _forget(database, name)
-            passages = _count(database, str(folder))
+            passages = _count(database, owner, folder)
         return Indexed(removed=len(gone), passages=passages, **counts)
 
     def remove(self, folder: Path) -> int:
         """Take a folder out of the index; gives the number of its files.
 
         Raises:
-            ToolError: it is not in the index.
+            ToolError: it is not in the index, or as a part of another folder.
         """
+        place = _place(folder)
         with self._open(write=True) as database:
-            found = database.execute("SELECT path FROM files WHERE folder = ?", (str(folder.absolute()),)).fetchall()
-            for (name,) in found:
-                _forget(database, name)
-        if not found:
+            listed = _listed(database)
+            owner = _around(listed, place)
+            if owner and database.execute(f"SELECT 1 FROM files WHERE {_PART}", _part(owner, place)).fetchone():
+                raise ToolError(
+                    f"{folder} is in the index as a part of {owner}, which can only be taken out whole: "
+                    f"moss-jt index --remove {owner}"
+                )
+            removed = sum(_forget_all(database, one) for one in listed if _place(one) == place)
+        if not removed:
             raise ToolError(f"{folder} is not in the index. `moss-jt index --list` shows what is.")
-        return len(found)
+        return removed
+
+    def _remedy(self, folder: Path) -> str:
+        """What to do about a folder that does not exist."""
+        listed = [Path(one.path) for one in self.folders()]
+        if folder in listed:
+            return f"To forget it: moss-jt index --remove {folder}"
+        owner = _around(listed, folder)
+        return f"To forget it: moss-jt index {owner}" if owner else "Name a folder of documents."
 
     def folders(self) -> list[Folder]:
         """What is in the index."""
@@ -244,6 +260,37 @@ class LocalIndex:
             ) from error
 
 
+def _place(folder: Path) -> Path:
+    """A folder's absolute name, without ".."; links stay, but for those that ".." leads back over."""
+    return Path(os.path.realpath(folder)) if ".." in folder.parts else folder.absolute()
+
+
+def _listed(database: sqlite3.Connection) -> list[Path]:
+    """The folders of the index."""
+    return [Path(name) for (name,) in database.execute("SELECT DISTINCT folder FROM files")]
+
+
+def _around(listed: Sequence[Path], folder: Path) -> Path | None:
+    """The outermost of some folders whose documents are also those of another."""
+    return min((one for one in listed if covers(one, folder)), key=lambda one: len(one.parts), default=None)
+
+
+def _take_in(database: sqlite3.Connection, owner: Path) -> None:
+    """Hand to a folder the files of those that it covers; what was once kept under names with ".." is forgotten."""
+    for one in _listed(database):
+        place = _place(one)
+        if place != one and (place == owner or covers(owner, place)):
+            _forget_all(database, one)
+        elif covers(owner, one):
+            database.execute("UPDATE files SET folder = ? WHERE folder = ?", (str(owner), str(one)))
+
+
+def _part(owner: Path, folder: Path) -> tuple[str, str, int, str]:
+    """The values of `_PART`: the files of one folder that lie below another."""
+    inside = str(folder).rstrip(os.sep) + os.sep
+    return str(owner), str(folder), len(inside), inside
+
+
 def _take(database: sqlite3.Connection, folder: Path, path: Path, known: tuple[int, int] | None) -> str:
     """Enter a file unless it is there as it is; tells what was done."""
     if not _is_text(path):
@@ -293,9 +340,18 @@ def _forget(database: sqlite3.Connection, path: str) -> None:
     database.execute("DELETE FROM files WHERE path = ?", (path,))
 
 
-def _count(database: sqlite3.Connection, folder: str) -> int:
+def _forget_all(database: sqlite3.Connection, folder: Path) -> int:
+    """Take the files of a folder out; gives their number."""
+    found = database.execute("SELECT path FROM files WHERE folder = ?", (str(folder),)).fetchall()
+    for (name,) in found:
+        _forget(database, name)
+    return len(found)
+
+
+def _count(database: sqlite3.Connection, owner: Path, folder: Path) -> int:
+    """The passages of what lies below a folder."""
     (count,) = database.execute(
-        "SELECT COUNT(*) FROM passages JOIN files ON files.id = passages.file WHERE folder = ?", (folder,)
+        f"SELECT COUNT(*) FROM passages JOIN files ON files.id = passages.file WHERE {_PART}", _part(owner, folder)
     ).fetchone()
     return int(count)
 

@@ -15,6 +15,7 @@ PLAIN = frozenset(
 HTML = frozenset({".html", ".htm", ".xhtml"})
 LONGEST = 600  # characters of a passage; a search shows 400 of them
 LARGEST = 20 << 20  # bytes of a file
+_LEFT_OUT = (".", "__pycache__", "node_modules")  # beginnings of the names of folders
 _SILENT = frozenset({"script", "style", "noscript", "template", "nav", "footer", "svg"})
 _OF_HEAD = frozenset({"base", "link", "meta", "noscript", "script", "style", "template", "title"})
 _BLOCKS = frozenset(
@@ -63,11 +64,26 @@ def documents(folder: Path) -> Iterator[Path]:
         yield folder
         return
     for here, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__", "node_modules")))
+        folders[:] = sorted(name for name in folders if not name.startswith(_LEFT_OUT))
         for name in sorted(names):
             path = Path(here, name)
-            if path.suffix.lower() in PLAIN | HTML and not name.startswith(".") and not path.is_symlink():
+            if _is_document(path):
                 yield path
+
+
+def covers(folder: Path, path: Path) -> bool:
+    """Whether `documents` of a folder come by a file, or by a folder, below it; both absolute."""
+    if folder == path or not path.is_relative_to(folder):
+        return False
+    within = path.relative_to(folder).parts
+    steps = [folder.joinpath(*within[:count]) for count in range(1, len(within) + 1)]
+    if path.is_file() and not _is_document(steps.pop()):
+        return False
+    return not any(step.name.startswith(_LEFT_OUT) or step.is_symlink() for step in steps)
+
+
+def _is_document(path: Path) -> bool:
+    return path.suffix.lower() in PLAIN | HTML and not path.name.startswith(".") and not path.is_symlink()
 
 
 def read_passages(path: Path) -> list[Passage]:

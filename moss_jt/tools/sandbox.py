@@ -149,15 +149,21 @@ class Sandbox:
             reply = self._read(time.monotonic() + self._seconds)
         if not reply.endswith(b"\n"):
             late = process.poll() is None
-            self._kill()
-            with contextlib.suppress(ToolError):
-                self._start()  # the next one is warm by the time it is asked
+            self._renew()
             raise ToolLimitError(TOO_LONG.format(seconds=self._seconds) if late else worker.TOO_LARGE)
         answer = json.loads(reply)
+        if not answer["sound"]:
+            self._renew()  # it is about to end: the next question must not go to it
         if "answer" in answer:
             return str(answer["answer"])
         error = str(answer["error"])
         raise ToolLimitError(error) if error == worker.TOO_LARGE else ToolError(error)
+
+    def _renew(self) -> None:
+        """End the process and start another, which is warm by the time it is asked."""
+        self._kill()
+        with contextlib.suppress(ToolError):
+            self._start()
 
     def _read(self, until: float) -> bytes:
         """A line of the process, or what came of it by then."""

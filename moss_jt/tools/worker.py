@@ -1,8 +1,9 @@
 """What runs in the process that computes for Calculate and Solve.
 
-A line of JSON comes in, {"task": …, "text": …}, a line goes out: {"answer": …} or {"error": …}. Before anything
-is imported, the process gives up the right to more memory than it is told, to write files and to leave a core
-dump. The parent kills it when an answer takes too long (moss_jt.tools.sandbox).
+A line of JSON comes in, {"task": …, "text": …}, a line goes out: {"answer": …} or {"error": …}, and "sound", which is
+false where the process ends with this answer, as memory or the stack ran out within it. Before anything is imported,
+the process gives up the right to more memory than it is told, to write files and to leave a core dump. The parent
+kills it when an answer takes too long (moss_jt.tools.sandbox).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def serve(memory: int) -> int:
     replies.write(READY)
     for line in iter(lambda: sys.stdin.buffer.readline(MAX_LINE), b""):
         reply, sound = answer(known, line)
-        replies.write(json.dumps(reply).encode("ascii") + b"\n")
+        replies.write(json.dumps({**reply, "sound": sound}).encode("ascii") + b"\n")
         if not sound:
             return 1
     return 0

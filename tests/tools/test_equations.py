@@ -43,6 +43,33 @@ SOLVED = {
     "ln(x)=0": "x = 1",
     "x==5": "x = 5",
     "3! * x = 12": "x = 2",
+    "E=6.63e-34*3e8/500e-9": "E = 3.97800000000000e-19",  # small is not nothing
+    "x*1e20=1e-10": "x = 1.00000000000000e-30",
+    "x^2-1e-40=0": "x_0 = -1.00000000000000e-20\nx_1 = 1.00000000000000e-20",
+    "x*0.5+sqrt(2)+sqrt(3)=sqrt(5+2sqrt(6))": "x = 0",
+    "x^3-3x+1=0": "x_0 = 0.347296355333861\nx_1 = 1.53208888623796\nx_2 = -1.87938524157182",  # no 0.e-20*I
+    "x+y=35;2x+4y=94;x": "x = 23",  # an unknown is named beside several equations
+    "x+y=35,2x+4y=94,y": "y = 12",
+    "2x+y=10;y=4;x": "x = 3",
+    "v=10;t=5;s=v*t;s": "s = 50",
+    "x^2=4;y=x^2;y": "y = 4",
+    "x+y=35;2x+4y=94;a=b;x": "x = 23",
+    "a*x=b;c*y=x;y": "y = x/c",
+    "2x=1,000": "x = 500",  # a comma within a number
+    "2(x+1)=1，000，000": "x = 499999",
+    "x+y=1,000,x-y=200": "x = 600\ny = 400",
+    "x=1,y=2": "x = 1\ny = 2",
+    "x=1, 200=y": "x = 1\ny = 200",
+    "x=1,200=y": "x = 1\ny = 200",
+    "sin(30°)*x=5": "x = 10.0000000000000",  # units
+    "sin(x+30°)=1": "x = pi/3",
+    "x=10*sin(20°)": "x = 3.42020143325669",
+    "x+30°=180°": "x = 150",
+    "x+3万=50000": "x = 20000",
+    "x=2亿/5万": "x = 4000.00000000000",
+    "5x=10元": "x = 2",
+    "x/2小时=50公里": "x = 100",
+    "cbrt(-2)*x=1": "x = -0.793700525984100",
 }
 
 
@@ -66,6 +93,9 @@ UNSOLVED = {
     "foo(x)=3": "no function 'foo'",
     "x^1000=2": "a power above",
     "x/0=1": "division by zero",
+    "x=12,34": "34 stands alone beside an equation",
+    "x=5;-3": "-3 stands alone beside an equation",
+    "x+3米=5厘米": "厘米 and 米 stand in one sum",
     "det(randMatrix(5,7))": "no function",
     ";".join(f"x{n}=1" for n in range(20)): "there are 20 equations",
 }

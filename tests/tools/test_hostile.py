@@ -276,3 +276,14 @@ def test_a_process_that_was_killed_is_replaced(box: Sandbox) -> None:
     os.kill(box.pid, signal.SIGKILL)
     os.waitid(os.P_PID, box.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and the sandbox has yet to notice
     assert box.ask("calculate", "1+2") == "3"
+
+
+def test_a_process_whose_memory_ran_out_gets_no_further_question(box: Sandbox) -> None:
+    """Once, the next question went to the process that was about to end, and failed with it."""
+    box.ask("calculate", "1+1")
+    before = box.pid
+    for _ in range(3):
+        with pytest.raises(ToolLimitError, match="needs too much memory"):
+            box.ask("calculate", "floor(exp(1e9))")
+        assert box.pid is not None and box.pid != before
+        assert box.ask("calculate", "2+1") == "3"

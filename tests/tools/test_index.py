@@ -111,6 +111,48 @@ def test_folders_are_listed_and_removed(index: LocalIndex, folder: Path, tmp_pat
         index.remove(tmp_path)
 
 
+def test_a_folder_within_an_indexed_one_stays_a_part_of_it(index: LocalIndex, folder: Path) -> None:
+    """Once, its files went over to it, and were lost to the folder around when it was removed."""
+    (folder / "tea" / "new.txt").write_text("Oolong leaves.")
+    assert index.add(folder / "tea") == Indexed(added=1, unchanged=2, passages=3)
+    assert index.add(folder / "rivers.md") == Indexed(unchanged=1, passages=2)
+    assert [one.path for one in index.folders()] == [str(folder)]
+    with pytest.raises(ToolError, match=r"tea is in the index as a part of .*docs, .* moss-jt index --remove .*docs$"):
+        index.remove(folder / "tea")
+    with pytest.raises(ToolError, match="rare is not in the index"):
+        index.remove(folder / "rare")
+    (folder / "tea").rename(folder / "drinks")
+    with pytest.raises(ToolError, match=r"tea does not exist. To forget it: moss-jt index .*docs$"):
+        index.add(folder / "tea")
+    assert index.remove(folder) == len(DOCUMENTS) + 2
+
+
+def test_a_folder_takes_in_those_within_it(folder: Path) -> None:
+    index = LocalIndex()
+    index.add(folder / "tea")
+    index.add(folder / "rivers.md")
+    index.add(folder / ".hidden")
+    (folder / "tea" / "old.txt").unlink()
+    assert index.add(folder) == Indexed(added=len(DOCUMENTS) - 2, unchanged=2, removed=1, passages=7)
+    assert [one.path for one in index.folders()] == [str(folder), str(folder / ".hidden")], "which it does not read"
+    assert index.remove(folder / ".hidden") == 1
+    assert index.add(folder) == Indexed(unchanged=len(DOCUMENTS), passages=7)
+
+
+def test_a_folder_is_known_by_one_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = LocalIndex()
+    monkeypatch.setattr("moss_jt.tools.index._place", Path.absolute)  # as it once was
+    index.add(folder / "tea" / "..")
+    assert [one.path for one in index.folders()] == [str(folder / "tea" / "..")]
+    monkeypatch.undo()
+    monkeypatch.chdir(folder / "tea")
+    assert index.add(Path("..")).added == len(DOCUMENTS) + 1
+    assert [one.path for one in index.folders()] == [str(folder)]
+    assert [hit.url for hit in index.search("Yakutsk", 3)] == [(folder / "rivers.md").as_uri()]
+    (tmp_path / "link").symlink_to(folder / "tea")
+    assert index.remove(tmp_path / "link" / "..") == len(DOCUMENTS) + 1, "where .. leads, not what it looks like"
+
+
 def test_what_is_gone_is_not_found_any_more(index: LocalIndex, folder: Path) -> None:
     moved = folder.rename(folder.with_name("elsewhere"))
     assert index.search("Lena", 3) == []
