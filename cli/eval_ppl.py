@@ -73,13 +73,16 @@ def command(
         raise click.UsageError(pick("--markers is for text, not for --ids.", "--markers 用于文本，不能与 --ids 同用。"))
 
     from moss_jt.cli.chat_screen import Screen
-    from moss_jt.cli.loading import open_model
+    from moss_jt.cli.loading import find_model, open_model
     from moss_jt.perplexity import perplexity, read_ids, read_text_tokens
+    from moss_jt.tokenizer import load_tokenizer
 
-    given = read_ids(file) if ids else None
     screen = Screen(interactive=False)
-    loaded = open_model(model, load_options({**others, "context": context}), screen)
-    tokens = given if given is not None else read_text_tokens(file, loaded.tokenizer, markers=markers)
+    folder = find_model(
+        model, screen
+    )  # the text comes first: encoding takes 200 times its size, and weights fill the rest
+    tokens = read_ids(file) if ids else read_text_tokens(file, load_tokenizer(folder), markers=markers)
+    loaded = open_model(model, load_options({**others, "context": context}), screen, folder=folder)
     began = time.monotonic()
     found = perplexity(loaded, tokens, context=context, stride=stride, progress=screen.progress())
     seconds = time.monotonic() - began

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from moss_jt.runner import Model
 
 
-def open_model(name: str | None, options: Mapping[str, Any], screen: Screen) -> Model:
+def open_model(name: str | None, options: Mapping[str, Any], screen: Screen, *, folder: Path | None = None) -> Model:
     """Load a model by folder or name, the one that comes with the package if None, and say what was loaded.
 
     Args:
         options: for `load_model`, from `moss_jt.cli.options.load_options`.
+        folder: what `find_model` gave, where it was asked already.
 
     Raises:
         MossError: there is no such model, or it cannot be loaded.
@@ -30,7 +31,7 @@ def open_model(name: str | None, options: Mapping[str, Any], screen: Screen) -> 
     from moss_jt.load import load_model
 
     progress = screen.progress()
-    folder = find_model(name, screen)
+    folder = find_model(name, screen) if folder is None else folder
     began = time.monotonic()
     progress.begin(pick("Starting", "正在启动"), 0, "s")  # around what has progress of its own, and what has none
     try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,20 +88,20 @@ class Adapter:
 
     Attributes:
         shape: of its terms.
-        terms: A and B by name.
+        terms: A and B by name; none any more when a store has taken them over.
         template: the prompt format that it learned, None where nobody said.
         base: the name of the model that it was trained on.
     """
 
     shape: AdapterShape
-    terms: Mapping[str, Floats]
+    terms: dict[str, Floats]
     template: TemplateName | None = None
     base: str = ""
 
     def put_into(self, store: WeightStore) -> None:
-        """Keep the terms in a store, where a network with this adapter finds them."""
-        for name, values in self.terms.items():
-            store.add(name, values)
+        """Hand the terms over to a store, where a network with this adapter finds them, so that none is there twice."""
+        for name in list(self.terms):
+            store.add(name, self.terms.pop(name))
 
     def scaled(self) -> dict[str, Floats]:
         """A and B by name, the terms' factor in B: for whoever multiplies by one and then the other."""

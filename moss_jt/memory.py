@@ -178,13 +178,15 @@ def _left_in_groups(root: Path) -> Iterator[int]:
     for line in lines:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not controllers:
-            names, mount = ("memory.max", "memory.current", "inactive_file"), root / "sys/fs/cgroup"
+            limits, mount = ("memory.max", "memory.high"), root / "sys/fs/cgroup"  # past the latter it swaps and crawls
+            usage, cached = "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            mount = root / "sys/fs/cgroup/memory"
+            limits, mount = ("memory.limit_in_bytes",), root / "sys/fs/cgroup/memory"
+            usage, cached = "memory.usage_in_bytes", "total_inactive_file"
         else:
             continue
-        yield from _left_on_the_way(mount, path, *names)
+        for limit in limits:
+            yield from _left_on_the_way(mount, path, limit, usage, cached)
 
 
 def _left_on_the_way(mount: Path, path: str, limit: str, usage: str, cached: str) -> Iterator[int]:

@@ -260,7 +260,8 @@ def pass_token_bytes(config: MossConfig) -> int:
 
 def buffer_bytes(config: MossConfig, capacity: int, slots: int = 1) -> int:
     """Memory of the buffers for passes of up to `capacity` tokens; the KV cache not included."""
-    logits = LOGIT_ROWS * (config.n_embd + 2 * config.vocab_size) * 4  # one copy goes to the caller
+    rows = max(LOGIT_ROWS, min(slots, capacity))  # go to the caller
+    logits = 4 * (LOGIT_ROWS * (config.n_embd + config.vocab_size) + rows * config.vocab_size)
     tables = config.n_positions * config.rotary_dim * 4 + slots * -(-config.n_positions // BLOCK) * 4
     return capacity * pass_token_bytes(config) + logits + tables + 16 * ALIGNMENT
 

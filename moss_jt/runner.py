@@ -334,15 +334,18 @@ class Model:
     def _fill_logits(self, ids: npt.NDArray[np.int64], real: npt.NDArray[np.int64], into: Floats) -> None:
         """Logits of one row at the places `real` of its tokens, pass by pass, into (T, V)."""
         runner = self._private
-        runner.cache.release(0)
-        for start in range(0, len(real), runner.capacity):
-            places = real[start : start + runner.capacity]
-            runner.cache.reserve(0, len(places))
-            runner.forward(single_batch(ids[places], start=start, wanted=[]))
-            runner.cache.commit(0, len(places))
-            for first in range(0, len(places), LOGIT_ROWS):
-                which = range(first, min(first + LOGIT_ROWS, len(places)))
-                into[places[which.start : which.stop]] = runner.logits(which)
+        try:
+            for start in range(0, len(real), runner.capacity):
+                places = real[start : start + runner.capacity]
+                runner.cache.reserve(0, len(places))
+                runner.forward(single_batch(ids[places], start=start, wanted=[]))
+                runner.cache.commit(0, len(places))
+                for first in range(0, len(places), LOGIT_ROWS):
+                    which = range(first, min(first + LOGIT_ROWS, len(places)))
+                    into[places[which.start : which.stop]] = runner.logits(which)
+        finally:  # else its memory would be missing to every conversation from here on
+            runner.cache.release(0)
+            runner.cache.trim()
 
 
 def _table(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:

@@ -265,10 +265,10 @@ class WeightStore:
 
     def add(self, name: str, values: npt.ArrayLike) -> None:
         """Keep a matrix or a small tensor of the caller as float32 in memory, as if it came from the file."""
-        array = np.array(values, dtype=np.float32, order="C")
+        array = np.ascontiguousarray(values, np.float32)
         self._added += 1
         if array.ndim == 1:
-            self._small[name] = array
+            self._small[name] = array.copy()
             return
         assert array.ndim == 2, f"{name} is neither a matrix nor a norm or bias"
         layout = RowsLayout((array.shape[0], array.shape[1]), "float32")

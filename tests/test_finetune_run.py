@@ -35,6 +35,7 @@ from moss_jt.generation import generate
 from moss_jt.load import load_model
 from moss_jt.template import Template, answer_text
 from moss_jt.tokenizer import load_tokenizer
+from moss_jt.weights import WeightStore
 
 Array = npt.NDArray[Any]
 
@@ -199,6 +200,9 @@ def test_an_adapter_learns_and_equals_the_merged_model(
     assert done.figures["loss"] < first["loss"] - 0.3
     found = load_adapter(done.path, Checkpoint.open(base).config)
     assert all(np.abs(values).max() > 0 for values in found.terms.values())
+    store = WeightStore(Checkpoint.open(base))
+    found.put_into(store)
+    assert not found.terms, "they are not kept twice"
     merged = merge_adapter(base, done.path, tmp_path / "merged", dtype="float32")
     ids = np.random.default_rng(4).integers(0, 250, (2, 17))
     plain, with_adapter, whole = (

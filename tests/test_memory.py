@@ -118,6 +118,12 @@ def test_a_group_of_version_2_limits_what_is_left_of_it(tmp_path: Path) -> None:
     assert available_memory(root) == (3000 - 1200 + 200) * MIB
 
 
+def test_where_a_group_begins_to_swap_counts(tmp_path: Path) -> None:
+    root = machine(tmp_path, cgroup="0::/user/app\n")
+    group(root, "user/app", memory_max="max", memory_high=str(900 * MIB), memory_current=str(500 * MIB))
+    assert available_memory(root) == 400 * MIB
+
+
 def test_the_tightest_of_nested_groups_counts(tmp_path: Path) -> None:
     root = machine(tmp_path, cgroup="0::/a/b\n")
     group(root, "a", memory_max=str(900 * MIB), memory_current=str(100 * MIB))

@@ -23,6 +23,7 @@ from moss_jt.plan import (
     MatrixSize,
     Needs,
     Plan,
+    buffer_bytes,
     cut_rows,
     longest_context,
     make_plan,
@@ -278,6 +279,11 @@ def test_a_refusal_says_what_would_do() -> None:
         make_plan(sizes, needs, memory=100 * MIB)
     with pytest.raises(ConfigError, match="context is 0; it must be at least 1 token"):
         make_plan(sizes, needs, memory=GIB, context=0)
+
+
+def test_the_logits_of_many_answers_at_once_are_counted() -> None:
+    few, many = buffer_bytes(MOON, 256, 32), buffer_bytes(MOON, 256, 128)
+    assert many - few >= 96 * MOON.vocab_size * 4
 
 
 def test_layouts_of_a_checkpoint_count_their_permutations() -> None:

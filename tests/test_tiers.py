@@ -309,6 +309,18 @@ def test_a_second_runner_is_counted_and_forgotten(golden_model: Load) -> None:
         tight.runner(tokens=10**9)
 
 
+def test_logits_give_back_what_their_cache_took(golden_model: Load) -> None:
+    model = golden_model("tiny-int4/g128")
+    tight = budgeted(model, 200_000)
+    first = tight.store.resident_bytes
+    ids = np.random.default_rng(5).integers(0, model.config.vocab_size, 120)
+    found = [tight.logits(ids) for _ in range(2)]
+    assert np.array_equal(*found)
+    assert tight._private.cache.resident_bytes == 0
+    assert tokens_of(Engine(tight), ids.tolist(), 5) == tokens_of(Engine(budgeted(model, 200_000)), ids.tolist(), 5)
+    assert tight.store.resident_bytes <= first
+
+
 def test_load_model_takes_a_budget(golden_model: Load) -> None:
     model = golden_model("tiny-int8/g128")
     with pytest.raises(ConfigError, match=r"1MiB of memory is too little for a context of \d+ tokens"):

@@ -63,5 +63,6 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (1, ""), done.stderr
         assert done.stderr.splitlines()[-1].startswith("moss-jt: ")
         assert words in done.stderr.splitlines()[-1]
+        assert ("loaded in" in done.stderr) == (args[0] == empty), "a text is read before weights fill the memory"
     assert run("--model", folder, empty, "--ids", "--markers").returncode == 2
     assert run("--model", folder, empty, "--context", 0).returncode == 2
