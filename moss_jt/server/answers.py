@@ -203,6 +203,7 @@ class Question:
         context_size: tokens that prompt, thoughts, results and answer may have together.
         conversation: the name of its cache.
         functions: of the client; the model's calls of these end the answer.
+        most_calls: of these functions that are given to the client; None for all.
         runner: runs calls here; None where nothing does.
         tally: what its answer costs; another question needs another.
     """
@@ -213,6 +214,7 @@ class Question:
     conversation: str | None = None
     top_logprobs: int | None = None
     functions: tuple[Function, ...] = ()
+    most_calls: int | None = None
     runner: ToolThreads | None = None
     tally: Tally = field(default_factory=Tally, compare=False)
 
@@ -296,7 +298,7 @@ class Thinking:
         text, commands = split_thoughts(self._tokenizer, done.passes[0])
         offered = {function.tool for function in question.functions}
         called = parse_calls(commands) if done.reason == "stop" else []  # of a pass that was cut the last is half
-        calls = tuple(call for call in called if call.tool in offered)
+        calls = tuple(call for call in called if call.tool in offered)[: question.most_calls]
         yield Thoughts(text, commands, calls)
         if done.reason != "stop":
             self.over = done

@@ -134,11 +134,12 @@ class _Draft:
 async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[Part | Begun | Answered, None]:
     """Answer in a conversation, which Begun names; the turn is in the store before the last value comes.
 
-    Where the stream ends before the answer does, what was passed on is kept as a turn.
+    Where the stream ends before the answer does, what was passed on is kept as a turn. Of an answer that is ended
+    before its first word nothing is: it would take the place of one that has some.
 
     Raises:
         Refusal: the uid is unknown, there are too many conversations to begin one, the text does not fit, the turn to
-            replace is not the last, or the request was not taken.
+            replace is not the last, the request was not taken, or its time was over before the answer's first word.
     """
     speaker, asked_at = service.speaker, datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     check_length(len(wish.text), speaker.context_size)
@@ -165,6 +166,8 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
                     elif not isinstance(part, Done):
                         yield part
             assert draft.done is not None, "an answer ends with Done"
+            if not draft.answer and draft.done.reason in ("time", "cancelled"):
+                raise _unsaid(service, replaces=place.replaces)
             keeping = asyncio.ensure_future(_keep(service, user, uid, draft, place))
             turn = await asyncio.shield(keeping)
         except (GeneratorExit, asyncio.CancelledError, Refusal):
@@ -179,6 +182,18 @@ async def converse(service: Service, user: User, wish: Wish) -> AsyncGenerator[P
             await asyncio.shield(service.users.charge(user, tally.prompt_tokens + tally.new_tokens))
         history = tuple((one.human, one.answer) for one in (*turns, turn))
         yield Answered(uid, turn, history, asked_at, draft.done.usage)
+
+
+def _unsaid(service: Service, *, replaces: bool) -> Refusal:
+    """An answer was ended before its first word: by its time, or with the server."""
+    kept = "The turn that it should replace is kept." if replaces else "Nothing of it is kept."
+    return Refusal(
+        503,
+        f"the answer was ended before its first word; it may take {service.settings.answer_s:g} s (--answer-time), and "
+        f"ends with the server. {kept} Ask again, or ask something shorter.",
+        "no_answer",
+        retry_after_s=service.dispatcher.wait_estimate_s(),
+    )
 
 
 def conversation_name(owner: str, uid: str) -> str:

@@ -164,7 +164,7 @@ class Dispatcher:
         """
         self._check_open(continues=continues)
         mine = len(self._waiting.get(user, ()))
-        limit = min(self._settings.queue, self._settings.queue_per_user) if known else self._settings.queue
+        limit = self._most_waiting(known=known)
         if not continues and self._is_full(mine, limit):
             raise Refusal(
                 429,
@@ -182,6 +182,13 @@ class Dispatcher:
             queue.append(ticket)
         self._pump()
         return ticket
+
+    def capacity(self, *, most: int | None, known: bool) -> int:
+        """How many requests of one user can run and wait where nobody else asks; the arguments are those of submit."""
+        running, waiting = self._settings.parallel, self._most_waiting(known=known)
+        if most is None or most >= running:
+            return running + waiting
+        return most + max(1, waiting)  # while the engine has room, one waits whatever the queue holds
 
     def cancel(self, ticket: Ticket) -> None:
         """Nobody wants it any more; nothing happens to one that is over."""
@@ -219,6 +226,10 @@ class Dispatcher:
             raise _ending()
         if self.model is None or self.state == "failed":
             raise Refusal(503, "the model is still being loaded. Come again later.", "loading", retry_after_s=5)
+
+    def _most_waiting(self, *, known: bool) -> int:
+        """Requests of one user that may wait."""
+        return min(self._settings.queue, self._settings.queue_per_user) if known else self._settings.queue
 
     def _is_full(self, mine: int, limit: int) -> bool:
         free = self.state == "ready" and len(self._running) < self._settings.parallel and not self.waiting

@@ -117,6 +117,13 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
 
 async def _plan_chat(service: Service, user: User, body: ChatRequest) -> Plan:
     speaker = service.speaker
+    asker = user.asker(streams=bool(body.stream))
+    _check_number(service, asker, body, prompts=1)
+    if body.top_logprobs and not body.logprobs:
+        raise wrong(
+            f"top_logprobs is {body.top_logprobs}, and logprobs is not true. Set it, or leave both out.",
+            "top_logprobs",
+        )
     functions = _functions(body.tools or []) if body.tool_choice != "none" else ()
     enabled = list(service.tools.enabled) if service.tools is not None and body.tool_choice != "none" else []
     messages = [_message(message) for message in body.messages]
@@ -141,13 +148,28 @@ async def _plan_chat(service: Service, user: User, body: ChatRequest) -> Plan:
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         functions=functions,
         runner=service.tools if enabled and not functions else None,
+        most_calls=1 if body.parallel_tool_calls is False else None,
     )
-    asker = user.asker(streams=bool(body.stream))
     questions = [_nth(question, number) for number in range(body.n or 1)]
     sources = [_chat_source(service, asker, one, template, first=number == 0) for number, one in enumerate(questions)]
     stop_ids = template.stop_ids(speaker.tokenizer)
     form = Form("chat.completion", speaker.name, speaker.tokenizer, stop_ids=stop_ids, functions=functions)
     return Plan(sources, [one.tally for one in questions], form, bool(body.logprobs), body.n or 1)
+
+
+def _check_number(service: Service, asker: Asker, body: Common, *, prompts: int) -> None:
+    """Refuse more answers than can run and wait together, before any begins: they would be refused at any time.
+
+    Raises:
+        Refusal: 400.
+    """
+    wanted, most = prompts * (body.n or 1), service.dispatcher.capacity(most=asker.most, known=asker.known)
+    if wanted > most:
+        raise wrong(
+            f"n is {body.n or 1} and there {'is 1 prompt' if prompts == 1 else f'are {prompts} prompts'}: {wanted} "
+            f"answers; of one user {most} can run and wait here. Ask for fewer at once.",
+            "n",
+        )
 
 
 def _nth(question: Question, number: int) -> Question:
@@ -183,9 +205,11 @@ async def _chat_source(
 
 async def _plan_text(service: Service, user: User, body: CompletionRequest) -> Plan:
     speaker = service.speaker
+    asker = user.asker(streams=bool(body.stream))
+    several = isinstance(body.prompt, list) and isinstance(body.prompt[0], str)
+    _check_number(service, asker, body, prompts=len(body.prompt) if several else 1)
     prompts = await service.encode(_text_prompts, speaker, body)
     stop_ids = () if body.ignore_eos else plain_stop_ids(speaker)
-    asker = user.asker(streams=bool(body.stream))
     questions: list[Question] = []
     for prompt in prompts:
         length = min(body.max_tokens or DEFAULT_TEXT_TOKENS, _room(speaker, len(prompt.ids)))

@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 HEARTBEAT_S = 15.0
 DONE = b"data: [DONE]\n\n"
+_BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}  # JSON leaves them; many readers end a line there
 
 
 class ClientGone(Exception):
@@ -25,8 +26,9 @@ class ClientGone(Exception):
 
 
 def sse(values: Mapping[str, Any]) -> bytes:
-    """An event of a stream."""
-    return b"data: " + json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+    """An event of a stream, on one line whatever a reader takes for the end of one."""
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False).translate(_BREAKS)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

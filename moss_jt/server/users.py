@@ -28,10 +28,10 @@ class User:
     address: str
 
     def asker(self, *, streams: bool) -> Asker:
-        """For the queue: users with keys share by key, others by address."""
+        """For the queue and the caches: users with keys share by key, others by address; a later key is another's."""
         if self.key is None:
             return Asker(f"at {self.address}", known=False, streams=streams)
-        return Asker(f"key {self.owner}", self.key.parallel, streams=streams)
+        return Asker(f"key {self.owner} {self.key.created}", self.key.parallel, streams=streams)
 
 
 class Users:

@@ -12,7 +12,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moss_jt.errors import MossError, ServerError
-from moss_jt.web.client import Answer, Delta, Finished, Results, ServerClient, Started, Thoughts, Turn, Wishes
+from moss_jt.web.client import (
+    Answer,
+    Delta,
+    Finished,
+    Results,
+    ServerClient,
+    Started,
+    Thoughts,
+    Turn,
+    Wishes,
+    unforeseen,
+)
 
 UNSEEN_S = 180.0  # browsers draw pages that lie behind others once a minute
 STORED_S = 10.0
@@ -87,6 +98,8 @@ class Asking:
                         self._note(event)
         except MossError as error:
             self._change(over=True, error=str(error))
+        except Exception as error:  # a page that looks here would wait for ever
+            self._change(over=True, error=str(unforeseen(error)))
 
     def _note(self, event: Started | Thoughts | Results | Delta) -> None:
         turn = self._asked.turn

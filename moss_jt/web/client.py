@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -24,6 +25,7 @@ import httpx
 from moss_jt.config import GenerationConfig
 from moss_jt.errors import ServerError
 
+_log = logging.getLogger(__name__)
 CONNECT_S = 10.0
 SHORT_S = 60.0  # for what needs no model
 SILENCE_S = 900.0  # before an answer begins it may wait in a queue; then something comes at least every 15 s
@@ -224,7 +226,7 @@ class Answer(Iterator[Event]):
             self._stopped = True
             if self._socket is not None:
                 with contextlib.suppress(OSError):  # it has ended by itself
-                    self._socket.shutdown(socket.SHUT_RDWR)
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # ssl's own drops what a reader still uses
 
     def close(self) -> None:
         """End the answer, unless it is over; not while another thread reads it."""
@@ -236,7 +238,7 @@ class Answer(Iterator[Event]):
         try:
             with self._client.stream("POST", "/", json=self._body, extensions={"trace": self._traced}) as reply:
                 _check(reply)
-                for line in reply.iter_lines():
+                for line in _lines(reply.iter_text()):
                     event = _event(line)
                     if isinstance(event, Started):
                         uid = event.uid
@@ -247,16 +249,16 @@ class Answer(Iterator[Event]):
                     if isinstance(event, Finished):
                         return
             raise ServerError("the answer broke off: the server has ended. Ask again once it runs.")
-        except (httpx.HTTPError, ServerError) as error:
+        except (httpx.HTTPError, ServerError, ValueError) as error:
             if not self._stopped:
-                raise error if isinstance(error, ServerError) else _unreachable(self._client.base_url, error) from error
+                raise _told(error, self._client.base_url) from error
             yield Finished(uid, "cancelled", "".join(told))
         finally:
             self._client.close()
 
     def _traced(self, name: str, info: Mapping[str, Any]) -> None:
-        """Take the socket of the connection, which alone can wake up a thread that waits for it."""
-        if name == "connection.connect_tcp.complete":
+        """Take the socket of the connection, which alone can wake up a thread that waits for it; TLS has its own."""
+        if name in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             with self._lock:
                 self._socket = info["return_value"].get_extra_info("socket")
             if self._stopped:
@@ -417,11 +419,21 @@ def _found(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _lines(pieces: Iterable[str]) -> Iterator[str]:
+    """The lines of a stream, which end with LF or CRLF; those of httpx also end at U+2028, within a text."""
+    rest = ""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        yield from (line.removesuffix("\r") for line in lines)
+    yield rest
+
+
 def _event(line: str) -> Event | None:
     """The event of a line of a stream; None for lines that are none, and for kinds that are not known.
 
     Raises:
         ServerError: the line tells an error.
+        ValueError: it is no JSON.
     """
     data = line.removeprefix("data: ")
     if data in (line, "[DONE]"):
@@ -462,6 +474,23 @@ def _check(reply: httpx.Response) -> None:
 def _not_ours(reply: httpx.Response) -> ServerError:
     words = f"{reply.url} answered {reply.status_code} in words of its own; is it a server of moss-jt?"
     return ServerError(words, status=reply.status_code)
+
+
+def unforeseen(error: Exception) -> ServerError:
+    """What a page tells of an error that is nobody's but ours; the log has the whole of it."""
+    _log.error("an answer could not be read", exc_info=error)
+    return ServerError(f"the answer could not be read: {error!r}. The log of the page says more; ask again.")
+
+
+def _told(error: httpx.HTTPError | ServerError | ValueError, url: httpx.URL) -> ServerError:
+    """Why there is no answer, or no more of it."""
+    if isinstance(error, ServerError):
+        return error
+    if isinstance(error, httpx.HTTPError):
+        return _unreachable(url, error)
+    if isinstance(error, UnicodeEncodeError):
+        return ServerError(f"{error.object[error.start]!a} in the question is half a character. Leave it out.")
+    return ServerError(f"{url} sent what is no event: {error}. Is a proxy between that changes the answers?")
 
 
 def _unreachable(url: httpx.URL, error: httpx.HTTPError) -> ServerError:

@@ -6,6 +6,7 @@ besides. What an act of a visitor leads to is in moss_jt.web.visits; here are co
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from html import escape
@@ -14,6 +15,8 @@ from typing import Any, cast
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.routes import App as GradioApp
+from starlette.routing import Mount
 
 from moss_jt.errors import ServerError
 from moss_jt.language import Language
@@ -203,7 +206,7 @@ class Page:
         self.delete.click(self._delete, self.view, shown, **_QUIETLY)
         exported = self.export.click(self._export, self.view, [self.file_name, self.file_text], **_QUIETLY)
         exported.then(None, [self.file_name, self.file_text], None, js=_DOWNLOAD, api_visibility="private")
-        self.reset.click(lambda: list(_defaults().values()), None, wishes, **_QUIETLY)
+        self.reset.click(self._reset, None, wishes, **_QUIETLY)
         spoken = [*shown, *wishes, self.reset, self.sampling, self.state_box, self.state, self.language]
         self.language.input(self._speak, [self.view, self.language], spoken, **_QUIETLY)
         self.blocks.load(self._open, self.kept, spoken, **_QUIETLY)
@@ -222,12 +225,18 @@ class Page:
         view = opened(client, remembered, language)
         found = self._all(view, client)
         try:
-            longest = client.figures().longest_answer
+            most = _most_tokens(client)
         except ServerError:
             return found  # the state says why
         slider = self.wishes["max_new_tokens"]
-        found[slider] = {**found[slider], "maximum": max(longest, _RANGES["max_new_tokens"][0] + 1)}
+        found[slider] = {**found[slider], "maximum": most, "value": min(Wishes().max_new_tokens, most)}
         return found
+
+    def _reset(self, request: gr.Request) -> list[float | None]:
+        values = _defaults()
+        with contextlib.suppress(ServerError):  # the state says why
+            values["max_new_tokens"] = min(Wishes().max_new_tokens, _most_tokens(self._client(request)))
+        return list(values.values())
 
     def _speak(self, request: gr.Request, view: View, language: Language) -> Updates:
         view = replace(view, language=language, kept=replace(view.kept, language=language))
@@ -295,6 +304,15 @@ def _frame(view: View) -> tuple[object, ...]:
     return view.language, view.choices, view.talk.uid, busy, turns, view.editing
 
 
+def _most_tokens(client: ServerClient) -> float:
+    """The end of the slider: what the server lets be asked for. Gradio takes no value that is beyond it.
+
+    Raises:
+        ServerError: the server cannot be asked.
+    """
+    return max(client.figures().longest_answer, _RANGES["max_new_tokens"][0] + 1)
+
+
 def _defaults() -> dict[str, float | None]:
     return {entry.name: getattr(Wishes(), entry.name) for entry in fields(Wishes)}
 
@@ -334,4 +352,11 @@ def page_app(visitors: Visitors, *, logs_in: bool = False) -> FastAPI:
         theme=theme(),
         css=CSS.read_text("utf-8"),
     )
+    (page,) = (route.app for route in app.routes if isinstance(route, Mount) and isinstance(route.app, GradioApp))
+
+    def log_out(name: str) -> None:
+        for token in [token for token, user in page.tokens.items() if user == name]:
+            del page.tokens[token]
+
+    visitors.on_replaced = log_out
     return app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from moss_jt.errors import ServerError
@@ -52,35 +53,48 @@ class Visitors:
     Args:
         url: of the server.
         key: that all of them use; None where the server has no keys, or each logs in with their own.
+
+    Attributes:
+        on_replaced: called with the name of a key before another of this name counts: who came in by the old one, which
+            was removed, must come in again.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
         self._url = url
         self._common = ServerClient(url, key)
-        self._own: dict[str, ServerClient] = {}  # name of a key -> who logged in with it
+        self._own: dict[str, tuple[str, ServerClient]] = {}  # name of a key -> the key, and who logged in with it
         self._answers: dict[str, Answer] = {}
+        self.on_replaced: Callable[[str], None] = lambda _: None
 
     def login(self, name: str, key: str) -> bool:
         """Let somebody in who has a key of the server and knows its name."""
+        key = key.strip()
         with contextlib.ExitStack() as stack:
             try:
-                client = stack.enter_context(ServerClient(self._url, key.strip()))
+                client = stack.enter_context(ServerClient(self._url, key))
                 known = client.figures().user
             except (ServerError, UnicodeEncodeError):  # a key is plain letters
                 return False
             if not known or known != name.strip():
                 return False
+            before = self._own.get(known)
+            if before is not None and before[0] == key:
+                return True
             stack.pop_all()  # it stays open
-        self._own[known] = client
+        if before is not None:
+            self.on_replaced(known)
+        self._own[known] = (key, client)
+        if before is not None:
+            before[1].close()
         return True
 
     def visitor(self, name: str | None, session: str) -> Visitor:
         """One of them, by name where they logged in."""
-        return Visitor(self._common if name is None else self._own[name], session, self._answers)
+        return Visitor(self._common if name is None else self._own[name][1], session, self._answers)
 
     def close(self) -> None:
         """End all answers and connections, when the page ends."""
         for answer in list(self._answers.values()):
             answer.stop()
-        for client in (self._common, *self._own.values()):
+        for client in (self._common, *(client for _, client in self._own.values())):
             client.close()

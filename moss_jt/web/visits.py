@@ -15,7 +15,7 @@ from queue import Empty, Queue
 
 from moss_jt.errors import ServerError
 from moss_jt.language import Language
-from moss_jt.web.client import Answer, Event, Finished, ServerClient, Started, Turn, Wishes
+from moss_jt.web.client import Answer, Event, Finished, ServerClient, Started, Turn, Wishes, unforeseen
 from moss_jt.web.talks import RUNNING, Talk, advanced, open_talk, with_pictures
 from moss_jt.web.visitors import Visitor
 from moss_jt.web.words import say
@@ -123,6 +123,7 @@ def said(visitor: Visitor, view: View, text: str, wishes: Wishes) -> Iterator[Vi
     """Something is said, and answered."""
     if not text.strip() or visitor.waits:
         return
+    text = text.encode("utf-8", "replace").decode()  # half a character of a browser can neither be sent nor shown
     client, before = visitor.client, view.talk
     replaces = len(before.turns) - 1 if view.editing and before.turns else None
     view = replace(view, talk=replace(before, turns=before.turns[:replaces]), editing=False)
@@ -145,7 +146,7 @@ def _answered(client: ServerClient, answer: Answer, view: View, before: Talk) ->
     Args:
         before: the conversation until then; a view that answers anew shows it without its last turn.
     """
-    draft = view.draft
+    draft, kept = view.draft, view.kept
     assert draft is not None, "there is a question"
     speed = 0.0
     try:
@@ -162,7 +163,7 @@ def _answered(client: ServerClient, answer: Answer, view: View, before: Talk) ->
     except ServerError as error:
         return _broken(client, view, draft.human, error)
     if draft.reason == "cancelled" and not draft.answer:  # the server keeps nothing of it
-        return replace(view, talk=before, text=draft.human)
+        return replace(view, talk=before, kept=kept, text=draft.human)
     return replace(view, talk=replace(view.talk, turns=(*view.talk.turns, draft), speed=speed))
 
 
@@ -195,6 +196,8 @@ def _read(answer: Answer, inbox: Queue[Event | ServerError | None]) -> None:
         inbox.put(None)
     except ServerError as error:
         inbox.put(error)
+    except Exception as error:  # who waits for the end would wait for ever
+        inbox.put(unforeseen(error))
 
 
 def _take(inbox: Queue[Event | ServerError | None]) -> list[Event | ServerError | None]:

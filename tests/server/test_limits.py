@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,16 @@ from typing import Any
 import pytest
 from finding_tools import FindingTools
 from live_server import LONGEST_S, Asked, LiveServer, until
+from toy_engine import MakeToy
 
 from moss_jt.messages import PrefillEvent, TokenEvent
 from moss_jt.server.calls import ToolResults
+from moss_jt.server.dispatch import Dispatcher
 from moss_jt.server.keys import add_key, tokens_today
 from moss_jt.server.link import Happened
+from moss_jt.server.process import ModelProcess
+from moss_jt.server.refusals import Refusal
+from moss_jt.server.settings import ServerSettings
 
 CHAT = "/v1/chat/completions"
 
@@ -44,6 +51,47 @@ def test_a_full_queue_says_when_to_come_again(tmp_path: Path) -> None:
                 reply = client.post(path, {**body, "stream": True})
                 assert reply.status == 429, "also for a stream, before it begins"
         assert waits.reply().json["choices"][0]["message"]["content"] == "you said patient"
+
+
+def test_more_answers_than_there_can_be_places_are_refused_for_good(tmp_path: Path) -> None:
+    """They were told to come again, each time."""
+    with LiveServer(tmp_path, parallel=1, queue=2, queue_per_user=1, keys=("alice",)) as live:
+        client = live.client("alice")
+        text = "/v1/completions"
+        for path, body in (
+            (CHAT, chat("x", n=3)),
+            (text, {"prompt": "x", "n": 3}),
+            (text, {"prompt": ["x"] * 3}),
+            (text, {"prompt": ["x", "y"], "n": 2, "stream": True}),
+        ):
+            reply = client.post(path, body)
+            assert (reply.status, reply.json["error"]["param"]) == (400, "n")
+            assert "of one user 2 can run and wait here" in reply.json["error"]["message"]
+        for path, body in ((CHAT, chat("x", n=2)), (text, {"prompt": ["x", "y"]}), (text, {"prompt": [5, 6, 7]})):
+            assert client.post(path, body).status == 200
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("most", [None, 1, 2, 3])
+@pytest.mark.parametrize(("queue", "queue_per_user"), [(0, 1), (1, 4), (5, 2)])
+def test_the_capacity_is_what_is_taken(
+    monkeypatch: pytest.MonkeyPatch, queue: int, queue_per_user: int, most: int | None, known: bool
+) -> None:
+    settings = ServerSettings(Path("none"), parallel=2, queue=queue, queue_per_user=queue_per_user)
+    monkeypatch.setattr(ModelProcess, "send", lambda *_: None)
+
+    async def taken() -> int:
+        dispatcher: Any = Dispatcher(settings, MakeToy())
+        dispatcher.state, dispatcher.model = "ready", "a model"
+        for count in range(20):
+            try:
+                dispatcher.submit("alice", None, most=most, known=known)
+            except Refusal:
+                return count
+            assert count < dispatcher.capacity(most=most, known=known)
+        raise AssertionError("it takes any number")
+
+    assert asyncio.run(taken()) == Dispatcher(settings, MakeToy()).capacity(most=most, known=known)
 
 
 class Waiting(FindingTools):
@@ -200,6 +248,25 @@ def test_an_answer_has_an_end(tmp_path: Path) -> None:
         choice = live.client().post(CHAT, chat("@long", max_tokens=3000)).json["choices"][0]
         assert choice["finish_reason"] == "length"
         assert choice["message"]["content"].startswith("you said @long")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_without_a_word_takes_nobodys_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Its time was over while it was thought about: the old answer went, and nothing came."""
+    with LiveServer(tmp_path, keys=("alice",), tools=FindingTools()) as live:
+        alice = live.client("alice")
+        uid = alice.say("one")["uid"]
+        monkeypatch.setattr(live.service, "settings", replace(live.settings, answer_s=1e-6))
+        for place in ({"uid": uid, "replace_turn": 0}, {"uid": uid}, {}):
+            reply = alice.post("/", {"prompt": "two", "stream": stream, **place})
+            assert reply.status == (200 if stream else 503)
+            assert b'"code": "no_answer"' in reply.body.replace(b'"code":"', b'"code": "')
+            assert (b"it should replace is kept" in reply.body) is ("replace_turn" in place)
+        (turn,) = alice.get(f"/v1/conversations/{uid}").json["turns"]
+        assert (turn["human"], turn["answer"]) == ("one", "you said one")
+        assert len(alice.get("/v1/conversations").json["data"]) == 1, "no conversation began"
 
 
 def test_conversations_of_a_key_have_a_number(tmp_path: Path) -> None:

@@ -173,6 +173,21 @@ def test_what_tools_said_is_told_also_where_none_may_be_called(ai: openai.OpenAI
     assert "found Search(\"who wrote it\") =>\n<|1|>: 'nobody knows'" in (done.choices[0].message.content or "")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_come_one_by_one_where_that_is_asked(client: Client, stream: bool) -> None:
+    """The field was taken and passed over."""
+    body = {"messages": user('@search one"), Search("two'), "tools": [SEARCH]}
+    for parallel, count in ((None, 2), (True, 2), (False, 1)):
+        asked = {**body, "parallel_tool_calls": parallel}
+        if stream:
+            with client.stream("/v1/chat/completions", asked) as events:
+                deltas = [event["choices"][0]["delta"] for event in events.events()]
+            calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+        else:
+            calls = client.post("/v1/chat/completions", asked).json["choices"][0]["message"]["tool_calls"]
+        assert [json.loads(call["function"]["arguments"])["q"] for call in calls] == ["one", "two"][:count]
+
+
 def test_a_call_that_was_cut_is_none(client: Client) -> None:
     """A stream gave what max_tokens had left of it as a call to answer."""
     body = {"messages": user("@search who wrote it all"), "tools": [SEARCH]}
@@ -266,6 +281,8 @@ def test_an_order_that_cannot_be_is_refused(client: Client, messages: list[dict[
         {"logit_bias": {"5": 1}},
         {"response_format": {"type": "json_object"}},
         {"tool_choice": "required"},
+        {"top_logprobs": 5},
+        {"top_logprobs": 5, "logprobs": False},
         {"n": 0},
         {"stop": [""]},
         {"echo": True},

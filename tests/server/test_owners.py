@@ -26,6 +26,7 @@ PRIVATE = [
     ("GET", "/v1/models/toy", None),
     ("GET", "/metrics", None),
     ("GET", "/v1/figures", None),
+    ("GET", "/openapi.json", None),
     ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
     ("POST", "/v1/completions", {"prompt": "x"}),
 ]
@@ -145,3 +146,16 @@ def test_what_one_computed_speeds_up_nobody_else(keyed_server: LiveServer) -> No
         reused.append(usage["prompt_tokens_details"]["cached_tokens"])
     assert reused[1] > 0
     assert reused[2] == 0
+
+
+def test_a_new_key_of_an_old_name_finds_nothing_computed(tmp_path: Path) -> None:
+    """Caches were found by the name of the key, so the next carol saw by the clock what the first had asked."""
+    body = {"messages": [{"role": "user", "content": "a thing that only the first carol asks about"}]}
+    with LiveServer(tmp_path) as live:
+        reused = []
+        for _ in range(2):
+            carol = live.client(live.database.now(add_key, "carol"))
+            usage = [carol.post("/v1/chat/completions", body).json["usage"] for _ in range(2)]
+            reused += [one["prompt_tokens_details"]["cached_tokens"] for one in usage]
+            live.database.now(remove_key, "carol", keep_conversations=False)
+    assert reused[1] == reused[3] > reused[0] == reused[2] == 0

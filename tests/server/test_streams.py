@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -11,7 +12,7 @@ from starlette.requests import Request
 
 from moss_jt.server import streams
 from moss_jt.server.refusals import Refusal
-from moss_jt.server.streams import ClientGone, EventStream, event_stream, merge, until_gone
+from moss_jt.server.streams import ClientGone, EventStream, event_stream, merge, sse, until_gone
 
 Messages = list[dict[str, Any]]
 
@@ -63,6 +64,14 @@ async def sent_by(response: EventStream, receive: Any) -> bytes:
 
     await response({"type": "http"}, receive, send)
     return body
+
+
+def test_an_event_is_one_line_for_every_reader() -> None:
+    """U+2028 in an answer ended the line for str.splitlines, and so for httpx and what is built on it."""
+    values = {"text": "".join(map(chr, range(0x3000)))}
+    line, *rest = sse(values).decode().splitlines()
+    assert rest == [""]
+    assert json.loads(line.removeprefix("data: ")) == values
 
 
 def test_all_of_several_streams_come_with_their_number() -> None:

@@ -8,6 +8,7 @@ import pytest
 from live_server import LiveServer, until
 
 from moss_jt.web import asking
+from moss_jt.web import client as client_module
 from moss_jt.web.asking import Asked, Asking
 from moss_jt.web.client import ServerClient, Wishes
 
@@ -87,6 +88,17 @@ def test_an_error_is_told_in_the_servers_words(client: ServerClient) -> None:
     asked = over(ask(client, "@bad"))
     assert asked.error == "the toy was asked to fail."
     assert asked.over and not asked.kept and asked.turn.human == "@bad"
+
+
+def test_a_fault_of_ours_is_told_too(client: ServerClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread ended without a word, and the page looked for ever."""
+
+    def fails(line: str) -> None:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(client_module, "_event", fails)
+    asked = over(ask(client, "hello"))
+    assert "KeyError('a fault')" in asked.error and not asked.kept
 
 
 def test_an_answer_that_nobody_looks_at_ends(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +133,78 @@ def test_an_answer_is_stopped_before_it_began(client: ServerClient) -> None:
     answer = client.ask("@long story", uid=None, wishes=Wishes())
     answer.stop()
     assert list(answer) == [Finished(None, "cancelled", "")]
+
+
+def anonymous_tls(side: int) -> ssl.SSLContext:
+    """TLS that needs no certificate."""
+    context = ssl.SSLContext(side)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("aNULL:@SECLEVEL=0")
+    return context
+
+
+@contextlib.contextmanager
+def holding_over_tls() -> Iterator[str]:
+    """The address of a server whose one answer begins and never goes on."""
+    may_end = threading.Event()
+
+    def hold() -> None:
+        plain, _ = listener.accept()
+        with anonymous_tls(ssl.PROTOCOL_TLS_SERVER).wrap_socket(plain, server_side=True) as line:
+            line.recv(1 << 16)
+            line.sendall(b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\ndata: {"type": "start", "uid": "u"}\n\n')
+            assert may_end.wait(60)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=hold)
+        thread.start()
+        try:
+            yield f"https://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            may_end.set()
+            thread.join(60)
+
+
+def test_stopping_ends_at_once_over_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The socket beneath was shut down, which TLS had taken the place of: nothing happened."""
+    monkeypatch.setattr(ssl, "create_default_context", lambda: anonymous_tls(ssl.PROTOCOL_TLS_CLIENT))
+    with holding_over_tls() as url, ServerClient(url) as client:
+        events: list[Event] = []
+        answer = client.ask("hello", uid=None, wishes=Wishes())
+        reader = threading.Thread(target=lambda: events.extend(answer), daemon=True)
+        reader.start()
+        until(lambda: bool(events), "it begins")
+        answer.stop()
+        reader.join(20)
+        assert events == [Started("u"), Finished("u", "cancelled", "")]
+
+
+@pytest.mark.parametrize("text", ["one\u2028two", "one\u2029two", "one\x85two", "one\x0b\x0c\x1c\x1d\x1etwo"])
+def test_an_answer_may_hold_what_some_take_for_the_end_of_a_line(toy: ServerClient, text: str) -> None:
+    """The line was cut there, and what was left of it was no JSON."""
+    *_, finished = ask(toy, text)
+    assert isinstance(finished, Finished) and finished.answer == f"you said {text}"
+    line = json.dumps({"type": "delta", "text": text}, ensure_ascii=False)  # as a server wrote it before
+    with serving() as older:
+        older.routes["/"] = (200, f"data: {line}\r\n\r\ndata: [DONE]\r\n\r\n".encode())
+        with ServerClient(older.url) as client, client.ask("hello", uid=None, wishes=Wishes()) as answer:
+            assert next(answer) == Delta(text)
+            with pytest.raises(ServerError, match="the answer broke off"):
+                next(answer)
+
+
+def test_what_is_no_event_is_an_error_of_the_server() -> None:
+    with serving() as other:
+        other.routes["/"] = (200, b"data: <html>\n\n")
+        with ServerClient(other.url) as client, pytest.raises(ServerError, match=r"sent what is no event: .* proxy"):
+            ask(client, "hello")
+
+
+def test_half_a_character_is_refused(toy: ServerClient) -> None:
+    with pytest.raises(ServerError, match=r"'\\ud83d' in the question is half a character"):
+        ask(toy, "half \ud83d")
 
 
 def test_leaving_an_answer_ends_it_on_the_server(toy_server: LiveServer, toy: ServerClient) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 from chromium import Chromium, Profile, Tab
 from finding_tools import PICTURE, FindingTools
@@ -20,6 +21,7 @@ from xss import TEXTS, assert_harmless
 
 from moss_jt.config import GenerationConfig
 from moss_jt.server.calls import FoundSource
+from moss_jt.server.keys import add_key, remove_key
 from moss_jt.web.words import say
 
 if TYPE_CHECKING:
@@ -408,6 +410,21 @@ def test_the_sliders_do_what_they_say(chat: Chat) -> None:
     assert found == {name: str(getattr(default, name)) for name in found}
 
 
+def test_answers_may_be_asked_for_where_the_longest_is_short(profile: Profile, tmp_path: Path) -> None:
+    """The slider began beyond its end, which Gradio refused with every question."""
+    with LiveServer(tmp_path, max_new_tokens=100) as live, gradio(live) as address, profile.tab() as tab:
+        chat = Chat(tab).open(address)
+        chat.ask("@settings", "max_new_tokens 100")
+        chat.part("sampling").get_by_text(say("sampling", "en"), exact=True).click()
+        field = chat.part("max-new-tokens").locator("input[type=number]")
+        expect(field).to_have_value("100")
+        chat.part("temperature").locator("input[type=number]").fill("1.3")
+        chat.part("reset").click()
+        expect(chat.part("temperature").locator("input[type=number]")).to_have_value("0.7")
+        expect(field).to_have_value("100")
+        chat.ask("and **again**", "you said and again")
+
+
 def test_speed_and_memory_are_shown(chat: Chat) -> None:
     chat.ask("hello")
     state = chat.part("state")
@@ -462,6 +479,26 @@ def test_nobody_gets_in_without_a_key_of_theirs(keyed_page: tuple[LiveServer, in
         assert not visitors.login(name, live.keys["alice"] if key == "alice's" else key)
         assert visitors.login("alice", live.keys["alice"])
         assert visitors.visitor("alice", "x").client.figures().user == "alice"
+
+
+def test_a_new_key_of_an_old_name_ends_the_logins_of_the_old(keyed_page: tuple[LiveServer, int]) -> None:
+    """Who had logged in with a removed key saw what the next one of its name did, and asked with it."""
+    live, port = keyed_page
+    with contextlib.ExitStack() as stack:
+        old, again, new = (
+            stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False)) for _ in range(3)
+        )
+
+        def log_in(browser: httpx.Client, key: str) -> None:
+            assert browser.post("/login", data={"username": "carol", "password": key}).status_code == 200
+
+        key = live.database.now(add_key, "carol")
+        log_in(old, key)
+        log_in(again, key)
+        assert [browser.get("/config").status_code for browser in (old, again)] == [200, 200]
+        live.database.now(remove_key, "carol", keep_conversations=False)
+        log_in(new, live.database.now(add_key, "carol"))
+        assert [browser.get("/config").status_code for browser in (old, again, new)] == [401, 401, 200]
 
 
 def test_a_page_that_wants_a_key_does_nothing_without(keyed_page: tuple[LiveServer, int]) -> None:

@@ -12,7 +12,8 @@ import pytest
 from finding_tools import PICTURE, FindingTools
 from live_server import LiveServer, until
 
-from moss_jt.web.client import Answer, ServerClient, Wishes
+from moss_jt.web import client as client_module
+from moss_jt.web.client import Answer, Event, Finished, ServerClient, Started, Wishes
 from moss_jt.web.talks import RUNNING, Talk, messages, state_html
 from moss_jt.web.visitors import Visitor
 from moss_jt.web.visits import Kept, View, chosen, deleted, edited, opened, said, said_again
@@ -121,6 +122,24 @@ def test_an_answer_anew_that_is_stopped_at_once_leaves_the_old_one(
     assert opened(visitor.client, end.kept, "en").talk.turns == end.talk.turns
 
 
+def test_a_conversation_that_is_stopped_before_its_first_word_is_not_listed(
+    visitor: Visitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood in the list from its beginning on, and was gone once it was chosen: the server had kept nothing."""
+    first = ask(visitor, "one")
+    read = Answer.__next__
+
+    def read_and_stop(answer: Answer) -> Event:
+        event = read(answer)
+        answer.stop()
+        return event if isinstance(event, Started) else Finished("a uid", "cancelled", "")
+
+    monkeypatch.setattr(Answer, "__next__", read_and_stop)
+    end = ask(visitor, "two", chosen(visitor.client, first, None))
+    assert (end.talk, end.text, end.kept.last) == (Talk(), "two", None)
+    assert end.choices == end.kept.talks == first.kept.talks
+
+
 def test_a_turn_that_came_from_elsewhere_is_not_taken_back(visitor: Visitor) -> None:
     view = ask(visitor, "one")
     ask(visitor, "from another tab", view)
@@ -136,6 +155,23 @@ def test_what_fails_gives_the_words_back(visitor: Visitor) -> None:
     fresh = ask(visitor, "@bad")
     assert (fresh.talk.turns, fresh.text) == ((), "@bad")
     assert humans(ask(visitor, "again", replace(fresh, warning=""))) == ["again"]
+
+
+def test_a_fault_of_ours_is_told_too(visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread ended without a word, and the page waited for ever, also behind Stop."""
+
+    def fails(line: str) -> None:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(client_module, "_event", fails)
+    view = ask(visitor, "hello")
+    assert (view.text, "KeyError('a fault')" in view.warning) == ("hello", True)
+    assert not visitor.waits
+
+
+def test_half_a_character_is_left_out(visitor: Visitor) -> None:
+    """Neither the server nor Gradio can be sent it."""
+    assert humans(ask(visitor, "half \ud83d")) == ["half ?"]
 
 
 def test_an_answer_that_breaks_off_keeps_what_the_server_kept(visitor: Visitor) -> None:
