@@ -49,8 +49,10 @@ class HostShare:
         )
         self._x, self._y = self._memory.reshape(2, TOKENS * widest)
         self._pinned = device.pin(self._memory)
-        blocks = TOKENS * -(-widest // 32)  # groups have 32 inputs at least
-        self._rounded = [Buffer(aligned(shape, kind)) for shape, kind in _rounded(TOKENS * widest, blocks)]
+        blocks = max(
+            (each.n_groups * -(-each.padded_group // ROUND_BLOCK) for each in self._layouts.values()), default=1
+        )
+        self._rounded = [Buffer(aligned(shape, kind)) for shape, kind in _rounded(TOKENS * widest, TOKENS * blocks)]
         self._nothing = Buffer(aligned((2,), "float32"))
         self._kept: dict[str, Buffer] = {}
         self._steps = Steps()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from host_device import HostDevice
 
+from moss_jt.host_share import TOKENS, HostShare
+from moss_jt.layout import TileLayout
 from moss_jt.memory import MIB
+from moss_jt.plan import MatrixSize
 from moss_jt.sharing import LEAST_GAIN, ShareChoice, SharingRates, best_share, measure_sharing
+from moss_jt.weights import Stored, WeightStore
 
 MATRIX = 32 * MIB
 # a link of 20 GB/s, and a processor that multiplies 30 GB/s, less where both read the same memory
@@ -137,3 +143,14 @@ def test_a_choice_is_told() -> None:
     told = str(ShareChoice(0.3, DESKTOP))
     assert "20.0 GB/s, beside the processor 15.0" in told and "it gets 0.30 of the feed-forward weights" in told
     assert str(ShareChoice(0.0)) == "nothing is copied for a token that the processor could multiply"
+
+
+@pytest.mark.parametrize("group", [8, 16, 32, 300])
+def test_there_is_room_for_the_steps_of_small_groups(group: int, tmp_path: Path, jittor: object) -> None:
+    layout = TileLayout((64, 512), 8, group)
+    store = WeightStore()
+    name = "transformer.h.0.mlp.fc_in.weight"
+    store.put(Stored(name, np.zeros(layout.nbytes, np.uint8), layout))
+    share = HostShare(HostDevice(tmp_path), store, [MatrixSize(name, 64, 16, layout.nbytes // 4)], 1.0)
+    _, steps, sums = (buffer.array.size for buffer in share._rounded)
+    assert min(steps, sums) >= TOKENS * layout.n_groups * -(-layout.padded_group // 128)
