@@ -34,7 +34,7 @@ DTYPES: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "
 @click.option("--revision", help=pick("Branch, tag or commit; else the main branch.", "分支、标签或提交；默认主分支。"))
 @click.option(
     "--delete-source/--keep-source",
-    default=False,
+    default=None,  # as an unfinished pull was begun
     help=pick(
         "Convert each weight file when it has arrived and delete it, or keep the original files (the default).",
         "每个权重文件下载后立即转换并删除，或保留原始文件（默认）。",
@@ -50,7 +50,7 @@ DTYPES: dict[str, FloatType] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "
 )
 @click.option("--json", "as_json", is_flag=True, help=pick("Print the result as JSON.", "以 JSON 输出结果。"))
 def command(
-    *, name: str, revision: str | None, delete_source: bool, dtype: str | None, yes: bool, as_json: bool
+    *, name: str, revision: str | None, delete_source: bool | None, dtype: str | None, yes: bool, as_json: bool
 ) -> None:
     """Fetch a model."""
     from moss_jt.cli.progress import TerminalProgress

@@ -15,6 +15,7 @@ from typing import Any
 
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import FloatType, MossConfig
+from moss_jt.converters.holes import is_marked
 from moss_jt.converters.journal import Note, Workplace, copy_small_files
 from moss_jt.converters.native_plan import Options, made_from, make_plan
 from moss_jt.converters.native_tensors import NativeMaker
@@ -23,7 +24,7 @@ from moss_jt.converters.plan import Plan, PlannedTensor
 from moss_jt.converters.rounding import Quantizer
 from moss_jt.converters.shelf import Arrive, Shelf, check_deletable
 from moss_jt.converters.survey import problems_of, wanted_tensors
-from moss_jt.converters.using_up import UsingUp, check_no_hole, delete_rest, most_bytes, read_note
+from moss_jt.converters.using_up import UsingUp, check_no_hole, delete_holed, delete_rest, most_bytes, read_note
 from moss_jt.errors import CheckpointError, ConfigError
 from moss_jt.layout import Layout, PlainLayout, TileLayout, layout_from_dict
 from moss_jt.progress import Progress, Quiet
@@ -66,6 +67,7 @@ class Task:
         options: what changes the bytes.
         native: the source is a native folder.
         title: of the progress.
+        way_out: what else the caller's user can do where there is no room, after "Free 1 GB".
     """
 
     kind: str
@@ -74,6 +76,7 @@ class Task:
     options: Options
     native: bool
     title: str
+    way_out: str = ""
 
 
 def convert(
@@ -91,7 +94,8 @@ def convert(
         task: what to make.
         quantizer: for matrices that become int4 or int8.
         resume: go on with an interrupted run, to the same bytes.
-        delete_source: delete each weight file of the source as soon as it has been used up.
+        delete_source: delete each weight file of the source as soon as it has been used up. Where the
+            interrupted run was asked for that and this one is not, only the files go that have holes by then.
         arrive: brings a weight file that the source's index names and that is not there yet.
         progress: told the bytes written.
 
@@ -112,7 +116,7 @@ def convert(
         if workplace.plan is not None:
             _check_options(workplace, task.options)
             done = verify_done(workplace, report)
-        resumed = len(done)
+        resumed, holed = len(done), read_note(workplace)
         deleted: dict[str, int] = {}
         if workplace.plan is None or len(done) < len(workplace.plan.places()):
             with Shelf(source, native=task.native, arrive=arrive, partial=workplace.plan is not None) as shelf:
@@ -122,7 +126,7 @@ def convert(
                     _begin(workplace, shelf, task, delete_source=delete_source)
                 else:
                     _check_source(workplace, shelf, done)
-                    _check_room(workplace, shelf, workplace.plan, done, delete_source=delete_source)
+                    _check_room(workplace, shelf, task, workplace.plan, done, delete_source=delete_source)
                 maker, freed = NativeMaker(quantizer), deleted if delete_source else None
                 _write(workplace, shelf, done, maker, freed, title=task.title, progress=report)
         plan = workplace.plan
@@ -130,6 +134,8 @@ def convert(
         finish(workplace, done, manifest=True)
     if delete_source:
         delete_rest(plan, source, deleted)
+    else:
+        delete_holed(source, holed, deleted)
     config = MossConfig.from_file(target / "config.json")
     dropped = plan.inputs["dropped"]
     return Conversion(target, config, plan.nbytes, dropped["count"], dropped["nbytes"], resumed, sum(deleted.values()))
@@ -138,7 +144,7 @@ def convert(
 def _begin(workplace: Workplace, shelf: Shelf, task: Task, *, delete_source: bool) -> None:
     """Plan, see that there is room, copy the tokenizer, and write the plan down."""
     plan = make_plan(task.kind, shelf, task.options)
-    _check_room(workplace, shelf, plan, (), delete_source=delete_source)
+    _check_room(workplace, shelf, task, plan, (), delete_source=delete_source)
     folder = shelf.source.path if shelf.source.path.is_dir() else shelf.source.path.parent
     copy_small_files(folder, TOKENIZER_FILES, workplace.out)
     workplace.start(plan)
@@ -233,7 +239,7 @@ def _write(
                 if using_up:
                     using_up.after(name, writer)
     except CheckpointError:
-        if _is_complete(shelf, plan) and not read_note(workplace):
+        if _is_complete(shelf, plan) and not any(is_marked(file) for file in shelf.source.files):
             workplace.discard()  # the source is bad and all there: going on could not help
         raise
     finally:
@@ -284,12 +290,14 @@ def _working_order(plan: Plan) -> list[str]:
     return sorted(needs, key=lambda name: max(needs[name]))
 
 
-def _check_room(workplace: Workplace, shelf: Shelf, plan: Plan, done: Collection[str], *, delete_source: bool) -> None:
+def _check_room(
+    workplace: Workplace, shelf: Shelf, task: Task, plan: Plan, done: Collection[str], *, delete_source: bool
+) -> None:
     """See that the result fits on the disk; what the source gives back on the way counts."""
     if delete_source:
         check_room(workplace, most_bytes(shelf, plan, _working_order(plan), done, read_note(workplace)))
     else:
-        check_room(workplace, plan.nbytes, ", or add --delete-source")
+        check_room(workplace, plan.nbytes, task.way_out)
 
 
 def _weight_bytes(checkpoint: Checkpoint) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from moss_jt.checked_file import printable
 from moss_jt.config import FloatType
 from moss_jt.converters.conversion import Conversion, Task, convert
 from moss_jt.converters.native_plan import CONVERT, HeadType, Options
@@ -29,6 +30,7 @@ def hf2jittor(
     delete_source: bool = False,
     name: str | None = None,
     arrive: Arrive | None = None,
+    way_out: str = "",
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert a Hugging Face folder to the native format.
@@ -44,6 +46,7 @@ def hf2jittor(
         name: of the model, kept in its config; None takes the folder's.
         arrive: brings a weight file that the source's index names and that is not there yet; one
             file at least must be there from the start.
+        way_out: see Task.
         progress: told the bytes written.
 
     Raises:
@@ -54,8 +57,8 @@ def hf2jittor(
     source = Path(os.path.abspath(src))  # noqa: PTH100
     target = Path(os.path.abspath(dst if dst is not None else default_destination(source)))  # noqa: PTH100
     quantizer = RoundToNearest()
-    options = Options(dtype, name or source.name, head, quantizer=quantizer.label if head == "int8" else "")
-    task = Task(CONVERT, source, target, options, native=False, title=f"Converting to {target.name}")
+    options = Options(dtype, name or printable(source.name), head, quantizer=quantizer.label if head == "int8" else "")
+    task = Task(CONVERT, source, target, options, native=False, title=f"Converting to {target.name}", way_out=way_out)
     return convert(
         task, quantizer=quantizer, resume=resume, delete_source=delete_source, arrive=arrive, progress=progress
     )

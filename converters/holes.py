@@ -1,7 +1,8 @@
 """Give parts of a file back to the disk while it keeps its size: holes, which read as zeros.
 
 A 10 GB checkpoint in one file can so be used up tensor by tensor. Works where the file system knows
-holes (ext4, xfs, btrfs, tmpfs); `can_punch` asks by trying.
+holes (ext4, xfs, btrfs, tmpfs); `can_punch` asks by trying. Nothing in such a file tells that its zeros
+are none, so a mark lies beside it, NAME.given-back, from before the first hole until the file is deleted.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from moss_jt.errors import DiskError
+from moss_jt.checked_file import printable
+from moss_jt.errors import CheckpointError, DiskError
 from moss_jt.layout import ALIGNMENT, round_up
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # FALLOC_FL_* of <linux/falloc.h>
+_MARK_SUFFIX = ".given-back"
 
 
 def can_punch(folder: Path) -> bool:
@@ -70,6 +73,41 @@ def is_sparse(path: Path) -> bool:
     """Whether a file takes less room than its size."""
     status = path.stat()
     return status.st_blocks * 512 < status.st_size
+
+
+def mark_of(path: Path) -> Path:
+    """The file that tells of holes in another one."""
+    return path.with_name(path.name + _MARK_SUFFIX)
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a file has been given back in part, so that its size and its zeros tell nothing."""
+    return os.path.lexists(mark_of(path))
+
+
+def check_unmarked(path: Path) -> None:
+    """See that a file is whole.
+
+    Raises:
+        CheckpointError: parts of it were given back.
+    """
+    if is_marked(path):
+        raise CheckpointError(
+            f"parts of {printable(path)} were given back to the disk by a conversion with --delete-source and read as "
+            f"zeros. Go on with that conversion by --resume; or fetch the file again and delete "
+            f"{printable(mark_of(path).name)} beside it."
+        )
+
+
+def discard_marked(path: Path) -> None:
+    """Delete a file that has been given back in part, and its mark; a whole one stays.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    if is_marked(path):
+        path.unlink(missing_ok=True)
+        mark_of(path).unlink()
 
 
 def _fallocate(fd: int, start: int, nbytes: int) -> int:

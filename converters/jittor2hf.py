@@ -18,7 +18,7 @@ from moss_jt.config import FloatType
 from moss_jt.converters.floats import bits_of, cast_bits, check_fits
 from moss_jt.converters.journal import Workplace, copy_small_files
 from moss_jt.converters.names import GPTQ_PARTS, gptq_names
-from moss_jt.converters.output import PIECE_BYTES, Pieces, TensorWriter, check_room, finish, verify_done
+from moss_jt.converters.output import PIECE_BYTES, Pieces, TensorWriter, check_finished, check_room, finish, verify_done
 from moss_jt.converters.plan import CODES, Plan, PlannedTensor, dump_json, foreign_files
 from moss_jt.errors import CheckpointError, ConfigError
 from moss_jt.layout import ITEM_BYTES, TILE_ROWS, TileLayout
@@ -61,7 +61,8 @@ def jittor2hf(
     A quantised head becomes floating point again, of the type of the other weights.
 
     Raises:
-        ConfigError: the destination is taken, or the source changed since an interrupted run.
+        ConfigError: the destination is taken (with `resume`: by something else), or the source changed since
+            an interrupted run.
         CheckpointError: the native folder is broken.
         DiskError: not enough room, or the disk fails; the conversion can be resumed.
     """
@@ -72,6 +73,7 @@ def jittor2hf(
     with Workplace(target, KIND, resume=resume) as workplace:
         plan = _plan(checkpoint)
         if workplace.whole:
+            check_finished(workplace, plan)
             return BackConversion(target, plan.nbytes, len(plan.places()), len(plan.places()), head)
         done: dict[str, str] = {}
         if workplace.plan is None:

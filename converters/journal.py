@@ -63,8 +63,8 @@ class Workplace:
         """Take the folder.
 
         Raises:
-            ConfigError: DST exists, an unfinished run is there and `resume` was not asked, it is
-                another command's, or another process works on it.
+            ConfigError: DST exists or is a mount point, an unfinished run is there and `resume` was not
+                asked, it is another command's, or another process works on it.
             DiskError: the folder cannot be made.
         """
         try:
@@ -130,6 +130,11 @@ class Workplace:
 
     def _take(self) -> None:
         exists = os.path.lexists(self.dst) and not _is_empty_folder(self.dst)
+        if not exists and os.path.ismount(self.dst):
+            raise ConfigError(
+                f"{self.dst} is where a disk is mounted, so no other folder can take its place. "
+                f"Name a folder inside it, such as {self.dst / 'model'}."
+            )
         if exists and not self.path.exists():
             self._stop_at_existing()
             return

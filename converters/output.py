@@ -25,7 +25,7 @@ from moss_jt.checkpoint import CONFIG_FILE, MANIFEST_FILE
 from moss_jt.config import FORMAT_NAME
 from moss_jt.converters.journal import JOURNAL_FILE, Note, Workplace, disk_error, sync_folder, write_safely
 from moss_jt.converters.plan import Plan, PlannedFile, PlannedTensor, dump_json
-from moss_jt.errors import CheckpointError, DiskError
+from moss_jt.errors import CheckpointError, ConfigError, DiskError
 from moss_jt.progress import Progress
 
 COMMIT_BYTES = 128 << 20
@@ -57,6 +57,31 @@ def check_room(workplace: Workplace, needed: int, hint: str = "") -> None:
             f"{workplace.dst} needs {_in_words(needed - held)} more; {_in_words(free)} are free on its disk. "
             f"Free {_in_words(missing)}{hint}."
         )
+
+
+def check_finished(workplace: Workplace, plan: Plan) -> None:
+    """See that the folder that is there already is what a plan makes, by sizes, headers and texts.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    different = [file.name for file in plan.files if not _holds(workplace.dst / file.name, file.header, file.nbytes)]
+    for name, text in plan.texts.items():
+        if not _holds(workplace.dst / name, text.encode(), len(text.encode())):
+            different.append(name)
+    if different:
+        raise ConfigError(
+            f"{workplace.dst} exists already, and is something else: {different[0]} is not there, or differs. "
+            "Choose another name or delete it."
+        )
+
+
+def _holds(path: Path, start: bytes, nbytes: int) -> bool:
+    """Whether a file has this size and these bytes at its start."""
+    if not path.is_file():
+        return False
+    with CheckedFile(path) as file:
+        return file.size == nbytes and file.head(len(start)) == start
 
 
 def verify_done(workplace: Workplace, progress: Progress) -> dict[str, str]:

@@ -198,8 +198,12 @@ def plan_file(name: str, tensors: list[PlannedTensor], metadata: dict[str, str])
 
 
 def dump_json(values: Any) -> str:
-    """JSON as all our files have it: readable, in the order given, the same every time."""
-    return json.dumps(values, ensure_ascii=False, indent=1) + "\n"
+    """JSON as all our files have it: readable, in the order given, the same every time.
+
+    What is no UTF-8 in the name of a file is escaped, and comes back the same.
+    """
+    text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate becomes \\udcxx, JSON's own escape
 
 
 def _divide(tensors: Iterable[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:

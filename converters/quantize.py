@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moss_jt.checked_file import printable
 from moss_jt.checkpoint import CONFIG_FILE, is_native
 from moss_jt.config import Bits, FloatType, MossConfig, Quantization
 from moss_jt.converters.conversion import Conversion, Task, convert
@@ -109,7 +110,7 @@ def read_errors(path: Path) -> dict[str, MatrixError]:
 def _name(source: Path, bits: Bits | None, *, native: bool) -> str:
     """The name of the result, if nobody says."""
     if not native:
-        return f"{source.name}-int{bits}"
+        return f"{printable(source.name)}-int{bits}"
     config = MossConfig.from_file(source / CONFIG_FILE)
-    base = config.name or source.name
+    base = config.name or printable(source.name)
     return base if config.quantization is not None else f"{base}-int{bits}"

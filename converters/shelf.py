@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moss_jt.checked_file import CheckedFile
+from moss_jt.converters.holes import mark_of
 from moss_jt.converters.native_source import open_native
 from moss_jt.converters.source import Source, open_source
 from moss_jt.converters.weight_files import find_weight_files
@@ -17,7 +19,7 @@ from moss_jt.errors import CheckpointError, ConfigError, DiskError
 Arrive = Callable[[Path], None]
 
 _EDGE_BYTES = 1 << 20  # of a file's start and end, enough to know it again
-_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDEX_FILES = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
 
 
 class Shelf:
@@ -37,13 +39,14 @@ class Shelf:
             path: the source's folder or file.
             native: it is a folder of our own format, whole.
             arrive: called with the path of a missing file when it is needed; the file is there afterwards.
-            partial: files may have been deleted by an earlier run.
+            partial: files may have been deleted by an earlier run, or given back in part.
         """
         self._path = path
         self._arrive = arrive
         self._partial = partial or arrive is not None
+        self._resumed = partial
         self.native = native
-        self.source = open_native(path) if native else open_source(path, partial=self._partial)
+        self.source = open_native(path) if native else self._open()
         self._homes: Mapping[str, str] = {}
         if self.source.missing_files:
             self._homes = find_weight_files(path).index
@@ -87,8 +90,16 @@ class Shelf:
             self._arrive(self._path / file)
         if missing:
             self.source.close()
-            self.source = open_source(self._path, partial=self._partial)
+            self.source = self._open()
         return bool(missing)
+
+    def fetch_again(self, file: Path) -> None:
+        """Let a file arrive anew in the place of one that is of no use any more; only where files arrive."""
+        assert self._arrive is not None, "files arrive"
+        self.source.close()
+        delete_file(file)
+        self._arrive(file)
+        self.source = self._open()
 
     def delete(self, file: str) -> int:
         """Delete a file of weights that is used up; its bytes."""
@@ -97,6 +108,10 @@ class Shelf:
             return 0
         self.source.release(path)
         return delete_file(path)
+
+    def _open(self) -> Source:
+        """What is there of a foreign source; holes are accepted where an earlier run may have made them."""
+        return open_source(self._path, partial=self._partial, holed=self._resumed)
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
         """What the files of weights are known by: size and a hash of their first and last bytes."""
@@ -107,8 +122,14 @@ def check_deletable(path: Path, source: Source) -> None:
     """See that deleting the files of a source would give their room back.
 
     Raises:
-        ConfigError: one is a symbolic link, as in the cache of huggingface_hub.
+        ConfigError: one is a symbolic link, as in the cache of huggingface_hub, or lies where nothing may be deleted.
     """
+    folder = path if path.is_dir() else path.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--delete-source may not delete anything in {folder}: it is read-only for you. Convert without it, or "
+            "change the folder's permissions."
+        )
     links = [file.name for file in source.files if file.is_symlink()]
     if links:
         raise ConfigError(
@@ -117,21 +138,25 @@ def check_deletable(path: Path, source: Source) -> None:
 
 
 def delete_file(path: Path) -> int:
-    """Delete a file; the bytes that it had, 0 if it was not there."""
+    """Delete a file, and the mark that it was given back in part; the bytes that it had, 0 if it was not there."""
+    nbytes = 0
     try:
-        nbytes = path.stat().st_size
-        path.unlink()
-    except FileNotFoundError:
-        return 0
+        with contextlib.suppress(FileNotFoundError):
+            nbytes = path.stat().st_size
+            path.unlink()
+        mark_of(path).unlink(missing_ok=True)
     except OSError as error:
-        raise DiskError(f"{path} cannot be deleted: {error.strerror}. Delete it yourself; the rest is done.") from error
+        raise DiskError(
+            f"{path} cannot be deleted: {error.strerror}. Delete it yourself; where the result is not whole yet, "
+            "--resume without --delete-source goes on."
+        ) from error
     return nbytes
 
 
-def delete_index(path: Path) -> None:
-    """Delete the index of a source that has lost all of its files."""
-    for name in _INDEX_FILES:
-        delete_file(path / name)
+def delete_index(path: Path, files: Iterable[str]) -> None:
+    """Delete the index of a source that has lost all of its files; not that of another format beside it."""
+    for ending in {Path(name).suffix for name in files} & _INDEX_FILES.keys():
+        delete_file(path / _INDEX_FILES[ending])
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

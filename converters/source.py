@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moss_jt.checked_file import CheckedFile, printable, read_json_object
+from moss_jt.converters.holes import check_unmarked
 from moss_jt.converters.strided import StoredTensor, flat_bytes, read_tensor, row_major_stride
 from moss_jt.converters.torch_file import read_torch_file
 from moss_jt.converters.torch_zip import ZIP_MAGIC
@@ -166,16 +167,17 @@ class Source:
             self.tensors[name] = SourceTensor(name, stored.dtype, stored.shape, file.path, stored.nbytes)
 
 
-def open_source(path: Path, *, partial: bool = False) -> Source:
+def open_source(path: Path, *, partial: bool = False, holed: bool = False) -> Source:
     """Open a foreign checkpoint and list its tensors.
 
     Args:
         path: the folder of a model, or one file of weights.
         partial: pass over shards that are not there (`Source.missing_files` names them).
+        holed: accept files that --delete-source has given back in part; whoever reads looks out for holes.
 
     Raises:
         ConfigError: config.json is missing from the folder or is not a JSON object.
-        CheckpointError: weights are missing, damaged, or not to be trusted.
+        CheckpointError: weights are missing, damaged, given back in part, or not to be trusted.
         DiskError: the disk failed.
     """
     if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises where the parent may not be read)
@@ -194,6 +196,8 @@ def open_source(path: Path, *, partial: bool = False) -> Source:
     with ExitStack() as on_failure:
         on_failure.callback(source.close)
         for name in weights.found:
+            if not holed:
+                check_unmarked(name)
             file = on_failure.enter_context(CheckedFile(name))
             source.add_file(file, _list_tensors(file))
         _check_index(source, weights)

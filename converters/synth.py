@@ -20,7 +20,7 @@ from moss_jt.converters.conversion import layout_of
 from moss_jt.converters.journal import Workplace, disk_error, write_safely
 from moss_jt.converters.names import gptq_names
 from moss_jt.converters.native_plan import native_config
-from moss_jt.converters.output import Pieces, TensorWriter, check_room, finish, verify_done
+from moss_jt.converters.output import Pieces, TensorWriter, check_finished, check_room, finish, verify_done
 from moss_jt.converters.plan import Plan, PlannedTensor, dump_json, native_files, native_tensor
 from moss_jt.converters.random_weights import RandomWeights
 from moss_jt.converters.survey import wanted_tensors
@@ -98,7 +98,8 @@ def synthesize(
     """Make a native folder of random weights, with a tokenizer.
 
     Raises:
-        ConfigError: the destination is taken, or an interrupted run was asked for something else.
+        ConfigError: the destination is taken (with `resume`: by something else), or an interrupted run was
+            asked for something else.
         DiskError: not enough room, or the disk fails; the run can be resumed.
     """
     target = Path(os.path.abspath(dst))  # noqa: PTH100 (keeps links)
@@ -106,6 +107,7 @@ def synthesize(
     plan = _native_plan(config, seed)
     with Workplace(target, KIND, resume=resume) as workplace:
         if workplace.whole:
+            check_finished(workplace, plan)
             return Synthesis(target, config, plan.nbytes)
         done: dict[str, str] = {}
         if workplace.plan is None:

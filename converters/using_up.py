@@ -3,7 +3,8 @@
 A file is deleted once no tensor needs it any more. A large file that holds many tensors is given
 back in parts before that, as holes, where the file system knows them and the file is wholly ours.
 Nothing is given up before what was made of it is safe on disk. Which files have holes is written
-down first, in `given-back` beside the journal, so that a later run never takes a hole for zeros.
+down first: in a mark beside the file, so that no run ever takes a hole for zeros, and in `given-back`
+beside the journal, so that this run knows its own.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Collection, Set
 from itertools import pairwise
 from pathlib import Path
 
-from moss_jt.converters.holes import can_punch, has_hole, is_sparse, punch
-from moss_jt.converters.journal import Workplace, disk_error, write_safely
+from moss_jt.converters.holes import can_punch, has_hole, is_marked, is_sparse, mark_of, punch
+from moss_jt.converters.journal import Workplace, disk_error, sync_folder, write_safely
 from moss_jt.converters.names import source_names
 from moss_jt.converters.output import TensorWriter
 from moss_jt.converters.plan import Plan
@@ -34,24 +35,28 @@ def used_up(plan: Plan, waiting: Collection[str]) -> set[str]:
 
 
 def read_note(workplace: Workplace) -> set[str]:
-    """The source files that an earlier run has made holes in."""
+    """The source files that this run has made holes in, before it was broken off."""
     file = workplace.path / _NOTE_FILE
-    return set(file.read_text("utf-8").splitlines()) if file.exists() else set()
+    return set(file.read_text("utf-8", errors="surrogateescape").splitlines()) if file.exists() else set()
 
 
 def check_no_hole(shelf: Shelf, noted: Set[str], names: list[str]) -> None:
-    """See that source tensors have not been given back.
+    """See that source tensors have not been given back; a file that has lost one arrives again where files arrive.
 
     Raises:
-        CheckpointError: one has; what was made of it is lost.
+        CheckpointError: one has been given back; what was made of it is lost.
     """
     for name in names:
-        tensor = shelf.source.tensors[name]
-        if tensor.file.name in noted and any(has_hole(tensor.file, *place) for place in _places(shelf, [name])):
+        file = shelf.source.tensors[name].file
+        holed = file.name in noted or is_marked(file)
+        if not holed or not any(has_hole(file, *place) for place in _places(shelf, [name])):
+            continue
+        if not shelf.arriving:
             raise CheckpointError(
-                f"{tensor.file}: {name} was given back to the disk by --delete-source, and what was made of it is damaged. "
-                "Fetch the file again and start again."
+                f"{file}: {name} was given back to the disk by --delete-source, and what was made of it is damaged or "
+                f"elsewhere. Fetch the file again, delete {mark_of(file).name} beside it, and start again."
             )
+        shelf.fetch_again(file)
 
 
 def delete_rest(plan: Plan, source: Path, freed: dict[str, int]) -> None:
@@ -61,10 +66,24 @@ def delete_rest(plan: Plan, source: Path, freed: dict[str, int]) -> None:
         source: the folder, which then loses its index too, or the single file.
     """
     folder = source if source.is_dir() else source.parent
-    for file in used_up(plan, ()) - freed.keys():
+    files = used_up(plan, ())
+    for file in files - freed.keys():
         freed[file] = delete_file(folder / file)
     if source.is_dir():
-        delete_index(source)
+        delete_index(source, files)
+
+
+def delete_holed(source: Path, noted: Collection[str], freed: dict[str, int]) -> None:
+    """Delete the files that have holes, of which nobody has any use, where the others are to stay; adds to `freed`."""
+    folder = source if source.is_dir() else source.parent
+    for name in noted:
+        file = folder / name
+        if not file.exists() or not is_marked(file):
+            continue
+        if has_hole(file, 0, file.stat().st_size):
+            freed[name] = delete_file(file)
+        else:
+            mark_of(file).unlink()  # broken off just before its first hole
 
 
 class UsingUp:
@@ -79,6 +98,7 @@ class UsingUp:
         assert workplace.plan is not None, "the run has a plan"
         self._freed = freed
         self._plan = workplace.plan
+        self._place = workplace.dst
         self._note = workplace.path / _NOTE_FILE
         self._noted = read_note(workplace)
         self._shelf = shelf
@@ -114,7 +134,7 @@ class UsingUp:
             file = tensors[name].file if name in tensors else None
             if file is None or file.name in self._freed or not self._is_ours(file):
                 continue
-            self._write_note(file.name)
+            self._write_notes(file)
             for start, nbytes in _places(self._shelf, [name]):
                 last = min(start + nbytes, file.stat().st_size - _EDGE_BYTES)
                 first = max(start, _EDGE_BYTES)
@@ -128,13 +148,22 @@ class UsingUp:
             self._may_punch[file.name] = may_punch(self._shelf, file, self._noted)
         return self._may_punch[file.name]
 
-    def _write_note(self, name: str) -> None:
-        if name not in self._noted:
-            self._noted.add(name)
+    def _write_notes(self, file: Path) -> None:
+        """Note what gets holes, for everybody and for us."""
+        mark = mark_of(file)
+        if file.name in self._noted and is_marked(file):
+            return
+        self._noted.add(file.name)
+        texts = {
+            self._note: "".join(f"{one}\n" for one in sorted(self._noted)),
+            mark: f"Parts of {file.name} were given back to the disk while {self._place} was made of it.\n",
+        }
+        for path, text in texts.items():
             try:
-                write_safely(self._note, "".join(f"{one}\n" for one in sorted(self._noted)).encode())
+                write_safely(path, text.encode(errors="surrogateescape"))
+                sync_folder(path.parent)
             except OSError as error:
-                raise disk_error(error, self._note) from error
+                raise disk_error(error, path) from error
 
 
 def may_punch(shelf: Shelf, file: Path, noted: Set[str]) -> bool:

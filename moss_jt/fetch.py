@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from moss_jt.converters.holes import discard_marked, is_marked
 from moss_jt.errors import DiskError, HubError
 from moss_jt.language import pick
 from moss_jt.progress import Progress, Quiet
@@ -34,6 +35,7 @@ MAX_JSON_BYTES = 64 << 20
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # after each failure in a row that brought no byte
 MAX_PAUSE_S = 60.0  # however long a busy hub asks us to wait
 BUSY = (408, 429, 500, 502, 503, 504)
+NO_REVISION = "Leave out --revision, or check its spelling."
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -105,12 +107,13 @@ def hub_name() -> str:
     return f"the hub at {chosen.rstrip('/')} ({ENDPOINT_VARIABLE})" if chosen else "the Hugging Face hub"
 
 
-def get_json(url: str, *, subject: str) -> Any:
+def get_json(url: str, *, subject: str, no_revision: str = NO_REVISION) -> Any:
     """Fetch a JSON document.
 
     Args:
         url: where it is.
         subject: what is asked for, as errors call it.
+        no_revision: what to do where the hub does not know the revision.
 
     Raises:
         HubError: the hub cannot be reached, refuses, or answers with something else.
@@ -119,7 +122,7 @@ def get_json(url: str, *, subject: str) -> Any:
     def attempt() -> bytes:
         content = bytearray()
         with _open(url, {}) as answer:
-            _check_status(answer, subject)
+            _check_status(answer, subject, no_revision)
             for chunk in answer.chunks:
                 content += chunk
                 if len(content) > MAX_JSON_BYTES:
@@ -138,9 +141,9 @@ def get_json(url: str, *, subject: str) -> Any:
 
 
 def is_fetched(file: RemoteFile, folder: Path) -> bool:
-    """Whether the whole file is in the folder; it was checked before it got its name."""
+    """Whether the whole file is in the folder; it was checked before it got its name, and has no holes since."""
     target = folder / file.name
-    return target.is_file() and target.stat().st_size == file.size
+    return target.is_file() and target.stat().st_size == file.size and not is_marked(target)
 
 
 def fetched_bytes(file: RemoteFile, folder: Path) -> int:
@@ -171,6 +174,10 @@ def fetch_file(file: RemoteFile, url: str, folder: Path, *, progress: Progress |
     target = folder / file.name
     if is_fetched(file, folder):
         return target
+    try:
+        discard_marked(target)
+    except OSError as error:
+        raise _disk_error(error, target, file.size) from error
     part = _part_path(file, folder)
     resumed = part.exists()
     agrees = _fetch_part(file, url, part, progress)
@@ -217,6 +224,7 @@ class _Transfer:
         self.progress = progress
         self.done = 0
         self.hash = file.new_hash()
+        self._refusals = 0  # in a row, to go on where we are
 
     def read_what_is_there(self, part: Path) -> None:
         """Hash what an earlier run has fetched."""
@@ -260,17 +268,29 @@ class _Transfer:
         """Take one answer of the hub to its end."""
         headers = {"Range": f"bytes={self.done}-"} if self.done else {}
         with _open(self.url, headers) as answer:
-            if answer.status == 416 or (self.done and not _continues_at(answer, self.done)):
-                self._restart()  # the hub cannot go on at that place
-                self.progress.end()
-                self._begin()
-                if answer.status != 200:
-                    raise _BrokenOff(f"status {answer.status} to a request for the rest")
+            self._check_place(answer)
             _check_status(answer, self.file.name)
+            known = self.done if answer.status == 200 else 0  # a hub without ranges sends all of it again
             for chunk in answer.chunks:
-                self._take(chunk)
+                if len(chunk) > known:
+                    self._take(chunk[known:])
+                known = max(known - len(chunk), 0)
         if self.done < self.file.size:
             raise _BrokenOff(f"ended after {self.done} of {self.file.size} bytes")
+
+    def _check_place(self, answer: _Answer) -> None:
+        """See that an answer is about this file and this place in it, before anything is written or thrown away."""
+        if answer.status == 416 or (self.done and not _continues_at(answer, self.done)):
+            self._refusals += 1
+            if self._refusals > 1:  # it may be that the hub cannot go on at that place
+                self._restart()
+                self.progress.end()
+                self._begin()
+            raise _BrokenOff(f"status {answer.status} to a request for the rest")
+        total = _announced_bytes(answer)
+        if total not in (None, self.file.size):  # the page of a network that wants a login, say
+            raise _BrokenOff(f"it answers with {total} bytes where {self.file.size} were announced")
+        self._refusals = 0
 
     def _take(self, chunk: bytes) -> None:
         """Write a piece down."""
@@ -292,10 +312,20 @@ class _Transfer:
 
 
 def _continues_at(answer: _Answer, start: int) -> bool:
-    """Whether the answer holds the bytes from `start` on. Failures count: they are handled as such."""
+    """Whether the answer holds the bytes from `start` on. So does the whole file; failures are handled as such."""
     if answer.status == 206:
         return answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-    return answer.status != 200
+    return True
+
+
+def _announced_bytes(answer: _Answer) -> int | None:
+    """How large the whole file is as an answer has it; None where it does not say, or is none that holds it."""
+    said = ""
+    if answer.status == 206:
+        said = answer.headers.get("Content-Range", "").rpartition("/")[2]
+    elif answer.status == 200 and answer.headers.get("Content-Encoding", "identity") == "identity":
+        said = answer.headers.get("Content-Length", "")
+    return int(said) if said.isdecimal() else None
 
 
 def _disk_error(error: OSError, path: Path, size: int) -> DiskError:
@@ -333,7 +363,7 @@ def _pause(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _check_status(answer: _Answer, subject: str) -> None:
+def _check_status(answer: _Answer, subject: str, no_revision: str = NO_REVISION) -> None:
     """Pass over an answer that holds what was asked for; raise for the others."""
     status, headers = answer.status, answer.headers
     if status in (200, 206):
@@ -347,7 +377,7 @@ def _check_status(answer: _Answer, subject: str) -> None:
             "Accept them on the model's page, then set HF_TOKEN to an access token of yours."
         )
     if code == "RevisionNotFound":
-        raise HubError(f"{subject}: {hub_name()} knows no such revision. Leave out --revision, or check its spelling.")
+        raise HubError(f"{subject}: {hub_name()} knows no such revision. {no_revision}")
     if code == "EntryNotFound":
         raise HubError(f"{subject}: the file is missing on {hub_name()}. Run the same command again.")
     if status in (401, 404):

@@ -18,13 +18,20 @@ from pathlib import Path
 from moss_jt import paths, stored
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.converters.hf2jittor import hf2jittor
-from moss_jt.converters.journal import PLAN_FILE, partial_folder
+from moss_jt.converters.holes import discard_marked
 from moss_jt.errors import DiskError, HubError
 from moss_jt.fetch import RemoteFile, fetch_file
 from moss_jt.progress import Progress, Quiet
-from moss_jt.pull_plan import RECORD_FILE, SOURCE_FOLDER, PullPlan, file_url, read_record, stored_name
-
-NATIVE_FOLDER = "native"  # in the folder of an unfinished pull: the result
+from moss_jt.pull_plan import (
+    NATIVE_FOLDER,
+    RECORD_FILE,
+    SOURCE_FOLDER,
+    PullPlan,
+    file_url,
+    is_converting,
+    read_record,
+    stored_name,
+)
 
 
 def resolve_model(name_or_path: str | os.PathLike[str], *, progress: Progress | None = None) -> Path:
@@ -151,19 +158,27 @@ def _convert(plan: PullPlan, progress: Progress) -> Path:
         arrived.add(path.name)
         _write_record(plan, arrived)
 
-    if not native.exists() and not (partial_folder(native) / PLAN_FILE).exists():
+    if not is_converting(plan.work):
+        for file in plan.weights:
+            discard_marked(source / file.name)  # used up for a result that somebody has deleted
         for file in plan.weights[:1] if plan.one_by_one else plan.weights:
             arrive(source / file.name)
-    return hf2jittor(
-        source,
-        native,
-        dtype=plan.dtype,
-        resume=True,
-        delete_source=plan.delete_source,
-        name=plan.name,
-        arrive=arrive,
-        progress=progress,
-    ).path
+    try:
+        return hf2jittor(
+            source,
+            native,
+            dtype=plan.dtype,
+            resume=True,
+            delete_source=plan.delete_source,
+            name=plan.name,
+            arrive=arrive,
+            way_out="" if plan.delete_source else ", or add --delete-source",
+            progress=progress,
+        ).path
+    except DiskError as error:
+        if isinstance(error.__cause__, OSError) and "--resume" in str(error):  # which pull does not have
+            raise error.__cause__ from None
+        raise
 
 
 def _write_origin(plan: PullPlan, folder: Path) -> None:

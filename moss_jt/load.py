@@ -321,7 +321,7 @@ def _fingerprint(path: Path) -> str:
     for file in [*_weight_files(path), path / "config.json"]:
         found = file.stat()
         parts.append(f"{file.name} {found.st_size} {found.st_mtime_ns}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
 def check_arguments(device: DeviceName | Device, compute: str, kv: str | None, max_tokens: int | None) -> None:

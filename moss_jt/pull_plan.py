@@ -8,6 +8,7 @@ checksums must be there. `hub` carries a plan out; between the two the caller sh
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -18,18 +19,20 @@ from typing import Any
 from urllib.parse import quote
 
 from moss_jt import paths, stored
-from moss_jt.checkpoint import expected_shapes
+from moss_jt.checkpoint import expected_shapes, is_native
 from moss_jt.config import FloatType, MossConfig
 from moss_jt.converters.holes import can_punch
+from moss_jt.converters.journal import PLAN_FILE, partial_folder
 from moss_jt.converters.using_up import RETURN_BYTES
 from moss_jt.errors import ConfigError, DiskError, HubError
-from moss_jt.fetch import RemoteFile, endpoint, fetched_bytes, get_json, hub_name
+from moss_jt.fetch import NO_REVISION, RemoteFile, endpoint, fetched_bytes, get_json, hub_name
 from moss_jt.layout import ITEM_BYTES
 from moss_jt.tokenizer import TOKENIZER_FILES
 
 CONFIG_FILE = "config.json"
 RECORD_FILE = "pull.json"  # in the folder of an unfinished pull: what it is a pull of
 SOURCE_FOLDER = "source"  # in the folder of an unfinished pull: the hub's files
+NATIVE_FOLDER = "native"  # in the folder of an unfinished pull: the result
 SUFFIXES = (".safetensors", ".bin")  # the better first
 WHOLE_FILES = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}
 INDEX_FILES = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
@@ -148,7 +151,7 @@ def stored_name(name: str, revision: str | None) -> str:
 
 
 def plan_pull(
-    name: str, *, revision: str | None = None, dtype: FloatType | None = None, delete_source: bool = False
+    name: str, *, revision: str | None = None, dtype: FloatType | None = None, delete_source: bool | None = None
 ) -> PullPlan:
     """Ask the hub what it would take to get a model.
 
@@ -156,18 +159,26 @@ def plan_pull(
         name: OWNER/NAME, or OWNER/NAME@REVISION.
         revision: branch, tag or commit; None for the hub's main branch.
         dtype: floats of the result; None keeps the source's.
-        delete_source: see PullPlan.
+        delete_source: see PullPlan; None goes on as an unfinished pull was begun, and keeps them in a new one.
 
     Raises:
-        HubError: no such model, the hub cannot be reached, or it holds no weights that can be used.
+        HubError: no such model, the hub cannot be reached, it holds no weights that can be used, or something
+            else lies in the model's place.
         ConfigError: its config.json is not that of a MOSS model.
     """
     name = stored_name(name, revision)
     repo, _, version = name.partition("@")
     path = stored.folder_of(name)
-    record = read_record(stored.beside(path, stored.PULL_SUFFIX))
-    _check_same_request(name, record, dtype)
-    info = _information(repo, record.get("commit") or version or DEFAULT_REVISION)
+    _check_place(name, path)
+    work = stored.beside(path, stored.PULL_SUFFIX)
+    record = read_record(work)
+    _check_same_request(name, record, dtype, delete_source)
+    if delete_source is None:
+        delete_source = record.get("source") == "delete"
+    lost = f"An unfinished pull is of it. Remove that, then pull again: moss-jt models rm {name}"
+    info = _information(
+        repo, record.get("commit") or version or DEFAULT_REVISION, lost if "commit" in record else NO_REVISION
+    )
     commit, files = info["sha"], _root_files(repo, info)
     values = _remote_json(repo, commit, files, CONFIG_FILE)
     native = "moss_jt" in values
@@ -194,7 +205,7 @@ def plan_pull(
         free_bytes=shutil.disk_usage(_existing(paths.models_dir())).free,
         path=path,
         accepted=bool(record),
-        arrived=frozenset(record.get("arrived", "").split()),
+        arrived=frozenset(record.get("arrived", "").split() if is_converting(work) else ()),
     )
 
 
@@ -233,14 +244,39 @@ def file_url(repo: str, commit: str, name: str) -> str:
     return f"{endpoint()}/{repo}/resolve/{quote(commit, safe='')}/{quote(name)}"
 
 
-def _check_same_request(name: str, record: Mapping[str, str], dtype: FloatType | None) -> None:
-    """An unfinished pull goes on with the dtype that it was begun with."""
+def _check_place(name: str, path: Path) -> None:
+    """See that nothing is in the way of a model but a whole one, or an empty folder, which it replaces."""
+    folder = path.is_dir() or path.is_symlink()
+    try:
+        empty = folder and not path.is_symlink() and not any(path.iterdir())
+    except OSError:
+        empty = False
+    if os.path.lexists(path) and not empty and not is_native(path):
+        away = f", or remove it with: moss-jt models rm {name}" if folder else "."
+        raise HubError(f"{path} is in the way, and is not a whole model. Move it away{away}")
+
+
+def is_converting(work: Path) -> bool:
+    """Whether an unfinished pull has got as far as its conversion, which goes on from what is left of its files."""
+    native = work / NATIVE_FOLDER
+    return native.exists() or (partial_folder(native) / PLAN_FILE).exists()
+
+
+def _check_same_request(
+    name: str, record: Mapping[str, str], dtype: FloatType | None, delete_source: bool | None
+) -> None:
+    """An unfinished pull goes on with the dtype that it was begun with, and what it has deleted cannot be kept."""
     begun, asked = record.get("dtype", ""), dtype or ""
     if record and begun != asked:
         raise HubError(
             f"a pull of {name} was begun with {f'floats as {begun}' if begun else 'no --dtype'}, and now "
             f"{f'{asked} is' if asked else 'none is'} asked for. Ask for the same to go on, or start afresh after: "
             f"moss-jt models rm {name}"
+        )
+    if delete_source is False and record.get("source") == "delete":
+        raise HubError(
+            f"a pull of {name} was begun with --delete-source, so its original files cannot be kept any more. Go on "
+            f"with --delete-source, or start afresh after: moss-jt models rm {name}"
         )
 
 
@@ -261,10 +297,11 @@ def hub_config(name: str) -> MossConfig:
     return replace(_read_config(repo, values), name=name)
 
 
-def _information(repo: str, version: str) -> dict[str, Any]:
-    """The hub's description of a model at a revision."""
+def _information(repo: str, version: str, no_revision: str = NO_REVISION) -> dict[str, Any]:
+    """The hub's description of a model at a revision; `no_revision` is the advice where there is none."""
     url = f"{endpoint()}/api/models/{repo}/revision/{quote(version, safe='')}?blobs=true"
-    info = get_json(url, subject=repo if version == DEFAULT_REVISION else f"{repo} at revision {version}")
+    subject = repo if version == DEFAULT_REVISION else f"{repo} at revision {version}"
+    info = get_json(url, subject=subject, no_revision=no_revision)
     sound = isinstance(info, dict) and isinstance(info.get("siblings"), list)
     if not sound or not _HEX["git"].fullmatch(str(info.get("sha"))):
         raise HubError(f"{hub_name()} does not describe {repo} as a hub does (sha and siblings). Use another mirror.")

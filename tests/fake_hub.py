@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 if TYPE_CHECKING:
     import pytest
 
-Kind = Literal["none", "break", "stall", "status", "corrupt", "no-range", "extra", "short"]
+Kind = Literal["none", "break", "stall", "status", "corrupt", "no-range", "extra", "short", "portal"]
 LARGE = (".bin", ".safetensors")
 
 
@@ -31,7 +31,8 @@ class Fault:
     Attributes:
         kind: "break" closes the connection after `after` bytes of the answer, "stall" stops sending there,
             "status" answers with `status`, "corrupt" changes a byte, "no-range" ignores Range, "extra"
-            sends more than the file holds, "short" ends properly after `after` bytes.
+            sends more than the file holds, "short" ends after `after` bytes (neither says how many they are),
+            "portal" sends a page of HTML as if it were the file.
         file: the file it strikes, or "info".
         times: how often it does.
     """
@@ -210,8 +211,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, content: bytes, file: str) -> None:
         fault = self.hub.next_fault(file) or Fault("none", file)
-        if fault.kind == "status":
-            return self._plain(fault.status, headers=dict(fault.headers))
+        if fault.kind in ("status", "portal"):
+            page = b"<html>Sign in to the network</html>" * 40
+            status, body = (fault.status, b"") if fault.kind == "status" else (200, page)
+            return self._plain(status, body, headers=dict(fault.headers))
         wanted = self.headers.get("Range")
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and fault.kind != "no-range" else 0
         if start >= len(content) > 0:
@@ -226,7 +229,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(body)))
+        if fault.kind in ("extra", "short"):
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
         self.end_headers()
         if fault.kind in ("break", "stall"):

@@ -14,6 +14,7 @@ import pytest
 from fake_hub import FakeHub
 
 from moss_jt import fetch
+from moss_jt.converters.holes import mark_of
 from moss_jt.errors import DiskError, HubError
 from moss_jt.fetch import RemoteFile, fetch_file, fetched_bytes, get_json, is_fetched
 
@@ -128,6 +129,50 @@ def test_hub_without_ranges_starts_again(hub: FakeHub, tmp_path: Path) -> None:
     progress = Counting()
     assert fetch_file(large(), url(hub), tmp_path, progress=progress).read_bytes() == CONTENT
     assert (progress.tasks[-1][1], progress.done[-1]) == (len(CONTENT), len(CONTENT))
+
+
+@pytest.mark.parametrize("before", [0, 2_500_000])
+def test_page_of_a_portal_takes_nothing_away(hub: FakeHub, tmp_path: Path, before: int) -> None:
+    """It answers with status 200 to everything; as content it cost all that was fetched."""
+    hub.fail("break", NAME, after=before)
+    hub.fail("portal", NAME, times=3)
+    assert fetch_file(large(), url(hub), tmp_path).read_bytes() == CONTENT
+    assert hub.sent[NAME] <= len(CONTENT) + fetch.CHUNK_BYTES
+
+
+def test_portal_that_stays(hub: FakeHub, tmp_path: Path) -> None:
+    part = tmp_path / f"{NAME}.{large().digest[:16]}.part"
+    part.write_bytes(CONTENT[:1_000_000])
+    hub.fail("portal", NAME, times=9)
+    with pytest.raises(HubError, match=rf"it answers with 1400 bytes where {len(CONTENT)} were announced\. Check the"):
+        fetch_file(large(), url(hub), tmp_path)
+    assert part.read_bytes() == CONTENT[:1_000_000]
+
+
+def test_other_file_under_the_same_name(hub: FakeHub, tmp_path: Path) -> None:
+    hub.repos["owner/model"].files[NAME] = CONTENT[:-7]
+    (tmp_path / f"{NAME}.{large().digest[:16]}.part").write_bytes(CONTENT[:1000])
+    with pytest.raises(HubError, match=rf"it answers with {len(CONTENT) - 7} bytes where {len(CONTENT)} were"):
+        fetch_file(large(), url(hub), tmp_path)
+    assert fetched_bytes(large(), tmp_path) == 1000
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+def test_refused_range_starts_again_only_if_it_stays_refused(hub: FakeHub, tmp_path: Path, refusals: int) -> None:
+    hub.fail("break", NAME, after=2_500_000)
+    hub.fail("status", NAME, status=416, times=refusals)
+    assert fetch_file(large(), url(hub), tmp_path).read_bytes() == CONTENT
+    assert (hub.sent[NAME] > len(CONTENT) + 2_000_000) == (refusals == 2)
+
+
+def test_file_with_holes_is_not_whole(hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(bytes(len(CONTENT)))
+    mark_of(tmp_path / NAME).write_text("")
+    assert not is_fetched(large(), tmp_path)
+    assert fetched_bytes(large(), tmp_path) == 0
+    assert fetch_file(large(), url(hub), tmp_path).read_bytes() == CONTENT
+    assert is_fetched(large(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == [NAME]
 
 
 def test_never_ending_breaks_end_with_the_next_step(hub: FakeHub, tmp_path: Path, pauses: list[float]) -> None:

@@ -259,10 +259,15 @@ def test_a_full_disk_while_a_model_is_written(new_model: Callable[[Path, int], P
 def test_a_disk_without_room_for_a_model(
     new_model: Callable[[Path, int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The words named a hidden folder that was gone by then."""
+    """It was found out when all its floats had been written; the words named a hidden folder that was gone by then."""
     values = list(os.statvfs(tmp_path))
     values[4] = 1  # f_bavail
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(values))
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "_write_foreign", lambda *_: pytest.fail("written before the room was looked at"))
+        with pytest.raises(DiskError, match=rf"^{tmp_path}/model needs 0\.02 GB on its disk .*; 0\.00 GB are free\. "):
+            new_model(tmp_path / "model", 1)
+    monkeypatch.setattr(export, "_check_room", lambda *_: None)  # room that another program takes meanwhile
     with pytest.raises(DiskError, match=f"^{tmp_path}/model needs .* more; .* are free on its disk. Free "):
         new_model(tmp_path / "model", 1)
 

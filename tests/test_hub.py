@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +15,17 @@ from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub
-from moss_folders import float_tensors, gptq_tensors, write_shards
+from moss_folders import float_tensors, gptq_tensors, read_folder, write_shards
 
 from moss_jt import fetch, paths, stored
 from moss_jt.checkpoint import Checkpoint, is_native
 from moss_jt.config import FloatType
+from moss_jt.converters import using_up
 from moss_jt.converters.hf2jittor import hf2jittor
-from moss_jt.errors import CheckpointError, HubError
+from moss_jt.converters.holes import can_punch, punch
+from moss_jt.converters.jittor2hf import jittor2hf
+from moss_jt.converters.synth import preset_config, synthesize_foreign
+from moss_jt.errors import CheckpointError, DiskError, HubError
 from moss_jt.fetch import fetch_file
 from moss_jt.hub import find_pulled, pull, resolve_model
 from moss_jt.progress import Progress
@@ -243,6 +249,94 @@ def test_unfinished_pull_stays_with_its_version_and_options(hub: FakeHub, golden
         plan_pull(FP, dtype="float32")
     assert plan_pull(FP).commit == begun.commit
     assert f"GET /api/models/{FP}/revision/{begun.commit}" in hub.requests
+
+
+def break_off_in_holes(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, shards: bool = False
+) -> dict[str, bytes]:
+    """Pull a model with --delete-source, break off when parts of a file are given back; what it shall be."""
+    if not can_punch(tmp_path):
+        pytest.skip("the file system of the temporary folder knows no holes")
+    source = synthesize_foreign(preset_config("tiny", layers=8), tmp_path / "hf").path
+    wanted = tensors_of(hf2jittor(source, tmp_path / "wanted").path)
+    if shards:
+        back = read_folder(jittor2hf(tmp_path / "wanted", tmp_path / "back").path)
+        shutil.move(source / "pytorch_model.bin", tmp_path)
+        write_shards(tmp_path / "shards", back, 2)
+        for file in (tmp_path / "shards").iterdir():
+            if file.name != "config.json":
+                shutil.move(file, source)
+    hub.add("owner/holed", source)
+    with monkeypatch.context() as patch:
+        patch.setattr(using_up, "RETURN_BYTES", 1 << 20)
+        punches = iter(range(30 if shards else 10))
+
+        def counted(*place: object) -> int:
+            if next(punches, None) is None:
+                raise KeyboardInterrupt
+            return punch(*place)  # type: ignore[arg-type]
+
+        patch.setattr(using_up, "punch", counted)
+        with pytest.raises(KeyboardInterrupt):
+            fetch_model("owner/holed", delete_source=True)
+    return wanted
+
+
+def test_holes_are_not_kept(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = break_off_in_holes(hub, tmp_path, monkeypatch)
+    with pytest.raises(HubError, match=r"begun with --delete-source, so its original files cannot be kept.*models rm"):
+        fetch_model("owner/holed", delete_source=False)
+    assert tensors_of(pull(plan_pull("owner/holed"))) == wanted
+    assert names_in(paths.models_dir()) == {"owner--holed"}
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_holes_are_fetched_again_where_the_result_is_lost(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: bool
+) -> None:
+    wanted = break_off_in_holes(hub, tmp_path, monkeypatch, shards=shards)
+    shutil.rmtree(plan_pull("owner/holed").work / ".native.partial")
+    assert plan_pull("owner/holed").download_bytes > 5_000_000
+    assert tensors_of(pull(plan_pull("owner/holed"))) == wanted
+
+
+def test_holes_are_fetched_again_where_the_result_is_damaged(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = break_off_in_holes(hub, tmp_path, monkeypatch)
+    made = next((plan_pull("owner/holed").work / ".native.partial" / "out").glob("*.safetensors"))
+    with made.open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(b"damage")
+    assert tensors_of(pull(plan_pull("owner/holed"))) == wanted
+    assert names_in(paths.models_dir()) == {"owner--holed"}
+
+
+def test_version_that_the_hub_has_lost(hub: FakeHub) -> None:
+    break_for_good(hub, SHARDS[1])
+    with pytest.raises(HubError):
+        fetch_model(FP)
+    hub.repos[FP].commit = "a" * 40
+    with pytest.raises(
+        HubError, match=rf"no such revision\. An unfinished pull is of it\. .*pull again: moss-jt models rm {FP}$"
+    ):
+        plan_pull(FP)
+    stored.remove_model(FP)
+    assert plan_pull(FP).commit == "a" * 40
+
+
+def test_disk_that_fills_up_in_the_conversion(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moss_jt.converters.output.os.pwrite", refuse)
+        with pytest.raises(
+            DiskError, match=r"is full\. Make room and run the same command again; it goes on from here"
+        ):
+            fetch_model(FP)
+    assert find_pulled(FP) is None
+    assert fetch_model(FP)
 
 
 def test_kill_between_rename_and_tidying(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from moss_jt.config import MossConfig
 from moss_jt.errors import ConfigError, DiskError, HubError
 from moss_jt.fetch import RemoteFile
 from moss_jt.pull_plan import HEADROOM_BYTES, PullPlan, check_room, gigabytes, plan_pull, stored_name
+from moss_jt.stored import remove_model
 
 FP = "fnlp/moss-tiny-sft"
 CONFIG = b'{"model_type": "moss", "vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}'
@@ -229,6 +230,21 @@ def test_mirror_that_is_no_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) ->
         plan_pull(FP)
     monkeypatch.setattr("fake_hub._information", lambda name, repo: {"sha": "short", "siblings": []})
     with pytest.raises(HubError, match="does not describe fnlp/moss-tiny-sft as a hub does"):
+        plan_pull(FP)
+
+
+def test_what_lies_in_the_models_place_is_told_before_anything_is_fetched(hub: FakeHub) -> None:
+    path = paths.models_dir() / "fnlp--moss-tiny-sft"
+    path.mkdir(parents=True)
+    assert plan_pull(FP).path == path  # an empty folder gives way
+    (path / "config.json").write_text("{}")
+    with pytest.raises(
+        HubError, match=rf"{path} is in the way, and is not a .* remove it with: moss-jt models rm {FP}$"
+    ):
+        plan_pull(FP)
+    remove_model(FP)
+    path.write_text("a file")
+    with pytest.raises(HubError, match=rf"{path} is in the way, and is not a whole model\. Move it away\.$"):
         plan_pull(FP)
 
 

@@ -79,6 +79,7 @@ def command(
             head=HEADS[head] if head is not None else None,
             resume=resume,
             delete_source=delete_source,
+            way_out="" if delete_source else pick(", or add --delete-source", "，或加上 --delete-source"),
             progress=TerminalProgress(),
         )
     except KeyboardInterrupt:

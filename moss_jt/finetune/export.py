@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.converters.journal import partial_folder
 from moss_jt.errors import ConfigError, DiskError
 from moss_jt.finetune.disk import writing
+from moss_jt.layout import ITEM_BYTES
 from moss_jt.progress import Progress
 from moss_jt.safetensors_file import write_tensors
 from moss_jt.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -28,6 +30,7 @@ from moss_jt.tokenizer import TOKENIZER_FILES, load_tokenizer
 Floats = npt.NDArray[np.float32]
 
 _END = "<eom>"
+_SPARE_BYTES = 16 << 20  # headers, tokenizer, journals
 _SOURCE, _MADE = "source", "made"  # in the workplace, the hidden folder beside the one that is written
 _OLD = "old"  # there, too: what lay at the place of the new folder
 
@@ -70,6 +73,7 @@ def export_model(folder: Path, export: Export, progress: Progress | None = None)
             for abandoned in _abandoned(folder):
                 _clear(abandoned, folder)
             source.mkdir(parents=True)
+            _check_room(source, folder, export)
             _write_foreign(source, export)
             _convert(source, made, export, progress)
             if export.template is not None:
@@ -80,6 +84,29 @@ def export_model(folder: Path, export: Export, progress: Progress | None = None)
         finally:
             _clear(work, folder)
     return folder
+
+
+def _check_room(work: Path, folder: Path, export: Export) -> None:
+    """See that there is room for the floats as they are written first, and for the result of one file of them.
+
+    Raises:
+        DiskError: there is not.
+    """
+    shapes = expected_shapes(export.config)
+    numbers = [sum(prod(shapes[name]) for name in names) for names in _groups(export.config)]
+    first, item = np.dtype(_type_written(export)).itemsize, ITEM_BYTES[export.dtype]
+    needed = sum(numbers) * first + max(numbers) * item + _SPARE_BYTES  # each file goes when it has been converted
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise DiskError(
+            f"{folder} needs {needed / 1e9:.2f} GB on its disk while it is written; {free / 1e9:.2f} GB are free. "
+            "Make room there, or give a folder on another disk."
+        )
+
+
+def _type_written(export: Export) -> type[np.floating[Any]]:
+    """The type of the floats before conversion: numpy has no bfloat16."""
+    return np.float16 if export.dtype == "float16" else np.float32
 
 
 def _convert(source: Path, made: Path, export: Export, progress: Progress | None) -> None:
@@ -99,7 +126,7 @@ def _convert(source: Path, made: Path, export: Export, progress: Progress | None
 
 def _write_foreign(folder: Path, export: Export) -> None:
     """The same as a Hugging Face folder, a file for each layer: what conversion reads, and deletes file by file."""
-    dtype = np.float16 if export.dtype == "float16" else np.float32
+    dtype = _type_written(export)
     groups = list(_groups(export.config))
     places: dict[str, str] = {}
     for number, names in enumerate(groups, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -236,8 +237,9 @@ def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path, monk
     fields = list(real)
     fields[4] = 100_000 // real.f_frsize  # f_bavail
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(fields))
-    with pytest.raises(DiskError, match=r"hf-jittor needs 0\.23 MB more; 0\.10 MB are free .*, or add --delete-source"):
-        hf2jittor(source)
+    for way_out in ("", ", or add --delete-source"):
+        with pytest.raises(DiskError, match=rf"hf-jittor needs 0\.23 MB more; 0\.10 MB are free .* MB{way_out}\.$"):
+            hf2jittor(source, way_out=way_out)
     assert names_in(tmp_path) == ["hf"]
 
 
@@ -277,6 +279,51 @@ def test_a_single_file_is_converted_and_deleted_alone(tmp_path: Path) -> None:
     done = hf2jittor(source / "model.safetensors", delete_source=True)
     assert done.path == source / "model-jittor"
     assert names_in(source) == ["config.json", "model-jittor", "pytorch_model.bin.index.json"]
+
+
+def test_a_folder_where_nothing_may_be_deleted_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It failed in the middle, and again with --resume."""
+    source = write_shards(tmp_path / "hf", float_tensors(), 2)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != source or not mode & os.W_OK)
+    with pytest.raises(
+        ConfigError, match=r"may not delete anything in .*hf: it is read-only for you\. Convert without"
+    ):
+        hf2jittor(source, tmp_path / "native", delete_source=True)
+    assert names_in(tmp_path) == ["hf"]
+
+
+def test_a_file_that_cannot_be_deleted_is_told_with_the_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_shards(tmp_path / "hf", float_tensors(), 2)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(DiskError, match=r"cannot be deleted: .* --resume without --delete-source goes on\.$"):
+            hf2jittor(source, tmp_path / "native", delete_source=True)
+    assert hf2jittor(source, tmp_path / "native", resume=True).resumed > 0
+
+
+def test_the_index_of_another_format_stays(tmp_path: Path) -> None:
+    source = write_shards(tmp_path / "hf", float_tensors(), 2)
+    (source / "pytorch_model.bin.index.json").write_text("{}")
+    hf2jittor(source, tmp_path / "native", delete_source=True)
+    assert names_in(source) == ["config.json", "pytorch_model.bin.index.json"]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """As GBK has them."""
+    folder = tmp_path / os.fsdecode("模型".encode("gbk"))
+    source = write_folder(folder / os.fsdecode("莫斯".encode("gbk")), float_tensors())
+    weights = source / os.fsdecode("权重".encode("gbk") + b".safetensors")
+    (source / "model.safetensors").rename(weights)
+    checkpoint = Checkpoint.open(hf2jittor(weights, folder / "a").path)
+    assert files_of(hf2jittor(source, folder / "b").path).keys() == files_of(folder / "a").keys()
+    assert str(checkpoint.config.name).isprintable()
+    assert len(checkpoint.entries) == 21
 
 
 def test_links_are_not_deleted(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,19 @@ def test_resuming_what_was_never_begun_begins_it(tmp_path: Path) -> None:
     assert not (tmp_path / "native" / "vocab.json").exists()
 
 
+def test_a_mount_point_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last step failed: a folder that a disk is mounted on cannot be replaced."""
+    source = write_folder(tmp_path / "hf", float_tensors())
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(
+        ConfigError, match=r"disk is where a disk is mounted.* Name a folder inside it, such as .*disk/"
+    ):
+        hf2jittor(source, tmp_path / "disk")
+    assert names_in(tmp_path) == ["disk", "hf"]
+    hf2jittor(source, tmp_path / "disk" / "model")
+
+
 def test_two_at_once(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", float_tensors())
     target = tmp_path / "native"
@@ -327,7 +341,47 @@ def test_the_way_back_and_synth_resume_too(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Workplace, "publish", publish)
     assert jittor2hf(native, tmp_path / "back", resume=True).resumed == len(gptq_tensors(4, 32))
     assert files_of(tmp_path / "back") == wanted_back
+    assert jittor2hf(native, tmp_path / "back", resume=True).resumed == len(gptq_tensors(4, 32))
     with pytest.raises(ConfigError, match="was begun with other options"):
         synthesize(config, tmp_path / "synth", seed=5, resume=True)
-    synthesize(config, tmp_path / "synth", resume=True)
-    assert files_of(tmp_path / "synth") == wanted_synth
+    for _ in range(2):
+        synthesize(config, tmp_path / "synth", resume=True)
+        assert files_of(tmp_path / "synth") == wanted_synth
+
+
+def photos(folder: Path) -> str:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "a.jpg").write_text("x")
+    return ".safetensors"
+
+
+def cut_weights(folder: Path) -> str:
+    shard = next(folder.glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    return shard.name
+
+
+def other_header(folder: Path) -> str:
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes().replace(b"ln_1", b"ln_2", 1))
+    return shard.name
+
+
+def other_config(folder: Path) -> str:
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"n_head": 4', '"n_head": 8'))
+    return file.name
+
+
+@pytest.mark.parametrize("change", [photos, cut_weights, other_header, other_config])
+def test_resuming_onto_something_else_is_refused(tmp_path: Path, change: Callable[[Path], str]) -> None:
+    """Any folder that was there passed for the finished result."""
+    config = preset_config("tiny", layers=1)
+    native = synthesize(config, tmp_path / "native").path
+    name = change(jittor2hf(native, tmp_path / "back").path)
+    with pytest.raises(ConfigError, match=rf"back exists already, and is something else: \S*{name} is not there, or"):
+        jittor2hf(native, tmp_path / "back", resume=True)
+    name = change(native)
+    with pytest.raises(ConfigError, match=rf"native exists already, and is something else: \S*{name} is not there"):
+        synthesize(config, native, resume=True)

@@ -17,7 +17,8 @@ from moss_folders import files_of, names_in
 from moss_jt.converters import conversion as module
 from moss_jt.converters import using_up
 from moss_jt.converters.hf2jittor import hf2jittor
-from moss_jt.converters.holes import can_punch, has_hole, is_sparse, punch
+from moss_jt.converters.holes import can_punch, has_hole, is_marked, is_sparse, mark_of, punch
+from moss_jt.converters.inspection import inspect
 from moss_jt.converters.journal import partial_folder
 from moss_jt.converters.native_tensors import NativeMaker
 from moss_jt.converters.shelf import Shelf
@@ -126,7 +127,8 @@ def test_killed_between_holes_and_resumed(source: Path, wanted: dict[str, bytes]
     assert is_sparse(source / WEIGHTS) == (punches > 0)
     hf2jittor(source, target, resume=True, delete_source=punches > 1)
     assert files_of(target) == wanted
-    assert (source / WEIGHTS).exists() == (punches <= 1)
+    assert (source / WEIGHTS).exists() == (punches == 0), "what has holes goes, whatever the second run was asked for"
+    assert not is_marked(source / WEIGHTS)
 
 
 def test_a_hole_is_never_converted(source: Path, tmp_path: Path) -> None:
@@ -141,6 +143,33 @@ def test_a_hole_is_never_converted(source: Path, tmp_path: Path) -> None:
     ):
         hf2jittor(source, target, resume=True)
     assert (partial_folder(target) / "plan.json").exists()
+
+
+def test_a_file_with_holes_is_of_no_use_to_a_new_run(source: Path, wanted: dict[str, bytes], tmp_path: Path) -> None:
+    """Its zeros were taken for weights once the unfinished run was deleted, as messages advise."""
+    target = tmp_path / "native"
+    convert_killed(source, target, 7)
+    shutil.rmtree(partial_folder(target))
+    for convert in (hf2jittor, inspect):
+        with pytest.raises(CheckpointError, match=rf"parts of .*{WEIGHTS} were given back .*fetch the file again and"):
+            convert(source)
+    assert names_in(source.parent) == ["hf", "wanted"]
+    assert "native was made of it" in mark_of(source / WEIGHTS).read_text()
+
+
+def test_a_run_that_began_before_the_holes_does_not_read_them(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write", lambda *_args, **_options: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            hf2jittor(source, tmp_path / "first")
+    convert_killed(source, tmp_path / "native", 7)
+    with pytest.raises(
+        CheckpointError, match=rf"given back .* or elsewhere\. .* delete {WEIGHTS}\.given-back beside it"
+    ):
+        hf2jittor(source, tmp_path / "first", resume=True)
+    assert is_marked(source / WEIGHTS)
 
 
 def test_files_that_are_not_only_ours_get_no_holes(
