@@ -178,10 +178,10 @@ def _left_in_groups(root: Path) -> Iterator[int]:
     for line in lines:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not controllers:
-            limits, mount = ("memory.max", "memory.high"), root / "sys/fs/cgroup"  # past the latter it swaps and crawls
+            limits, mount = ["memory.max", "memory.high"], root / "sys/fs/cgroup"  # past the latter it swaps and crawls
             usage, cached = "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            limits, mount = ("memory.limit_in_bytes",), root / "sys/fs/cgroup/memory"
+            limits, mount = ["memory.limit_in_bytes"], root / "sys/fs/cgroup/memory"
             usage, cached = "memory.usage_in_bytes", "total_inactive_file"
         else:
             continue

@@ -315,7 +315,7 @@ def test_logits_give_back_what_their_cache_took(golden_model: Load) -> None:
     first = tight.store.resident_bytes
     ids = np.random.default_rng(5).integers(0, model.config.vocab_size, 120)
     found = [tight.logits(ids) for _ in range(2)]
-    assert np.array_equal(*found)
+    assert np.array_equal(found[0], found[1])
     assert tight._private.cache.resident_bytes == 0
     assert tokens_of(Engine(tight), ids.tolist(), 5) == tokens_of(Engine(budgeted(model, 200_000)), ids.tolist(), 5)
     assert tight.store.resident_bytes <= first
