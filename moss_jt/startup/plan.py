@@ -147,7 +147,9 @@ def _variables(home: Path, tools: Tools, *, compiler: Path, has_onednn: bool, cu
     return {
         "HOME": str(home),  # else Jittor writes ~/.cache/jittor/config.json for all programs of the user
         "JITTOR_HOME": str(home),
-        "cache_name": "default",  # else the git branch around the venv
+        # else the git branch around the venv. Jittor compiles with -march=native and knows a processor by the beginning of
+        # its name alone: code of another one of that name would be taken, and end in an illegal instruction
+        "cache_name": hashlib.sha256(machine.processor().encode()).hexdigest()[:8],
         "cc_path": str(compiler),
         # Jittor's cache key does not cover the shadow headers: the macro does
         "cc_flags": f" -iquote{tools.quoted_headers} -DMOSS_JT_SHADOWS=0x{shadow_hash()}ull ",

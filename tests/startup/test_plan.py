@@ -103,7 +103,8 @@ def test_user_s_threads_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_key_follows_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = [make_plan("cpu").key]
+    first = make_plan("cpu")
+    keys = [first.key]
     assert make_plan("cpu").key == keys[0]
     for place, value in (
         ("moss_jt.startup.plan.shadow_hash", "0123456789abcdef"),
@@ -113,6 +114,9 @@ def test_key_follows_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(place, lambda *_, value=value: value)
             keys.append(make_plan("cpu").key)
+    with monkeypatch.context() as patch:  # Jittor's own key does not know the instruction sets
+        patch.setattr("moss_jt.startup.machine.processor", lambda: "model name: the same\nflags: fewer")
+        assert make_plan("cpu").variables["cache_name"] != first.variables["cache_name"]
     with monkeypatch.context() as patch:
         patch.setattr("platform.node", lambda: "another host")
         keys.append(make_plan("cpu").key)
