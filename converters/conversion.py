@@ -22,7 +22,7 @@ from moss_jt.converters.native_tensors import NativeMaker
 from moss_jt.converters.output import TensorWriter, check_room, finish, verify_done
 from moss_jt.converters.plan import Plan, PlannedTensor
 from moss_jt.converters.rounding import Quantizer
-from moss_jt.converters.shelf import Arrive, Shelf, check_deletable
+from moss_jt.converters.shelf import INDEX_FILES, Arrive, Shelf, check_deletable
 from moss_jt.converters.survey import problems_of, wanted_tensors
 from moss_jt.converters.using_up import UsingUp, check_no_hole, delete_holed, delete_rest, most_bytes, read_note
 from moss_jt.errors import CheckpointError, ConfigError
@@ -116,6 +116,8 @@ def convert(
         if workplace.plan is not None:
             _check_options(workplace, task.options)
             done = verify_done(workplace, report)
+            if arrive is not None:
+                _bring_lost(workplace.plan, source, done, arrive)
         resumed, holed = len(done), read_note(workplace)
         deleted: dict[str, int] = {}
         if workplace.plan is None or len(done) < len(workplace.plan.places()):
@@ -139,6 +141,14 @@ def convert(
     config = MossConfig.from_file(target / "config.json")
     dropped = plan.inputs["dropped"]
     return Conversion(target, config, plan.nbytes, dropped["count"], dropped["nbytes"], resumed, sum(deleted.values()))
+
+
+def _bring_lost(plan: Plan, source: Path, done: Collection[str], arrive: Arrive) -> None:
+    """Let files arrive that are gone and still needed, where no index tells of them: without any, nothing is a model."""
+    if not any((source / name).exists() for name in INDEX_FILES.values()):
+        needed = {file for name, files in plan.inputs["needs"].items() if name not in done for file in files}
+        for file in sorted(file for file in needed if not (source / file).exists()):
+            arrive(source / file)
 
 
 def _begin(workplace: Workplace, shelf: Shelf, task: Task, *, delete_source: bool) -> None:

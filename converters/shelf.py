@@ -19,7 +19,7 @@ from moss_jt.errors import CheckpointError, ConfigError, DiskError
 Arrive = Callable[[Path], None]
 
 _EDGE_BYTES = 1 << 20  # of a file's start and end, enough to know it again
-_INDEX_FILES = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
+INDEX_FILES = {".safetensors": "model.safetensors.index.json", ".bin": "pytorch_model.bin.index.json"}
 
 
 class Shelf:
@@ -104,8 +104,8 @@ class Shelf:
     def delete(self, file: str) -> int:
         """Delete a file of weights that is used up; its bytes."""
         path = next((known for known in self.source.files if known.name == file), None)
-        if path is None:
-            return 0
+        if path is None:  # gone already; its mark may be there
+            return delete_file((self._path if self._path.is_dir() else self._path.parent) / file)
         self.source.release(path)
         return delete_file(path)
 
@@ -144,7 +144,9 @@ def delete_file(path: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             nbytes = path.stat().st_size
             path.unlink()
-        mark_of(path).unlink(missing_ok=True)
+        mark = mark_of(path)
+        mark.unlink(missing_ok=True)
+        mark.with_name(f"{mark.name}.new").unlink(missing_ok=True)  # of a run that was killed while it wrote the mark
     except OSError as error:
         raise DiskError(
             f"{path} cannot be deleted: {error.strerror}. Delete it yourself; where the result is not whole yet, "
@@ -155,8 +157,8 @@ def delete_file(path: Path) -> int:
 
 def delete_index(path: Path, files: Iterable[str]) -> None:
     """Delete the index of a source that has lost all of its files; not that of another format beside it."""
-    for ending in {Path(name).suffix for name in files} & _INDEX_FILES.keys():
-        delete_file(path / _INDEX_FILES[ending])
+    for ending in {Path(name).suffix for name in files} & INDEX_FILES.keys():
+        delete_file(path / INDEX_FILES[ending])
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -78,9 +78,11 @@ def delete_holed(source: Path, noted: Collection[str], freed: dict[str, int]) ->
     folder = source if source.is_dir() else source.parent
     for name in noted:
         file = folder / name
-        if not file.exists() or not is_marked(file):
+        if not file.exists():
+            delete_file(file)  # its mark, if that is still there
+        elif not is_marked(file):
             continue
-        if has_hole(file, 0, file.stat().st_size):
+        elif has_hole(file, 0, file.stat().st_size):
             freed[name] = delete_file(file)
         else:
             mark_of(file).unlink()  # broken off just before its first hole

@@ -179,10 +179,9 @@ def fetch_file(file: RemoteFile, url: str, folder: Path, *, progress: Progress |
     except OSError as error:
         raise _disk_error(error, target, file.size) from error
     part = _part_path(file, folder)
-    resumed = part.exists()
-    agrees = _fetch_part(file, url, part, progress)
-    if not agrees and resumed:  # what an earlier run left behind may be the culprit: once more from the start
-        agrees = _fetch_part(file, url, part, progress)
+    agrees, is_pieced = _fetch_part(file, url, part, progress)
+    if not agrees and is_pieced:  # one of the pieces may be the culprit: once more from the start
+        agrees, _ = _fetch_part(file, url, part, progress)
     if not agrees:
         raise HubError(
             f"{file.name} from {hub_name()} has another checksum than the {file.kind} {file.digest} that the hub "
@@ -198,8 +197,8 @@ def _part_path(file: RemoteFile, folder: Path) -> Path:
     return folder / f"{file.name}.{file.digest[:16]}.part"
 
 
-def _fetch_part(file: RemoteFile, url: str, part: Path, progress: Progress) -> bool:
-    """Bring `part` to its full size; whether its checksum agrees. A wrong one is deleted."""
+def _fetch_part(file: RemoteFile, url: str, part: Path, progress: Progress) -> tuple[bool, bool]:
+    """Bring `part` to its full size; whether its checksum agrees, and whether it is of several pieces. A wrong one is deleted."""
     try:
         with part.open("ab", buffering=0) as sink:
             transfer = _Transfer(file, url, sink, progress)
@@ -208,10 +207,10 @@ def _fetch_part(file: RemoteFile, url: str, part: Path, progress: Progress) -> b
             os.fsync(sink.fileno())
     except OSError as error:
         raise _disk_error(error, part, file.size) from error
-    if transfer.hash.hexdigest() == file.digest:
-        return True
-    part.unlink()
-    return False
+    agrees = bool(transfer.hash.hexdigest() == file.digest)
+    if not agrees:
+        part.unlink()
+    return agrees, transfer.pieces > 1
 
 
 class _Transfer:
@@ -224,6 +223,7 @@ class _Transfer:
         self.progress = progress
         self.done = 0
         self.hash = file.new_hash()
+        self.pieces = 0  # what was there, and the answers that more came of
         self._refusals = 0  # in a row, to go on where we are
 
     def read_what_is_there(self, part: Path) -> None:
@@ -232,6 +232,7 @@ class _Transfer:
         if there > self.file.size:
             self._restart()
             return
+        self.pieces = min(there, 1)
         name = self.file.name
         self.progress.begin(pick(f"Checking the fetched part of {name}", f"检查 {name} 已下载的部分"), there, "B")
         try:
@@ -261,7 +262,7 @@ class _Transfer:
     def _restart(self) -> None:
         """Forget what is there."""
         self.sink.truncate(0)
-        self.done = 0
+        self.done = self.pieces = 0
         self.hash = self.file.new_hash()
 
     def _stream(self) -> None:
@@ -271,6 +272,7 @@ class _Transfer:
             self._check_place(answer)
             _check_status(answer, self.file.name)
             known = self.done if answer.status == 200 else 0  # a hub without ranges sends all of it again
+            self.pieces += 1
             for chunk in answer.chunks:
                 if len(chunk) > known:
                     self._take(chunk[known:])
@@ -287,6 +289,8 @@ class _Transfer:
                 self.progress.end()
                 self._begin()
             raise _BrokenOff(f"status {answer.status} to a request for the rest")
+        if answer.status in (200, 206) and answer.headers.get("Content-Type", "").startswith("text/html"):
+            raise _BrokenOff("it answers with a web page")
         total = _announced_bytes(answer)
         if total not in (None, self.file.size):  # the page of a network that wants a login, say
             raise _BrokenOff(f"it answers with {total} bytes where {self.file.size} were announced")

@@ -154,6 +154,9 @@ def _convert(plan: PullPlan, progress: Progress) -> Path:
     arrived = set(plan.arrived)
 
     def arrive(path: Path) -> None:
+        if path.name in arrived:  # it is of no use any more, and comes anew
+            arrived.discard(path.name)
+            _write_record(plan, arrived)
         _fetch(plan, files[path.name], progress)
         arrived.add(path.name)
         _write_record(plan, arrived)

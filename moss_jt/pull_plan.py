@@ -172,7 +172,7 @@ def plan_pull(
     _check_place(name, path)
     work = stored.beside(path, stored.PULL_SUFFIX)
     record = read_record(work)
-    _check_same_request(name, record, dtype, delete_source)
+    _check_same_request(name, record, dtype, keeps=delete_source is False and is_converting(work))
     if delete_source is None:
         delete_source = record.get("source") == "delete"
     lost = f"An unfinished pull is of it. Remove that, then pull again: moss-jt models rm {name}"
@@ -262,10 +262,8 @@ def is_converting(work: Path) -> bool:
     return native.exists() or (partial_folder(native) / PLAN_FILE).exists()
 
 
-def _check_same_request(
-    name: str, record: Mapping[str, str], dtype: FloatType | None, delete_source: bool | None
-) -> None:
-    """An unfinished pull goes on with the dtype that it was begun with, and what it has deleted cannot be kept."""
+def _check_same_request(name: str, record: Mapping[str, str], dtype: FloatType | None, *, keeps: bool) -> None:
+    """An unfinished pull goes on with the dtype that it was begun with, and what it may have deleted cannot be kept."""
     begun, asked = record.get("dtype", ""), dtype or ""
     if record and begun != asked:
         raise HubError(
@@ -273,7 +271,7 @@ def _check_same_request(
             f"{f'{asked} is' if asked else 'none is'} asked for. Ask for the same to go on, or start afresh after: "
             f"moss-jt models rm {name}"
         )
-    if delete_source is False and record.get("source") == "delete":
+    if keeps and record.get("source") == "delete":
         raise HubError(
             f"a pull of {name} was begun with --delete-source, so its original files cannot be kept any more. Go on "
             f"with --delete-source, or start afresh after: moss-jt models rm {name}"

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 if TYPE_CHECKING:
     import pytest
 
-Kind = Literal["none", "break", "stall", "status", "corrupt", "no-range", "extra", "short", "portal"]
+Kind = Literal["none", "break", "stall", "status", "corrupt", "no-range", "extra", "short", "portal", "page"]
 LARGE = (".bin", ".safetensors")
 
 
@@ -32,7 +32,7 @@ class Fault:
         kind: "break" closes the connection after `after` bytes of the answer, "stall" stops sending there,
             "status" answers with `status`, "corrupt" changes a byte, "no-range" ignores Range, "extra"
             sends more than the file holds, "short" ends after `after` bytes (neither says how many they are),
-            "portal" sends a page of HTML as if it were the file.
+            "portal" sends a page of HTML as if it were the file, "page" without telling its length.
         file: the file it strikes, or "info".
         times: how often it does.
     """
@@ -209,12 +209,23 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def _no_file(self, fault: Fault) -> None:
+        """Something else in place of a file."""
+        page = b"<html>Sign in to the network</html>" * 40
+        if fault.kind != "page":
+            status, body = (fault.status, b"") if fault.kind == "status" else (200, page)
+            self._plain(status, body, headers=dict(fault.headers))
+            return
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(page)
+        self.close_connection = True
+
     def _file(self, content: bytes, file: str) -> None:
         fault = self.hub.next_fault(file) or Fault("none", file)
-        if fault.kind in ("status", "portal"):
-            page = b"<html>Sign in to the network</html>" * 40
-            status, body = (fault.status, b"") if fault.kind == "status" else (200, page)
-            return self._plain(status, body, headers=dict(fault.headers))
+        if fault.kind in ("status", "portal", "page"):
+            return self._no_file(fault)
         wanted = self.headers.get("Range")
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and fault.kind != "no-range" else 0
         if start >= len(content) > 0:

@@ -149,6 +149,20 @@ def test_portal_that_stays(hub: FakeHub, tmp_path: Path) -> None:
     assert part.read_bytes() == CONTENT[:1_000_000]
 
 
+def test_web_page_is_known_by_its_type(hub: FakeHub, tmp_path: Path) -> None:
+    hub.fail("portal", NAME, times=9, headers={"Content-Type": "text/html; charset=utf-8"})
+    with pytest.raises(HubError, match="it answers with a web page"):
+        fetch_file(large(), url(hub), tmp_path)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_page_of_untold_length_costs_one_more_try(hub: FakeHub, tmp_path: Path, ranges: bool) -> None:
+    hub.fail("page", NAME)
+    if not ranges:
+        hub.fail("no-range", NAME, times=9)
+    assert fetch_file(large(), url(hub), tmp_path).read_bytes() == CONTENT
+
+
 def test_other_file_under_the_same_name(hub: FakeHub, tmp_path: Path) -> None:
     hub.repos["owner/model"].files[NAME] = CONTENT[:-7]
     (tmp_path / f"{NAME}.{large().digest[:16]}.part").write_bytes(CONTENT[:1000])

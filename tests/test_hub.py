@@ -312,6 +312,32 @@ def test_holes_are_fetched_again_where_the_result_is_damaged(
     assert names_in(paths.models_dir()) == {"owner--holed"}
 
 
+def test_a_single_file_that_was_given_up_for_another_comes_again(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = break_off_in_holes(hub, tmp_path, monkeypatch)
+    made = next((plan_pull("owner/holed").work / ".native.partial" / "out").glob("*.safetensors"))
+    with made.open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(b"damage")
+    break_for_good(hub, "pytorch_model.bin", after=1000)
+    with pytest.raises(HubError):
+        pull(plan_pull("owner/holed"))
+    hub.faults.clear()
+    plan = plan_pull("owner/holed")
+    assert plan.download_bytes > 5_000_000, "it is counted"
+    assert tensors_of(pull(plan)) == wanted
+
+
+def test_what_was_only_fetched_so_far_may_be_kept(hub: FakeHub) -> None:
+    break_for_good(hub, SHARDS[0])
+    with pytest.raises(HubError):
+        fetch_model(FP, delete_source=True)
+    hub.faults.clear()
+    plan = plan_pull(FP, delete_source=False)
+    assert not plan.delete_source
+
+
 def test_version_that_the_hub_has_lost(hub: FakeHub) -> None:
     break_for_good(hub, SHARDS[1])
     with pytest.raises(HubError):

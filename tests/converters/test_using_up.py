@@ -198,3 +198,10 @@ def test_the_note_names_files_with_holes(source: Path, tmp_path: Path) -> None:
     partial = partial_folder(tmp_path / "native")
     assert (partial / "given-back").read_text() == f"{WEIGHTS}\n"
     assert json.loads((partial / "plan.json").read_text())["kind"] == "hf2jittor"
+
+
+def test_no_mark_outlives_its_file(tmp_path: Path) -> None:
+    for name in ("model.bin.given-back", "model.bin.given-back.new"):
+        (tmp_path / name).touch()
+    using_up.delete_holed(tmp_path, {"model.bin"}, {})
+    assert list(tmp_path.iterdir()) == []
