@@ -16,6 +16,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,17 @@ MAX_DEGREE = 60  # of a power with an unknown in it
 MAX_SOLUTIONS = 40
 LONGEST_EXACT = 40  # characters of an exact root; a longer one is written as a number
 _DIGITS = 15
+UNITS = {  # what they measure, and how large they are beside the others of it
+    name: (kind, Fraction(size))
+    for kind, sizes in {
+        "length": {"毫米": "0.001", "厘米": "0.01", "分米": "0.1", "米": "1", "千米": "1000", "公里": "1000"},
+        "mass": {"毫克": "0.001", "克": "1", "斤": "500", "千克": "1000", "公斤": "1000", "吨": "1000000"},
+        "time": {"秒": "1", "分钟": "60", "小时": "3600", "天": "86400"},
+        "money": {"分": "0.01", "角": "0.1", "元": "1", "块": "1"},
+        "volume": {"毫升": "0.001", "升": "1"},
+    }.items()
+    for name, size in sizes.items()
+}
 _EQUALS = re.compile("[=＝]")
 _REST = 1e-14  # of a complex number's larger part: a smaller one is a rounding error
 
@@ -107,17 +119,25 @@ def _is_number(statement: Statement) -> bool:
 
 
 def _check_units(equation: Statement) -> None:
-    """Refuse an equation in whose sums there are numbers in different units."""
-    units: set[str] = set()
+    """Refuse an equation in whose sums there are numbers in units of one kind and different sizes: 3米 and 5厘米."""
+    units: dict[str, dict[Fraction, str]] = {}
     waiting: list[Tree | None] = [equation.left, equation.right]
     while waiting:
         tree = waiting.pop()
         if isinstance(tree, Both) and tree.sign in "+-":
             waiting += (tree.left, tree.right)
-        elif tree is not None and is_constant(tree):
-            units.add(plain(value_of(tree)).unit)
-    if len(units - {""}) > 1:
-        raise ToolError(f"{' and '.join(sorted(units - {''}))} stand in one sum. Write every number in the same unit.")
+        elif isinstance(tree, Sign) and tree.sign in "+-":
+            waiting.append(tree.of)
+        elif isinstance(tree, Number):  # in a product units make others, which nobody writes out
+            unit = plain(value_of(tree)).unit
+            kind, size = UNITS.get(unit, (unit, Fraction(1)))
+            units.setdefault(kind, {})[size] = unit
+    for sizes in units.values():
+        if len(sizes) > 1:
+            raise ToolError(
+                f"{' and '.join(sizes[size] for size in sorted(sizes))} stand in one sum. "
+                "Write every number in the same unit."
+            )
 
 
 def _split_at_commas(text: str) -> list[str]:

@@ -30,7 +30,9 @@ from moss_jt.tools.arithmetic import (
 )
 
 MAX_FACTORIAL = 5000
-KEEP_UNITS = frozenset(["abs", "fabs", "max", "min", "sum", "mean", "average", "avg"])  # others take plain numbers
+KEEP_UNITS = frozenset(
+    ["abs", "fabs", "max", "min", "sum", "mean", "average", "avg", "round"]
+)  # others take plain numbers
 ANGULAR = frozenset(["sin", "cos", "tan", "cot", "sec", "csc"])  # functions of an angle
 Function = Callable[..., Value]
 
@@ -102,7 +104,7 @@ def _round(value: Value, places: Value | None = None) -> Value:
     if number is None and context().mag(value.number) < -MAX_BITS:
         number = Fraction(0)  # as a fraction it would fill the memory
     kept = number if number is not None else Fraction(str(context().nstr(value.number, 50)))
-    return make(round(kept, count), whole=places is None or value.whole)
+    return make(round(kept, count), whole=places is None or value.whole, unit=value.unit)
 
 
 def _logarithm(value: Value, base: Value | None = None) -> Value:

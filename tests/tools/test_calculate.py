@@ -46,6 +46,7 @@ LIKE_PYTHON = {
     "abs(-3)": abs(-3),
     "round(2.567, 2)": round(2.567, 2),
     "round(2.5)": round(2.5),
+    "round(3.14159亿, 2)": 3.14,
     "exp(1)": math.exp(1),
     "log(10)": math.log(10),
     "log10(1000)": math.log10(1000),
