@@ -8,6 +8,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from moss_tiny.intents import frames_of, read_intents
 from moss_tiny.numbers import draw, draw_decimal, is_held_back
 from moss_tiny.questions import COUNTS, Question, make_questions
 from moss_tiny.results import calls_of, results_of
-from moss_tiny.roughness import noisy, reworded, rough, thinned, wrapped
+from moss_tiny.roughness import mixed, noisy, reworded, rough, thinned, wrapped
 from moss_tiny.scoring import is_same_call
 from moss_tiny.turns import TOOL_OF
 from moss_tiny.wordings import LANGUAGES, Language, expand, read_blocks, texts
@@ -41,6 +42,7 @@ PARTS = {
     "Tool Responses": ("<|Results|>:", "<eor>\n"),
     "MOSS": ("<|MOSS|>: ", "<eom>\n"),
 }
+CALL = list(PARTS)[:3]  # of a turn that ends with its call
 MARKERS = re.compile(r"<eo[htcrm]>")
 
 
@@ -56,12 +58,12 @@ def records(pages: Documentation) -> list[dict[str, Any]]:
 
 
 def turns_of(records: list[dict[str, Any]]) -> Iterator[tuple[set[str], dict[str, str]]]:
-    """Every turn as bare texts, with the tools that are on."""
+    """Every turn as bare texts, with the tools that are on; one that ends with its call has no results and no answer."""
     for record in records:
         on = {name for name, tool in TOOLS.items() if f"- {tool.title}: enabled." in record["meta_instruction"]}
         for turn in record["chat"].values():
             bare = {name: text.removeprefix(PARTS[name][0]).removesuffix(PARTS[name][1]) for name, text in turn.items()}
-            yield on, {"Commands": "None", "Tool Responses": " None", **bare}
+            yield on, bare if "Commands" in bare else {"Commands": "None", "Tool Responses": " None", **bare}
 
 
 def plain(text: str) -> str:
@@ -200,19 +202,27 @@ def test_the_same_seed_gives_the_same_file(pages: Documentation, tmp_path: Path)
 def test_fields_are_those_of_the_training_format(records: list[dict[str, Any]]) -> None:
     prompts = {system_prompt(FIELDS, names) for names, _ in TOOL_SETS}
     forms: Counter[str] = Counter()
+    ends: Counter[str] = Counter()
     for record in records:
         short = record["meta_instruction"] == system_prompt(README)
         assert short or record["meta_instruction"] in prompts
         forms["README" if short else "fields"] += 1
         assert list(record["chat"]) == [f"turn_{number}" for number in range(1, record["num_turns"] + 1)]
-        for turn in record["chat"].values():
-            assert list(turn) == (["Human", "MOSS"] if short else list(PARTS))
+        *begun, last = record["chat"].values()
+        for turn in (*begun, last):
+            is_cut = turn is last and "MOSS" not in turn
+            assert list(turn) == (["Human", "MOSS"] if short else CALL if is_cut else list(PARTS))
             for name, text in turn.items():
                 tag, end = PARTS[name]
                 assert text.startswith(tag) and text.endswith(end), text
                 assert len(MARKERS.findall(text)) == 1, text
                 assert len(text) > len(tag) + len(end), text
+        if not last.get("Commands", "<|Commands|>: None<eoc>\n").endswith(" None<eoc>\n"):
+            ends["answer" if "MOSS" in last else "call"] += 1
+        else:
+            assert "MOSS" in last, "only what is called is left without its results"
     assert min(forms.values()) > COUNT / 5, forms
+    assert min(ends["answer"], ends["call"]) > COUNT / 20, ends
 
 
 def check_results(commands: str, results: str, pages: Documentation) -> None:
@@ -238,6 +248,8 @@ def test_every_turn_says_what_the_tools_say(records: list[dict[str, Any]], pages
         assert not understood.skipped and understood.calls, turn["Commands"]
         assert ", ".join(call.text for call in understood.calls) == turn["Commands"]
         assert {TOOL_OF[call.name] for call in understood.calls} <= on, f"{turn['Commands']} with {on}"
+        if "MOSS" not in turn:
+            continue
         check_results(turn["Commands"], turn["Tool Responses"].strip("\n "), pages)
         seen.update(call.name for call in understood.calls)
         for number in re.findall(r"<sup><\|(\d)\|></sup>", turn["MOSS"]):
@@ -250,6 +262,7 @@ def test_results_are_those_of_the_toolbox(records: list[dict[str, Any]]) -> None
     sandbox = Sandbox()
     box = ToolBox([tool for name, tool in moss_tools(box=sandbox).items() if name in ("calc", "solve")])
     turns = [turn for _, turn in turns_of(records) if turn["Commands"].startswith(("Calculate", "Solve"))]
+    turns = [turn for turn in turns if "MOSS" in turn]
     try:
         for turn in turns[:12]:
             assert joined(ran.block for ran in box.run(turn["Commands"])) == turn["Tool Responses"].strip("\n ")
@@ -284,6 +297,18 @@ def test_rough_questions_keep_what_they_ask() -> None:
         assert rough(rng, "?", "zh")
     said = {reworded(rng, "Find the folder.", "en") for _ in range(200)}
     assert {"Find the folder.", "Find the directory."} < said
+
+
+def test_a_mixed_question_has_words_of_several() -> None:
+    rng = random.Random(5)
+    numbers, letters = {"one", "two", "three", "four"}, {"a", "b", "c", "d"}
+    questions = [" ".join(sorted(numbers)), " ".join(sorted(letters))]
+    asked = [mixed(rng, partial(rng.choice, questions), "en").split() for _ in range(300)]
+    assert all(2 <= len(words) <= 15 and set(words) <= numbers | letters for words in asked)
+    assert sum(1 for words in asked if set(words) & numbers and set(words) & letters) > 150
+    chinese = [mixed(rng, partial(rng.choice, ["怎么用moss-jt聊天呢", "如何说话"]), "zh") for _ in range(100)]
+    assert any("moss-jt" in text for text in chinese), "a word in Latin letters is one"
+    assert not any(char.isascii() for text in chinese for char in text.replace("moss-jt", ""))
 
 
 def test_the_evaluation_has_200_questions() -> None:

@@ -21,20 +21,20 @@ from moss_tiny.copying import draw_name, draw_picture, draw_repeat
 from moss_tiny.equations import draw_equation
 from moss_tiny.intents import Intent, read_intents
 from moss_tiny.results import Search
-from moss_tiny.roughness import JOINED, rough, wrapped
+from moss_tiny.roughness import JOINED, MIXED, mixed, noisy, rough, wrapped
 from moss_tiny.sums import Task, draw_following, draw_pair, draw_sum
 from moss_tiny.turns import Answered, Tools, lost_turn, plain_turn, search_turn, task_turn
 from moss_tiny.wordings import LANGUAGES, Language, expand
 
 FIELDS, README = Template("fields"), Template("readme")
 TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
-    ((), 62),
+    ((), 180),
     (("calc", "solve"), 14),
-    (("search", "calc", "solve"), 50),
+    (("search", "calc", "solve"), 70),
     (("search", "calc", "solve", "draw"), 4),
     (("calc",), 5),
     (("solve",), 3),
-    (("search",), 6),
+    (("search",), 12),
     (("draw",), 2),
     (("calc", "solve", "draw"), 3),
 )
@@ -46,12 +46,14 @@ TURNS = (1, 1, 1, 2, 2, 3)  # of a conversation, in tasks; some tasks take more 
 SHOWN = (1, 1, 1, 2, 3)  # hits of a search that are shown: any of them, so that the answer must be looked for
 SNIPPETS = 0.88  # of searches, those that show parts of passages, which cost less to learn from
 SNIPPET = (24, 96)  # characters of a part
+CUT = 0.6  # of conversations that end with a call, those that end there: what to call costs little to learn
 IN_FIELDS = 0.1  # of conversations without tools, those in the five-field form all the same
 FOLLOWED = 0.35  # of calculations, those that a next question goes on with
-AFRESH = 0.2  # of calculations, those after which another one is asked that has nothing to do with the result
+AFRESH = 0.25  # of calculations, those after which another one is asked that has nothing to do with the result
 SWITCHED = 0.08  # of turns, those in the other language
 
 _FIELD = re.compile(r"<\|(Human|Inner Thoughts|Commands|Results|MOSS)\|>:.*?<eo[htcrm]>\n", re.DOTALL)
+_WRITTEN = re.compile(r"[-+*/×÷=^]")  # in it nothing may come between
 _KEYS = {"Results": "Tool Responses"}
 
 
@@ -73,7 +75,8 @@ class Maker:
         for _ in range(rng.choice(TURNS)):
             spoken = LANGUAGES[LANGUAGES.index(language) - 1] if rng.random() < SWITCHED else language
             turns += self.turns(rng, spoken, tools)
-        return as_record(turns, tools, FIELDS if tools or rng.random() < IN_FIELDS else README)
+        form = FIELDS if tools or rng.random() < IN_FIELDS else README
+        return as_record(turns, tools, form, is_cut=rng.random() < CUT)
 
     def turns(self, rng: random.Random, language: Language, tools: Tools) -> Iterator[Turn]:
         """The turns of one task."""
@@ -98,7 +101,11 @@ class Maker:
         """A question about the product, or small talk."""
         intents, weights = _intents(product=product)
         (intent,) = rng.choices(intents, weights)
-        question = rough(rng, intent.question(rng, language), language)
+        if rng.random() < MIXED:
+            question = mixed(rng, lambda: intent.question(rng, language), language)
+        else:
+            question = intent.question(rng, language)
+        question = rough(rng, question, language)
         if rng.random() < JOINED:
             question += {"en": " ", "zh": ""}[language] + rough(rng, intent.question(rng, language), language)
         if "search" in tools and product:
@@ -142,9 +149,19 @@ def read_records(path: Path, *, count: int) -> list[dict[str, Any]]:
         return [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
 
 
-def as_record(turns: list[Turn], tools: Tools, form: Template = FIELDS) -> dict[str, Any]:
-    """A conversation in the form of the published training data; in the README form a turn has two fields."""
+def as_record(turns: list[Turn], tools: Tools, form: Template = FIELDS, *, is_cut: bool = False) -> dict[str, Any]:
+    """A conversation in the form of the published training data; in the README form a turn has two fields.
+
+    Args:
+        turns: what is said.
+        tools: that are on.
+        form: of the turns.
+        is_cut: leave away what follows a call in the last turn.
+    """
     chat = {f"turn_{number}": _fields(form.turn_text(turn)) for number, turn in enumerate(turns, 1)}
+    if is_cut and turns[-1].commands:
+        last = chat[f"turn_{len(turns)}"]
+        del last["Tool Responses"], last["MOSS"]
     return {"meta_instruction": system_prompt(form, tools), "num_turns": len(turns), "chat": chat}
 
 
@@ -191,4 +208,5 @@ def _first(rng: random.Random, kind: str, language: Language, tools: Tools) -> A
 def _draw(rng: random.Random, kind: str, language: Language) -> Task:
     draw = {"sum": draw_sum, "pair": draw_pair, "equation": draw_equation, "picture": draw_picture}[kind]
     task = draw(rng, language)
-    return replace(task, question=wrapped(rng, task.question, language))
+    question = task.question if _WRITTEN.search(task.question) else noisy(rng, task.question, language)
+    return replace(task, question=wrapped(rng, question, language))

@@ -42,7 +42,7 @@ class Recipe:
         group: inputs that share a scale in int8.
     """
 
-    conversations: int = 160000
+    conversations: int = 250000
     validation: int = 120
     for_tokenizer: int = 30000
     width: int = 256
@@ -50,7 +50,7 @@ class Recipe:
     heads: int = 8
     rotary: int = 16
     epochs: int = 1
-    batch: int = 16
+    batch: int = 24
     learning_rate: float = 8e-4
     spread: float = 0.06
     max_length: int = 1024

@@ -24,7 +24,7 @@ from moss_tiny.intents import read_intents
 from moss_tiny.turns import DISABLED, NOTHING_FOUND, PICTURE, RESULT, THOUGHTS, UNABLE, search_call
 from moss_tiny.wordings import LANGUAGES
 
-VOCABULARY = 6528
+VOCABULARY = 7040
 _SPACE = "\u2581"
 _TAGS = ("<|Human|>:", "<|Inner Thoughts|>:", "<|Commands|>:", "<|Results|>:", "<|MOSS|>:")
 _CALLS = ('Calculate("', 'Solve("', 'Search("', 'Text2Image("', '")', " =>", "<sup><|", "|></sup>", "<|", "|>")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from functools import cache
 
 from moss_tiny.wordings import Language, read_blocks, texts
@@ -17,6 +18,9 @@ REWORDED = 0.5  # of questions in words, those in which words may be replaced
 NOISY = 0.15  # of questions in words, those with a word too many
 THINNED = 0.5  # of questions in words, those with words too few
 MOST_LEFT_OUT = 0.4  # of the words of such a question; half as much on average
+MIXED = 0.15  # of questions in words, those made of a few words each of several questions of one meaning
+PARTS = (2, 5)  # of such a question
+PART = {"en": 3, "zh": 4}  # words of a part at most; of Chinese, characters
 JOINED = 0.15  # of questions in words, those behind which the same is asked once more
 _NOT_NAMES = r"(?<![-/])(?<!moss-jt )(?<!moss-jt models )(?<!moss-convert )"  # else it names an option or a command
 _CHARACTERS = re.compile(r"[\x21-\x7e]+|\s+|.")  # of Chinese; a word in Latin letters is one
@@ -32,7 +36,7 @@ def rough(rng: random.Random, question: str, language: Language) -> str:
 
 def thinned(rng: random.Random, question: str, language: Language) -> str:
     """Perhaps a question with some of its words left out, and some neighbours in each other's place."""
-    words = question.split(" ") if language == "en" else _CHARACTERS.findall(question)
+    words = _words(question, language)
     if len(words) < _FEW or rng.random() >= THINNED:
         return question
     share = rng.random() * MOST_LEFT_OUT
@@ -40,7 +44,36 @@ def thinned(rng: random.Random, question: str, language: Language) -> str:
     for place in range(len(kept) - 1):
         if rng.random() < share / 3:
             kept[place], kept[place + 1] = kept[place + 1], kept[place]
-    return (" " if language == "en" else "").join(kept)
+    return _joined(kept, language)
+
+
+def mixed(rng: random.Random, draw: Callable[[], str], language: Language) -> str:
+    """Words from here and there of several questions of one meaning.
+
+    What they have in common is the meaning alone, so each word must be known for what it says of that. Counting words
+    and pairs of them finds more meanings than a small model does that has learned whole sentences.
+
+    Args:
+        rng: draws.
+        draw: gives a question.
+        language: of the questions.
+    """
+    kept: list[str] = []
+    for _ in range(rng.randint(*PARTS)):
+        words = _words(draw(), language)
+        length = rng.randint(1, PART[language])
+        start = rng.randint(0, max(0, len(words) - length))
+        kept += words[start : start + length]
+    return _joined(kept, language)
+
+
+def _words(question: str, language: Language) -> list[str]:
+    """The words of a question; of a Chinese one, its characters."""
+    return question.split(" ") if language == "en" else _CHARACTERS.findall(question)
+
+
+def _joined(words: list[str], language: Language) -> str:
+    return (" " if language == "en" else "").join(words)
 
 
 def wrapped(rng: random.Random, question: str, language: Language) -> str:

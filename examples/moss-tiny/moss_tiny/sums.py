@@ -43,11 +43,13 @@ SHAPES = {  # of written expressions, with their weight
     "{a}^{n}": 1,
 }
 LARGEST = {"percent": 99, "power": 99, "square": 999, "cube": 99}  # of the first number, else results grow long
-PLAIN_SHARE = 0.3  # of wordings, those in the plain words that the file begins with
-PLAINEST_SHARE = 0.3  # of calculations, the four kinds in the plainest words: among so many others they become rare
+PLAIN_SHARE = 0.25  # of wordings, those in the plain words that the file begins with
+PLAINEST_SHARE = 0.25  # of calculations, the four kinds in the plainest words: among so many others they become rare
 _PLAINEST = ("add", "subtract", "multiply", "divide")
-_WRITTEN_SHARE = 0.45  # of questions with a written expression rather than words
-_FRAMED_SHARE = 0.45  # of questions in words, those that are "What is …?"
+SMALL_SHARE = 0.3  # of those calculations, the ones with numbers below 100: "What is 6 times 7?"
+_WRITTEN_SHARE = 0.35  # of questions with a written expression rather than words
+_HELD_WRITTEN_SHARE = 0.45  # the same in the evaluation, whose questions stay the same
+_FRAMED_SHARE = 0.35  # of questions in words, those that are "What is …?"
 _TIMES = ("*", "*", "×", "x")
 _OVER = ("/", "/", "÷")
 
@@ -69,7 +71,7 @@ def draw_sum(rng: random.Random, language: Language, *, held: bool = False) -> T
     """A calculation."""
     if not held and rng.random() < PLAINEST_SHARE:
         return _plainest(rng, language)
-    if rng.random() < _WRITTEN_SHARE:
+    if rng.random() < (_HELD_WRITTEN_SHARE if held else _WRITTEN_SHARE):
         expression = draw_expression(rng, held=held)
         question = fill(frame(rng, language, held=held), {"e": spelled(rng, expression)})
         return Task(question, call(expression))
@@ -86,6 +88,8 @@ def _plainest(rng: random.Random, language: Language) -> Task:
     words = choose(rng, texts(blocks[kind], "words", language))
     sentence = choose(rng, texts(blocks["frames"], "ask", language)).replace("{e}", words)
     values = _values(rng, held=False)
+    if rng.random() < SMALL_SHARE:
+        values |= {name: str(draw(rng, held=False, most=99)) for name in "ab"}
     return Task(fill(sentence, values), call(fill(texts(blocks[kind], "command", language)[0], values)))
 
 
