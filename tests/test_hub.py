@@ -282,6 +282,14 @@ def break_off_in_holes(
     return wanted
 
 
+def damage_what_was_made() -> None:
+    """Of the model of `break_off_in_holes`, as a loss of power may."""
+    made = next((plan_pull("owner/holed").work / ".native.partial" / "out").glob("*.safetensors"))
+    with made.open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(b"damage")
+
+
 def test_holes_are_not_kept(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = break_off_in_holes(hub, tmp_path, monkeypatch)
     with pytest.raises(HubError, match=r"begun with --delete-source, so its original files cannot be kept.*models rm"):
@@ -304,10 +312,7 @@ def test_holes_are_fetched_again_where_the_result_is_damaged(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = break_off_in_holes(hub, tmp_path, monkeypatch)
-    made = next((plan_pull("owner/holed").work / ".native.partial" / "out").glob("*.safetensors"))
-    with made.open("r+b") as file:
-        file.seek(1 << 20)
-        file.write(b"damage")
+    damage_what_was_made()
     assert tensors_of(pull(plan_pull("owner/holed"))) == wanted
     assert names_in(paths.models_dir()) == {"owner--holed"}
 
@@ -316,10 +321,7 @@ def test_a_single_file_that_was_given_up_for_another_comes_again(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = break_off_in_holes(hub, tmp_path, monkeypatch)
-    made = next((plan_pull("owner/holed").work / ".native.partial" / "out").glob("*.safetensors"))
-    with made.open("r+b") as file:
-        file.seek(1 << 20)
-        file.write(b"damage")
+    damage_what_was_made()
     break_for_good(hub, "pytorch_model.bin", after=1000)
     with pytest.raises(HubError):
         pull(plan_pull("owner/holed"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import suppress
 from types import ModuleType
 
 from moss_jt.errors import StartupError
@@ -110,7 +111,8 @@ def _load_and_check(plan: Plan) -> ModuleType:
             f"Jittor needs the package {error.name}: {sys.executable} -m pip install {error.name}"
         ) from error
     except Exception as error:  # Jittor raises bare Exception, AssertionError and RuntimeError alike
-        stamp_file(plan).unlink(missing_ok=True)  # the next start looks through what was compiled
+        with suppress(OSError):
+            stamp_file(plan).unlink()  # the next start looks through what was compiled
         raise StartupError(
             f"importing Jittor failed: {_first_line(error)} (its last compilation's log: {log_file(plan.home)}). "
             f"Start again; if that does not help, delete {plan.home}: it is made anew"
