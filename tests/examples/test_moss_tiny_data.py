@@ -15,13 +15,16 @@ from typing import Any
 
 import pytest
 from moss_tiny.conversations import FIELDS, README, TOOL_SETS, Maker, write_conversations
-from moss_tiny.documentation import Documentation
+from moss_tiny.documentation import ROOT, Documentation
+from moss_tiny.equations import STORIES
 from moss_tiny.intents import frames_of, read_intents
 from moss_tiny.numbers import draw, draw_decimal, is_held_back
 from moss_tiny.questions import COUNTS, Question, make_questions
 from moss_tiny.results import calls_of, results_of
-from moss_tiny.roughness import mixed, noisy, reworded, rough, thinned, wrapped
+from moss_tiny.roughness import blurred, mixed, noisy, reworded, rough, thinned, wrapped
 from moss_tiny.scoring import is_same_call
+from moss_tiny.sums import FOLLOWING, KINDS, story, task_in_words
+from moss_tiny.thoughts import thought, thoughts
 from moss_tiny.turns import TOOL_OF
 from moss_tiny.wordings import LANGUAGES, Language, expand, read_blocks, texts
 
@@ -33,8 +36,10 @@ from moss_jt.tools.tool import Hit
 from moss_jt.tools.toolbox import ToolBox
 from moss_jt.tools.wording import joined
 
-COUNT = 1500
+COUNT = 2000
+RESULTS = ROOT / "examples" / "moss-tiny" / "results"
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
+PLACE = re.compile(r"\{[a-z]\}")
 PARTS = {
     "Human": ("<|Human|>: ", "<eoh>\n"),
     "Inner Thoughts": ("<|Inner Thoughts|>: ", "<eot>\n"),
@@ -309,6 +314,97 @@ def test_a_mixed_question_has_words_of_several() -> None:
     chinese = [mixed(rng, partial(rng.choice, ["怎么用moss-jt聊天呢", "如何说话"]), "zh") for _ in range(100)]
     assert any("moss-jt" in text for text in chinese), "a word in Latin letters is one"
     assert not any(char.isascii() for text in chinese for char in text.replace("moss-jt", ""))
+
+
+def test_a_thought_says_what_is_done_with_which_number() -> None:
+    assert thought("divide", "{a} by {b}?", "en") == "I need the calculator to divide the first number by the second."
+    assert (
+        thought("divide", "{b} share {a}.", "en") == "I need the calculator to divide the second by the first number."
+    )
+    assert (
+        thought("some-both", "{c}: {a}, {b}", "zh") == "需要用方程求解器：未知数乘以第二个数再加第三个数等于第一个数。"
+    )
+    assert len(set(thoughts())) == len(thoughts()) > 70
+    for kind in (*KINDS, *FOLLOWING):
+        for language in LANGUAGES:
+            for pattern in texts(read_blocks("sums.txt")[kind], "ask", language):
+                for text in expand(pattern):
+                    assert thought(kind, text, language) in thoughts(), text
+
+
+def test_what_may_be_swapped_is_called_in_the_order_of_the_question() -> None:
+    values = {"a": "11", "b": "22"}
+    called = {
+        text: task_in_words("sums.txt", kind, text, values, "en").command
+        for kind, text in (
+            ("add", "{a} and {b}"),
+            ("add", "to {b} add {a}"),
+            ("multiply", "{b} times {a}"),
+            ("percent", "of {b} take {a}%"),
+            ("subtract", "{b} from {a}"),
+            ("divide", "{b} into {a}"),
+        )
+    }
+    wanted = ("11+22", "22+11", "22*11", "22*11/100", "11-22", "11/22")
+    assert list(called.values()) == [f'Calculate("{expression}")' for expression in wanted]
+
+
+def test_every_task_is_thought_about(records: list[dict[str, Any]]) -> None:
+    seen: Counter[str] = Counter()
+    for _, turn in turns_of(records):
+        name, _, rest = turn["Commands"].partition('("')
+        if name not in ("Calculate", "Solve"):
+            continue
+        assert turn["Inner Thoughts"] in thoughts(), turn
+        first, second = (
+            re.search(text, turn["Inner Thoughts"])
+            for text in (
+                r"divide the first number by the second\.|把第一个数除以第二个数",
+                r"divide the second by|把第二个数除以",
+            )
+        )
+        if first or second:
+            a, b = rest.removesuffix('")').split("/")
+            written = NUMBER.findall(turn["Human"])
+            assert written.index(a) <= written.index(b) if first else written.index(b) <= written.index(a), turn
+            seen["first" if first else "second"] += 1
+    assert min(seen["first"], seen["second"]) >= 3, seen
+
+
+def test_a_wording_of_parts_is_none_that_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moss_tiny.sums.PIECED", 1.0)
+    rng, made = random.Random(6), 0
+    for file, kinds in (("sums.txt", (*KINDS, *FOLLOWING)), ("equations.txt", STORIES)):
+        for kind in kinds:
+            for language in LANGUAGES:
+                block = read_blocks(file)[kind]
+                written = {plain(text) for pattern in texts(block, "ask", language) for text in expand(pattern)}
+                held = {plain(text) for pattern in texts(block, "held", language) for text in expand(pattern)}
+                for _ in range(150):
+                    pieced = story(rng, file, kind, language, held=False)
+                    assert plain(pieced) not in held
+                    made += plain(pieced) not in written
+                    (command,) = texts(block, "command", language)
+                    assert set(PLACE.findall(pieced)) == set(PLACE.findall(command)) - {"{r}"}, pieced
+    assert made > 1000
+
+
+def test_a_blurred_task_keeps_its_numbers() -> None:
+    rng = random.Random(7)
+    said = [blurred(rng, "There are 12 rows of 3.5 chairs.", lambda: "ten green 7 bottles", "en") for _ in range(400)]
+    assert all(NUMBER.findall(text) == ["12", "3.5"] for text in said)
+    assert any("green" in text for text in said)
+    assert any(len(text.split()) < 7 for text in said)
+    assert said.count("There are 12 rows of 3.5 chairs.") > 200
+    chinese = [blurred(rng, "有12排椅子，每排3把", lambda: "绿色的瓶子", "zh") for _ in range(400)]
+    assert all(NUMBER.findall(text) == ["12", "3"] for text in chinese)
+    assert any("绿" in text for text in chinese)
+
+
+def test_what_was_reported_is_what_is_asked() -> None:
+    lines = (RESULTS / "questions.jsonl").read_text("utf-8").splitlines()
+    asked = [(question["text"], question["wanted"]) for question in map(json.loads, lines)]
+    assert asked == [(question.text, question.wanted) for question in make_questions()]
 
 
 def test_the_evaluation_has_200_questions() -> None:

@@ -21,7 +21,7 @@ from moss_tiny.copying import draw_name, draw_picture, draw_repeat
 from moss_tiny.equations import draw_equation
 from moss_tiny.intents import Intent, read_intents
 from moss_tiny.results import Search
-from moss_tiny.roughness import JOINED, MIXED, mixed, noisy, rough, wrapped
+from moss_tiny.roughness import JOINED, MIXED, blurred, mixed, noisy, rough, wrapped
 from moss_tiny.sums import Task, draw_following, draw_pair, draw_sum
 from moss_tiny.turns import Answered, Tools, lost_turn, plain_turn, search_turn, task_turn
 from moss_tiny.wordings import LANGUAGES, Language, expand
@@ -187,7 +187,7 @@ def _tasks(rng: random.Random, kind: str, language: Language, tools: Tools) -> I
     while answered.number is not None:
         chance = rng.random()
         if chance < FOLLOWED:
-            another = task_turn(draw_following(rng, language, answered.number), language, tools)
+            another = task_turn(_going_on(rng, language, answered.number), language, tools)
         elif chance < FOLLOWED + AFRESH:
             another = _first(rng, "sum", language, tools)
         else:
@@ -208,5 +208,25 @@ def _first(rng: random.Random, kind: str, language: Language, tools: Tools) -> A
 def _draw(rng: random.Random, kind: str, language: Language) -> Task:
     draw = {"sum": draw_sum, "pair": draw_pair, "equation": draw_equation, "picture": draw_picture}[kind]
     task = draw(rng, language)
+    return _typed(rng, task, language) if kind == "picture" else _spoiled(rng, task, language)
+
+
+def _spoiled(rng: random.Random, task: Task, language: Language) -> Task:
+    """A calculation or an equation as somebody might type it, perhaps with words that mean nothing to it."""
+    if not _WRITTEN.search(task.question):
+        task = replace(task, question=blurred(rng, task.question, lambda: _any_question(rng, language), language))
+    return _typed(rng, task, language)
+
+
+def _going_on(rng: random.Random, language: Language, result: str) -> Task:
+    return _spoiled(rng, draw_following(rng, language, result), language)
+
+
+def _typed(rng: random.Random, task: Task, language: Language) -> Task:
+    """A task with words too many, words around it, no capital."""
     question = task.question if _WRITTEN.search(task.question) else noisy(rng, task.question, language)
     return replace(task, question=wrapped(rng, question, language))
+
+
+def _any_question(rng: random.Random, language: Language) -> str:
+    return rng.choice(read_intents()).question(rng, language)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 
 from moss_tiny.numbers import draw, is_held_back
-from moss_tiny.sums import Task, fill, wording
-from moss_tiny.wordings import Language, read_blocks, texts
+from moss_tiny.sums import Task, fill, story, task_in_words, wording
+from moss_tiny.thoughts import thought
+from moss_tiny.wordings import Language
 
 STORIES = ("some-plus", "some-minus", "some-times", "some-both", "cage")
 SHAPES = {  # written equations, with their weight
@@ -52,10 +53,16 @@ def draw_equation(rng: random.Random, language: Language, *, held: bool = False)
     if kind < stories + _SYSTEM_SHARE:
         equation = _filled(rng, SYSTEMS, "x", held=held)
         written = rng.choice(_JOINTS[language]).join(spelled(rng, part) for part in equation.split(";"))
-        return Task(_framed(rng, "systems", language, written, "x", held=held), _call(equation))
+        return Task(
+            _framed(rng, "systems", language, written, "x", held=held), _call(equation), thought("system", "", language)
+        )
     unknown = rng.choice(("x", "x", "x", "x", "y", "t", "n", "a", "z"))
     equation = _filled(rng, SHAPES, unknown, held=held)
-    return Task(_framed(rng, "frames", language, spelled(rng, equation), unknown, held=held), _call(equation))
+    return Task(
+        _framed(rng, "frames", language, spelled(rng, equation), unknown, held=held),
+        _call(equation),
+        thought("equation", "", language),
+    )
 
 
 def spelled(rng: random.Random, equation: str) -> str:
@@ -74,13 +81,12 @@ def _call(equation: str) -> str:
 
 def _story(rng: random.Random, language: Language, *, held: bool) -> Task:
     """A question in words."""
-    story = rng.choice(STORIES)
+    kind = rng.choice(STORIES)
     values = _values(rng, held=held)
     heads = draw(rng, held=held, least=5, most=99)
     values |= {"h": str(heads), "l": str(_legs(rng, heads, held=held))}
-    question = wording(rng, "equations.txt", story, language, held=held)
-    command = texts(read_blocks("equations.txt")[story], "command", language)[0]
-    return Task(fill(question, values), _call(fill(command, values)))
+    question = story(rng, "equations.txt", kind, language, held=held)
+    return task_in_words("equations.txt", kind, question, values, language)
 
 
 def _legs(rng: random.Random, heads: int, *, held: bool) -> int:

@@ -21,10 +21,11 @@ import sentencepiece
 from moss_jt.template import META_INSTRUCTION, TOOLS, Template, system_prompt
 from moss_jt.tokenizer.files import MARKERS
 from moss_tiny.intents import read_intents
+from moss_tiny.thoughts import thoughts
 from moss_tiny.turns import DISABLED, NOTHING_FOUND, PICTURE, RESULT, THOUGHTS, UNABLE, search_call
 from moss_tiny.wordings import LANGUAGES
 
-VOCABULARY = 7040
+VOCABULARY = 7104
 _SPACE = "\u2581"
 _TAGS = ("<|Human|>:", "<|Inner Thoughts|>:", "<|Commands|>:", "<|Results|>:", "<|MOSS|>:")
 _CALLS = ('Calculate("', 'Solve("', 'Search("', 'Text2Image("', '")', " =>", "<sup><|", "|></sup>", "<|", "|>")
@@ -80,12 +81,12 @@ def own_pieces(texts: Iterable[str]) -> Sequence[str]:
 
 
 def clauses() -> list[str]:
-    """The clauses of everything that is said in fixed words; one within a sentence begins with its space."""
+    """The thoughts, and the clauses of everything that is said in fixed words; one within a sentence begins with its space."""
     fixed = (NOTHING_FOUND, PICTURE, RESULT, *THOUGHTS.values(), *DISABLED.values(), *UNABLE.values())
     said = [text for texts in fixed for text in texts.values()]
     said += [text for intent in read_intents() for text in intent.say.values()]
     found = [clause for text in said for clause in _CLAUSE.findall(text)]
-    return [clause for clause in found if len(clause) >= _SHORTEST_CLAUSE]
+    return [*thoughts(), *(clause for clause in found if len(clause) >= _SHORTEST_CLAUSE)]
 
 
 def searches() -> list[str]:

@@ -21,6 +21,9 @@ MOST_LEFT_OUT = 0.4  # of the words of such a question; half as much on average
 MIXED = 0.15  # of questions in words, those made of a few words each of several questions of one meaning
 PARTS = (2, 5)  # of such a question
 PART = {"en": 3, "zh": 4}  # words of a part at most; of Chinese, characters
+BLURRED = 0.15  # of tasks in words, those with words left out or replaced by words that have nothing to do with them
+MOST_BLURRED = 0.3  # of the words of such a task; half as much on average
+REPLACED = 0.7  # of those words, those that others stand for
 JOINED = 0.15  # of questions in words, those behind which the same is asked once more
 _NOT_NAMES = r"(?<![-/])(?<!moss-jt )(?<!moss-jt models )(?<!moss-convert )"  # else it names an option or a command
 _CHARACTERS = re.compile(r"[\x21-\x7e]+|\s+|.")  # of Chinese; a word in Latin letters is one
@@ -65,6 +68,34 @@ def mixed(rng: random.Random, draw: Callable[[], str], language: Language) -> st
         start = rng.randint(0, max(0, len(words) - length))
         kept += words[start : start + length]
     return _joined(kept, language)
+
+
+def blurred(rng: random.Random, question: str, draw: Callable[[], str], language: Language) -> str:
+    """Perhaps a task in which some words are missing and others mean nothing to it; what holds a digit stays.
+
+    Which number comes first must be told without most of the words around, as it must in a sentence that nobody wrote.
+
+    Args:
+        rng: draws.
+        question: a task in words, with its numbers.
+        draw: gives a question, for words.
+        language: of both.
+    """
+    if rng.random() >= BLURRED:
+        return question
+    share = rng.random() * MOST_BLURRED
+    kept: list[str] = []
+    for word in _words(question, language):
+        if rng.random() >= share or _has_digit(word):
+            kept.append(word)
+        elif rng.random() < REPLACED:
+            other = rng.choice(_words(draw(), language))
+            kept += [] if _has_digit(other) else [other]
+    return _joined(kept, language)
+
+
+def _has_digit(word: str) -> bool:
+    return any(map(str.isdigit, word))
 
 
 def _words(question: str, language: Language) -> list[str]:

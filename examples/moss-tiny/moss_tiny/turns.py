@@ -19,9 +19,7 @@ TOOL_OF = {"Calculate": "calc", "Solve": "solve", "Search": "search", "Text2Imag
 LONGEST_NUMBER = 12  # characters of a result that an answer repeats; a longer fraction is cut
 LONGEST_ROOTS = 48  # characters of a solution; equations with longer ones are not asked
 
-THOUGHTS = {
-    "calc": {"en": "I need the calculator.", "zh": "需要用计算器。"},
-    "solve": {"en": "I need the equation solver.", "zh": "需要用方程求解器。"},
+THOUGHTS = {  # those before the calculator and the solver come with their tasks
     "search": {"en": "I should search the documentation.", "zh": "需要搜索文档。"},
     "draw": {"en": "I need to make a picture.", "zh": "需要画一张图。"},
     "": {"en": "No tool is needed.", "zh": "不需要工具。"},
@@ -109,7 +107,7 @@ def lost_turn(question: str, language: Language, search: Search) -> Turn:
 
 def _called(task: Task, tool: str, language: Language, answer: str, search: Search | None = None) -> Turn:
     results = results_of(task.command, search)
-    return Turn(task.question, THOUGHTS[tool][language], task.command, results, answer)
+    return Turn(task.question, task.thought or THOUGHTS[tool][language], task.command, results, answer)
 
 
 def _refused(question: str, tool: str, language: Language, tools: Tools) -> Turn:

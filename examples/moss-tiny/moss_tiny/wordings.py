@@ -1,8 +1,8 @@
 """Wordings: text files of blocks, and patterns that stand for many texts.
 
 A file holds blocks: `[name]`, then lines `key: text; text; …`. In a text `(a|b|)` is one of a, b and nothing.
-A key ends in the language, `ask.en`; a key without one is for both. An answer (`say`), a fact and a command are one
-text, whatever it holds. Lines that begin with # are comments. What `sums.txt` begins, `sums-2.txt` may go on with:
+A key ends in the language, `ask.en`; a key without one is for both. An answer (`say`), a fact, a thought and a command are
+one text, whatever it holds. Lines that begin with # are comments. What `sums.txt` begins, `sums-2.txt` may go on with:
 more texts for the same blocks.
 """
 
@@ -23,7 +23,7 @@ TEXT_FOLDER = Path(__file__).parent.parent / "text"
 Block = Mapping[str, tuple[str, ...]]
 
 _CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
-_WHOLE = ("say", "fact", "command")
+_WHOLE = ("say", "fact", "command", "back", "think")
 _LINE = re.compile(r"([a-z.]+): (.+)")
 
 
