@@ -7,6 +7,7 @@ itself (address space, data). Nothing here imports numpy or Jittor.
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from moss_jt.errors import ConfigError, DeviceMemoryError, StartupError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 HUGE_PAGE = 2 * MIB
+PAGE = mmap.PAGESIZE  # what the system gives and takes back: 4 KiB, on some ARM machines 16 or 64
 RESERVE = GIB  # left to the rest of the machine at least,
 RESERVE_SHARE = 10  # or one part in this many of what is free
 

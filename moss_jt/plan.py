@@ -27,7 +27,7 @@ from moss_jt.config import MossConfig
 from moss_jt.errors import ConfigError
 from moss_jt.kv_layout import BLOCK, KVLayout, KVType, whole_pages
 from moss_jt.layout import ALIGNMENT, TILE_ROWS, Layout, PlainLayout, RowsLayout, TileLayout, round_up
-from moss_jt.memory import MIB, format_size
+from moss_jt.memory import MIB, PAGE, format_size
 from moss_jt.packing import tile_layout
 
 LEAST_CONTEXT = 256  # tokens below which a chat makes no sense; who asks for less gets it
@@ -338,7 +338,7 @@ def make_plan(
         piece_bytes=ring.piece_bytes if ring else 0,
         capacity=needs.pass_tokens + _longer_pass(needs, reserve),
         resident=rows,
-        resident_bytes=sum(round_up(size.bytes_of(rows[size.name]), ALIGNMENT) for size in sizes),
+        resident_bytes=sum(round_up(size.bytes_of(rows[size.name]), PAGE) for size in sizes),
         streamed_bytes=sum(size.nbytes - size.bytes_of(rows[size.name]) for size in sizes),
         total_bytes=weights.total,
         room=room,
@@ -412,7 +412,7 @@ class _Weights:
     """The matrices as a whole: what they take, and the rings that they can be streamed through."""
 
     def __init__(self, sizes: Sequence[MatrixSize]) -> None:
-        self.total = sum(round_up(size.nbytes, ALIGNMENT) for size in sizes)
+        self.total = sum(round_up(size.nbytes, PAGE) for size in sizes)
         self._unit = max(size.unit_bytes for size in sizes)
 
     @cached_property
@@ -439,7 +439,7 @@ class _Weights:
 
 
 def _pages(size: MatrixSize, units: int) -> int:
-    return round_up(units * size.unit_bytes, ALIGNMENT)
+    return round_up(units * size.unit_bytes, PAGE)
 
 
 def _context(weights: _Weights, needs: Needs, memory: int, asked: int | None) -> int:

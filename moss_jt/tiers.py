@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from moss_jt.checkpoint import Checkpoint, Entry
 from moss_jt.layout import ALIGNMENT, round_up
+from moss_jt.memory import PAGE
 from moss_jt.pages import Pages
 from moss_jt.plan import MatrixSize, Plan, cut_rows, rest_of
 from moss_jt.progress import Progress, Quiet
@@ -50,7 +51,7 @@ class Matrix:
         base: the first row of the matrix that matters here.
         file, offset: the reader's number of its file, and where row `base` lies in it.
         memory_at, memory: room for the rows that may be held, up to the end of a page; the first `held` rows are here.
-            Its address and `offset` are equal modulo a page, which direct I/O likes.
+            Its address and `offset` are equal modulo ALIGNMENT, which direct I/O likes.
         goal: rows that should be held.
         low: rows below this are not asked for now.
         cuts: the rest, in order.
@@ -69,12 +70,12 @@ class Matrix:
 
     @property
     def lead(self) -> int:
-        """Bytes of the first page before row `base`."""
+        """Bytes before row `base` of the first block of direct I/O."""
         return self.offset % ALIGNMENT
 
     def pages_of(self, rows: int) -> int:
         """Bytes of memory that hold the first `rows` rows, in whole pages."""
-        return round_up(self.lead + self.size.bytes_of(rows), ALIGNMENT) if rows else 0
+        return round_up(self.lead + self.size.bytes_of(rows), PAGE) if rows else 0
 
     def rest(self, piece_bytes: int) -> Iterator[tuple[int, int]]:
         """(first, count) of pieces for the rows that are not held: those that should be, and then the others."""
@@ -149,7 +150,8 @@ class TieredMatrices:
         memory = self._arena.array
         for matrix in self._matrices.values():
             if matrix.goal:
-                matrix.memory = memory[matrix.memory_at :][matrix.lead : matrix.pages_of(matrix.goal)]
+                end = round_up(matrix.lead + matrix.size.bytes_of(matrix.goal), ALIGNMENT)
+                matrix.memory = memory[matrix.memory_at :][matrix.lead : end]
 
     def _file_of(self, entry: Entry) -> int:
         """The reader's number of the file in which something lies."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from moss_jt.errors import CheckpointError, ConfigError, DeviceMemoryError
 from moss_jt.layout import ALIGNMENT, RowsLayout, TileLayout, round_up
 from moss_jt.load import load_model
 from moss_jt.messages import Request, TokenEvent
+from moss_jt.pages import Pages
 from moss_jt.plan import MatrixSize, Needs, Plan, make_plan, matrix_sizes, needs_of, resident_rows
 from moss_jt.runner import SPARE_BLOCKS, Model
 from moss_jt.weights import WeightStore
@@ -171,6 +173,38 @@ def test_rows_that_return_bring_nothing_with_them(tmp_path: Path) -> None:
         store.begin_pass()
         assert_whole(store, checkpoint)
     assert 0 < store.resident_bytes <= resident_bytes(arena) < store.resident_bytes + 2**20
+
+
+def test_larger_pages_of_the_system_leave_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ARM kernels have pages of 16 or 64 KiB: what does not begin on one is refused, and the last is emptied whole."""
+    from moss_jt.converters.synth import preset_config, synthesize
+
+    large, given = 2**16, []
+    monkeypatch.setattr("moss_jt.plan.PAGE", large)
+    monkeypatch.setattr("moss_jt.tiers.PAGE", large)
+    give_back = Pages.give_back
+
+    def of_such_a_kernel(pages: Pages, start: int, nbytes: int) -> None:
+        if start % large:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        given.append(nbytes)
+        give_back(pages, start, round_up(nbytes, large))
+
+    monkeypatch.setattr(Pages, "give_back", of_such_a_kernel)
+    folder = tmp_path / "model"
+    synthesize(preset_config("tiny", layers=2), folder)
+    checkpoint = Checkpoint.open(folder)
+    sizes = sizes_of(checkpoint)
+    most = sum(round_up(size.nbytes, large) for size in sizes)
+    store = WeightStore(checkpoint, plan_of(sizes, most))
+    small = store.resident_bytes - sum(round_up(size.nbytes, large) for size in sizes)
+    for held in (0.8, 0.5, 0.45, 0.1, 0.0, 0.6):
+        store.hold(resident_rows(sizes, int(most * held)))
+        assert store.resident_bytes - small <= most * held
+        for _ in range(2):
+            store.begin_pass()
+            assert_whole(store, checkpoint)
+    assert sum(given) > most // 2
 
 
 def anonymous_bytes() -> int:
