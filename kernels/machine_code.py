@@ -1,15 +1,17 @@
 """Machine code of the CUDA kernels: compiled by NVRTC once for each kind of device, then kept on disk.
 
 cupy would compile with -ftz=true, which cannot be taken back, and numbers below 2^-126 would be 0 on a device only. So
-NVRTC is asked directly, through cupy, which finds its library.
+NVRTC is asked directly, through cupy; where cupy does not find the library, we load it from pip's wheels.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +21,7 @@ from moss_jt.errors import KernelError
 from moss_jt.kernels.cuda import OPTIONS, source
 
 _DIGEST = hashlib.sha256
+_LIBRARIES = ("*/lib/libnvrtc-builtins.so.*", "*/lib/libnvrtc.so.*")  # in this order: the second asks for the first
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +57,12 @@ class Nvrtc:
         import cupy
 
         self._nvrtc = cupy.cuda.nvrtc
-        self.version = "{}.{}".format(*self._nvrtc.getVersion())
+        try:
+            version = self._nvrtc.getVersion()
+        except RuntimeError:
+            _load_from_wheels()
+            version = self._nvrtc.getVersion()
+        self.version = "{}.{}".format(*version)
         self.generations: Sequence[int] = sorted(self._nvrtc.getSupportedArchs())
 
     def compile(self, text: str, name: str, options: Sequence[str], *, final: bool) -> bytes:
@@ -98,6 +106,15 @@ def machine_code(name: str, generation: int, compiler: Compiler) -> bytes:
         code = compiler.compile(source(name), name, options, final=final)
         _keep(path, code)
     return code
+
+
+def _load_from_wheels() -> None:
+    """Load NVRTC from pip's wheels, where cupy before 14 does not look; then it gets what it asks the system for by name."""
+    for entry in dict.fromkeys(sys.path):
+        for pattern in _LIBRARIES:
+            for file in sorted(Path(entry, "nvidia").glob(pattern)):
+                with contextlib.suppress(OSError):
+                    ctypes.CDLL(str(file))
 
 
 def _kept(path: Path) -> bytes | None:

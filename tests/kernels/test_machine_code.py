@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,37 @@ def test_small_numbers_are_not_flushed_to_zero(name: str) -> None:
     ptx, _ = compile_cuda(source(name), name, (*OPTIONS, "--gpu-architecture=compute_80"), to="PTX")
     flushed = set(re.findall(r"(?:add|sub|mul|fma|cvt|max|min)(?:\.\w+)*?\.ftz\S*", ptx.decode("latin-1")))
     assert not flushed
+
+
+# cupy before 14 opens NVRTC like this, by a name that only the system's folders are searched for.
+OLDER_CUPY = """
+import ctypes, sys, types
+from importlib import metadata
+
+name = next(f.name for f in metadata.files("nvidia-cuda-nvrtc") if f.name.startswith("libnvrtc.so."))
+
+def version():
+    try:
+        library = ctypes.CDLL(name)
+    except OSError as error:
+        raise RuntimeError(f"CuPy failed to load {name}: {error}") from error
+    numbers = ctypes.c_int(), ctypes.c_int()
+    assert library.nvrtcVersion(*map(ctypes.byref, numbers)) == 0
+    return tuple(number.value for number in numbers)
+
+nvrtc = types.SimpleNamespace(getVersion=version, getSupportedArchs=lambda: [75, 90])
+sys.modules["cupy"] = types.SimpleNamespace(cuda=types.SimpleNamespace(nvrtc=nvrtc))
+from moss_jt.kernels import machine_code
+"""
+
+
+def test_the_compiler_is_found_in_the_wheels() -> None:
+    code = OLDER_CUPY + "print(machine_code.Nvrtc().version)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.partition(".")[0] == metadata.version("nvidia-cuda-nvrtc").partition(".")[0]
+
+
+def test_without_a_compiler_the_error_is_that_of_cupy() -> None:
+    code = OLDER_CUPY + "name = 'libnvrtc.so.0'; machine_code.Nvrtc()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "CuPy failed to load libnvrtc.so.0" in done.stderr
