@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -201,12 +202,26 @@ def _cupy(driver: Driver) -> Finding:
         name for name in ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "cupy") if machine.installed_version(name)
     ]
     if installed and importlib.util.find_spec("cupy") is not None:
-        return Finding("cupy", "cupy", f"{installed[0]} {machine.installed_version(installed[0])}")
+        value = f"{installed[0]} {machine.installed_version(installed[0])}"
+        return Finding("cupy", "cupy", value) if driver.problem is not None else _nvrtc(installed[0], value)
     if driver.problem is not None or driver.version is None:
         return Finding("cupy", "cupy", pick("none (not needed without a device)", "无（没有设备时不需要）"))
     wanted = f"cupy-cuda{min(max(driver.version[0], 11), 13)}x"
     value = pick("not installed: our CUDA kernels need it", "未安装：CUDA 内核需要它")
     return Finding("cupy", "cupy", value, "warn", machine.pip_install(wanted))
+
+
+def _nvrtc(cupy: str, value: str) -> Finding:
+    """Whether cupy, of the wheel of that name, finds the compiler of our kernels."""
+    from moss_jt.kernels.machine_code import Nvrtc
+
+    try:
+        return Finding("cupy", "cupy", f"{value}, NVRTC {Nvrtc().version}")
+    except (ImportError, RuntimeError) as error:
+        release = re.search(r"1[12]", cupy)
+        wheel = "nvidia-cuda-nvrtc" if release is None else f"nvidia-cuda-nvrtc-cu{release[0]}"
+        problem = pick("it does not find NVRTC, which compiles our kernels", "找不到编译 CUDA 内核的 NVRTC")
+        return Finding("cupy", "cupy", f"{value}: {problem} ({error})", "warn", machine.pip_install(wheel))
 
 
 def _memory() -> Finding:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pexpect
 import pytest
@@ -87,6 +88,26 @@ def test_card_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ask_driver", lambda: CARD)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert finding("cupy").fix == f"{sys.executable} -m pip install 'cupy-cuda12x'"
+
+
+def test_card_with_cupy_whose_compiler_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cupy loads without it, so that it is there says nothing."""
+    monkeypatch.setattr(doctor, "ask_driver", lambda: CARD)
+    versions = {"cupy-cuda12x": "13.6.0"}
+    monkeypatch.setattr("moss_jt.startup.machine.installed_version", versions.get)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+
+    def get_version() -> tuple[int, int]:
+        raise RuntimeError("CuPy failed to load libnvrtc.so.12")
+
+    nvrtc = SimpleNamespace(getVersion=get_version, getSupportedArchs=lambda: [75])
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(nvrtc=nvrtc)))
+    found = finding("cupy")
+    assert found.state == "warn"
+    assert "CuPy failed to load libnvrtc.so.12" in found.value
+    assert found.fix == f"{sys.executable} -m pip install 'nvidia-cuda-nvrtc-cu12'"
+    nvrtc.getVersion = lambda: (12, 9)
+    assert (finding("cupy").state, finding("cupy").value) == ("ok", "cupy-cuda12x 13.6.0, NVRTC 12.9")
 
 
 def test_little_disk(monkeypatch: pytest.MonkeyPatch) -> None:
