@@ -203,11 +203,12 @@ def _score(runner: Runner, tokens: IntArray, window: Window, progress: Progress)
     for start in range(window.start, window.stop, runner.capacity):
         stop = min(start + runner.capacity, window.stop)
         runner.cache.reserve(0, stop - start)
-        runner.forward(single_batch(tokens[start:stop], start=start - window.start, wanted=[]))
-        runner.cache.commit(0, stop - start)
-        for first in range(max(start, window.first), stop, LOGIT_ROWS):
-            last = min(first + LOGIT_ROWS, stop)
-            total += _nats(runner.logits(range(first - start, last - start)), tokens[first + 1 : last + 1])
+        with runner.alone():
+            runner.forward(single_batch(tokens[start:stop], start=start - window.start, wanted=[]))
+            runner.cache.commit(0, stop - start)
+            for first in range(max(start, window.first), stop, LOGIT_ROWS):
+                last = min(first + LOGIT_ROWS, stop)
+                total += _nats(runner.logits(range(first - start, last - start)), tokens[first + 1 : last + 1])
         progress.advance(stop - start)
     return total
 

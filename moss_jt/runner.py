@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -152,8 +152,12 @@ class Runner:
             network.execute(ops, replace(batch, wanted=batch.wanted[:0]))
             return ops.shortlists(network.ln_f, network.lm_head, batch.wanted, wishes)
 
+    def alone(self) -> AbstractContextManager[object]:
+        """What other threads' passes wait for, so that `logits` finds what `forward` left: on a device all share buffers."""
+        return self._ops.store.lock
+
     def logits(self, which: Sequence[int]) -> Floats:
-        """Logits (R, V) of some tokens of the last pass, by their places in it."""
+        """Logits (R, V) of some tokens of the last pass, by their places in it; both within one `alone`."""
         network, wanted = self.network, np.array(which, np.int32)
         with self._passing():
             logits: Floats = self._ops.more_logits(network.ln_f, network.lm_head, wanted)
@@ -338,11 +342,12 @@ class Model:
             for start in range(0, len(real), runner.capacity):
                 places = real[start : start + runner.capacity]
                 runner.cache.reserve(0, len(places))
-                runner.forward(single_batch(ids[places], start=start, wanted=[]))
-                runner.cache.commit(0, len(places))
-                for first in range(0, len(places), LOGIT_ROWS):
-                    which = range(first, min(first + LOGIT_ROWS, len(places)))
-                    into[places[which.start : which.stop]] = runner.logits(which)
+                with runner.alone():
+                    runner.forward(single_batch(ids[places], start=start, wanted=[]))
+                    runner.cache.commit(0, len(places))
+                    for first in range(0, len(places), LOGIT_ROWS):
+                        which = range(first, min(first + LOGIT_ROWS, len(places)))
+                        into[places[which.start : which.stop]] = runner.logits(which)
         finally:  # else its memory would be missing to every conversation from here on
             runner.cache.release(0)
             runner.cache.trim()

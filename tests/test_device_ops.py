@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from moss_jt.errors import ConfigError, DeviceMemoryError, ShapeError
 from moss_jt.layout import ALIGNMENT, PlainLayout, round_up
 from moss_jt.placement import place
 from moss_jt.plan import MatrixSize, matrix_sizes, smallest_memory
-from moss_jt.runner import DEFAULT_KV, Compute, Model
+from moss_jt.runner import DEFAULT_KV, Compute, Model, Runner
 from moss_jt.workspace import device_needs
 
 Load = Callable[[str], Model]
@@ -289,6 +290,27 @@ def test_sequences_of_a_batch_do_not_meet(golden: Path, golden_model: Load, fold
     seat.forward(Batch(both, slots, positions, np.array([0], np.int32)))
     last = seat.forward(single_batch(ids[count:], start=count))
     np.testing.assert_allclose(last[0], alone[-1], atol=1e-5)
+
+
+def test_logits_are_those_of_the_pass_before_whoever_else_computes(
+    golden: Path, golden_model: Load, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All passes share the buffers of the device: another thread's, between a pass and its logits, took them over."""
+    seat = Seat(golden_model("tiny-int8/g128"), HostDevice(folder))
+    ids = expected(golden, "tiny-int8/g128")["b0_ids"][0]
+    want = seat.model.logits(ids)[0]
+    logits, others = Runner.logits, []
+
+    def late(runner: Runner, which: Sequence[int]) -> npt.NDArray[np.float32]:
+        others.append(threading.Thread(target=seat.logits, args=(ids[::-1],)))
+        others[-1].start()
+        others[-1].join(0.3)
+        return logits(runner, which)
+
+    monkeypatch.setattr(Runner, "logits", late)
+    np.testing.assert_array_equal(seat.model.logits(ids)[0], want)
+    others[0].join(60)
+    assert len(others) == 1 and not others[0].is_alive()
 
 
 def test_weights_leave_for_the_cache_and_return(golden: Path, golden_model: Load, folder: Path) -> None:
