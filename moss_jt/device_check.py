@@ -1,8 +1,8 @@
 """Seeing that a device computes what it should, before it is trusted with a model.
 
 A driver that is broken or does not fit, a compiler with an error, a card that is overclocked: any of them may give
-wrong numbers without a word. So a network of one layer is computed on the device, for a prompt and for a token after
-it, and compared with the formulas in numpy. It takes a few megabytes and far less than a second.
+wrong numbers without a word. So a network of one layer is computed on the device, for a prompt and for the tokens
+after it, and compared with the formulas in numpy. It takes a few megabytes and far less than a second.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ ALLOWED: dict[Inputs, float] = {  # of the largest logit; inputs rounded to int8
 _CONFIG = MossConfig(
     vocab_size=320, n_positions=64, n_embd=256, n_layer=1, n_head=4, rotary_dim=32, dtype="float16", name="check"
 )
+_WIDE = 512  # so that keys in int8 are read eight bytes at a time, as those of MOSS are
 _PROMPT = 20  # tokens: more than the kernels for few of them take, in products as in attention
+_AFTER = 4  # one at a time: the second captures the launches of a block, the others replay them
 
 
 def check_device(device: Device) -> None:
@@ -51,14 +53,13 @@ def check_device(device: Device) -> None:
         KernelError: it gives other numbers, or none; says which way of computing.
     """
     for bits in (4, 8, 16):
-        config = _CONFIG
-        if bits < 16:
-            quantization = Quantization(4 if bits == 4 else 8, 128)
-            config = replace(config, quantization=quantization, head_quantization=quantization)
-        store = synthetic_store(config, threads=1)
         every: tuple[Inputs, ...] = ("float32", "float16", "int8") if bits < 16 else ("float32", "float16")
         for inputs in every:
-            off = _difference(device, config, store, inputs)
+            config = replace(_CONFIG, n_embd=_WIDE) if inputs == "int8" else _CONFIG
+            if bits < 16:
+                quantization = Quantization(4 if bits == 4 else 8, 128)
+                config = replace(config, quantization=quantization, head_quantization=quantization)
+            off = _difference(device, config, synthetic_store(config, threads=1), inputs)
             if not off <= ALLOWED[inputs]:
                 raise KernelError(
                     f"{device.name} computes wrong: with {bits}-bit weights and inputs in {inputs} a small network is off "
@@ -68,14 +69,14 @@ def check_device(device: Device) -> None:
 
 def _difference(device: Device, config: MossConfig, store: WeightStore, inputs: Inputs) -> float:
     """The largest error, in parts of the largest logit."""
-    ids = np.arange(_PROMPT + 1, dtype=np.int32) * 7 % config.vocab_size
+    ids = np.arange(_PROMPT + _AFTER, dtype=np.int32) * 7 % config.vocab_size
     want = _expected(config, store, ids, rounding=inputs == "int8")
     found = _computed(device, config, store, ids, inputs)
     return float(np.abs(found - want).max() / np.abs(want).max())
 
 
 def _computed(device: Device, config: MossConfig, store: WeightStore, ids: Floats | Any, inputs: Inputs) -> Floats:
-    """Logits of a prompt and of the token after it, on the device."""
+    """Logits of a prompt and of the tokens after it, on the device."""
     kv: KVType = inputs  # so that each kind of keys and values has its turn
     layouts = {size.name: store.layout(size.name) for size in matrix_sizes(config, layouts_of(config))}
     sizes = matrix_sizes(config, layouts)
@@ -86,7 +87,7 @@ def _computed(device: Device, config: MossConfig, store: WeightStore, ids: Float
         cache = space.cache(slots=1, tokens=64)
         ops, network = DeviceOps(space, cache, inputs=inputs), Moss[Any](config)
         parts = []
-        for start, count in ((0, _PROMPT), (_PROMPT, 1)):
+        for start, count in ((0, _PROMPT), *((_PROMPT + after, 1) for after in range(_AFTER))):
             cache.reserve(0, count)
             batch: Batch = single_batch(ids[start : start + count], start=start, wanted=np.arange(count))
             parts.append(network.execute(ops, batch))

@@ -23,6 +23,13 @@ def test_a_device_that_computes_right(folder: Path) -> None:
     assert device.taken == 0, "all memory is given back"
 
 
+def test_what_is_captured_is_replayed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = HostDevice(folder)
+    monkeypatch.setattr(device, "replay", lambda _graph: None)
+    with pytest.raises(KernelError, match="the host computes wrong"):
+        check_device(device)
+
+
 @pytest.mark.parametrize(
     ("kernel", "words"),
     [
