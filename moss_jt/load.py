@@ -177,7 +177,7 @@ def _accelerator(device: DeviceName | Device, vram: int | None, progress: Progre
     if found is not None:
         try:
             check_device(found)
-        except KernelError as error:
+        except (KernelError, DeviceMemoryError) as error:
             _close(found)
             if device != "auto":
                 raise

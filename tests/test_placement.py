@@ -253,3 +253,14 @@ def test_a_device_is_given_back_where_loading_fails(
     with pytest.raises(DeviceMemoryError, match="is full"):
         load_model(golden / "tiny-int4" / "g32", device="cuda" if ours else device)
     assert closed == ([True] if ours else [])
+
+
+def test_a_device_without_room_for_its_check_is_left_to_others(
+    golden: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = HostDevice(folder, capacity=1 << 16)
+    monkeypatch.setattr("moss_jt.load.open_accelerator", lambda *_: device)
+    assert load_model(golden / "tiny-int4" / "g32").device == "cpu"
+    assert "The CPU computes." in caplog.text
+    with pytest.raises(DeviceMemoryError):
+        load_model(golden / "tiny-int4" / "g32", device="cuda")
