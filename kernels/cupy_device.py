@@ -2,14 +2,15 @@
 
 Memory is taken from the driver directly, not from cupy's pool, so that what is counted is what is taken. Both streams
 are our own and non-blocking: nothing of Jittor's or cupy's, which share the legacy stream, waits for them or they for it.
-Kernels are loaded when the device is opened; see machine_code.py. Every error of cupy's is a RuntimeError, and leaves this
+Kernels are loaded when the device is opened; see machine_code.py. A thread that calls in here has the device for its
+current one from then on: to go back, as cupy's own context does, would take memory on the device it came from. Every error of cupy's is a RuntimeError, and leaves this
 module as a KernelError or a DeviceMemoryError.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,16 +38,19 @@ _log = logging.getLogger(__name__)
 _own: dict[int, int] = {}  # by device, what opening it first took: the driver's part is taken once in a process
 
 
-def _own_bytes(taken: int | None, known: int | None) -> int:
+def _own_bytes(taken: int | None, known: int | None, used: int) -> int:
     """What a process takes on a device before anything is allocated: the driver's part and our modules.
 
     Args:
         taken: bytes that opening it took; None where nobody tells.
         known: what was found when it was opened first in this process, if it was.
+        used: bytes of the device that all processes use now.
     """
     if known is not None:
         return max(known, min(taken or 0, _MOST))
-    if taken is None or taken < _LEAST:  # another library has opened it before: the driver's part is there already
+    if taken is None:
+        return min(max(used, _CONTEXT), _MOST)
+    if taken < _LEAST:  # another library has opened it before: the driver's part is there already
         return _CONTEXT
     return min(taken, _MOST)
 
@@ -72,42 +76,38 @@ class CupyDevice:
             import cupy
 
             self._cupy = cupy
-            self._device = cupy.cuda.Device(index)
+            self._device = _Chosen(cupy.cuda.runtime, index)
+            bus = cupy.cuda.Device(index).pci_bus_id
             found = cupy.cuda.runtime.getDeviceProperties(index)
             self.name = found["name"].decode()
             generation = 10 * found["major"] + found["minor"]
             _check_generation(self.name, generation)
-            before = used_memory(self._device.pci_bus_id)
+            codes = _compile(generation, Quiet() if progress is None else progress)
+            before = used_memory(bus)
             with self._device:
                 self._streams: dict[Stream, Any] = {
                     "compute": cupy.cuda.Stream(non_blocking=True),
                     "copy": cupy.cuda.Stream(non_blocking=True),
                     "back": cupy.cuda.Stream(non_blocking=True),
                 }
-                self._load(generation, Quiet() if progress is None else progress)
-                free, _ = cupy.cuda.runtime.memGetInfo()
-            after = used_memory(self._device.pci_bus_id)
+                self._load(codes)
+                free, total = cupy.cuda.runtime.memGetInfo()
+            after = used_memory(bus)
         except (ImportError, RuntimeError) as error:
             raise KernelError(f"CUDA device {index} cannot be used: {error}. `moss-jt doctor` checks it.") from error
         taken = None if before is None or after is None else after - before
-        self.own_bytes = _own[index] = _own_bytes(taken, _own.get(index))
+        self.own_bytes = _own[index] = _own_bytes(taken, _own.get(index), total - free)
         usual = free - max(_RESERVE, free // _RESERVE_SHARE)
         self._account = Account(max(0, usual if limit is None else min(limit - self.own_bytes, usual)))
         self.capacity = self._account.capacity
 
-    def _load(self, generation: int, progress: Progress) -> None:
+    def _load(self, codes: Mapping[str, bytes]) -> None:
         """Have all kernels ready, so that their memory counts as the process's own."""
-        compiler = Nvrtc()
-        progress.begin(pick("Preparing the CUDA kernels", "准备 CUDA 内核"), len(SOURCES), "")
-        try:
-            for name in SOURCES:
-                module = self._cupy.cuda.function.Module()
-                module.load(machine_code(name, generation, compiler))
-                for kernel in entry_points(name):
-                    self._kernels[name, kernel] = module.get_function(kernel)
-                progress.advance(1)
-        finally:
-            progress.end()
+        for name, code in codes.items():
+            module = self._cupy.cuda.function.Module()
+            module.load(code)
+            for kernel in entry_points(name):
+                self._kernels[name, kernel] = module.get_function(kernel)
 
     @property
     def taken(self) -> int:
@@ -201,11 +201,13 @@ class CupyDevice:
         """What `queue` launches on the computing stream, kept to be launched again as one; nothing runs now."""
         stream = self._streams["compute"]
         with self._told("capturing"), self._device, stream:
-            stream.begin_capture()
+            graph = None
             try:
+                stream.begin_capture()  # in here: an interrupt may strike as it returns
                 queue()
             finally:
-                graph = stream.end_capture()
+                if _is_capturing(stream):
+                    graph = stream.end_capture()
         return graph
 
     def replay(self, graph: Graph) -> None:
@@ -239,10 +241,11 @@ class CupyDevice:
         with self._told("giving memory back"), self._device:
             for stream in self._streams.values():
                 stream.synchronize()
-            while self._pinned:
-                self._cupy.cuda.runtime.hostUnregister(self._pinned.popitem()[0])
             while self._addresses:
                 self._cupy.cuda.runtime.free(self._addresses.pop())
+            for address in list(self._pinned):
+                self._cupy.cuda.runtime.hostUnregister(address)
+                del self._pinned[address]  # only now may the memory go
         self._account.taken = 0
 
     def _told(self, what: str) -> _Told:
@@ -252,6 +255,20 @@ class CupyDevice:
     def _copy(self, target: int, source: int, nbytes: int, kind: int, stream: Stream) -> None:
         with self._told(f"a copy of {nbytes} bytes"), self._device:
             self._cupy.cuda.runtime.memcpyAsync(target, source, nbytes, kind, self._streams[stream].ptr)
+
+
+class _Chosen:
+    """A context in which a device is the current one, and stays it: every `setDevice` has CUDA set up the device it names."""
+
+    def __init__(self, runtime: Any, index: int) -> None:
+        self._runtime, self._index = runtime, index
+
+    def __enter__(self) -> None:
+        if self._runtime.getDevice() != self._index:
+            self._runtime.setDevice(self._index)
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 class _Told:
@@ -269,6 +286,28 @@ class _Told:
                 f"{self._device} failed at {self._what}: {error}. Errors of kernels show up late, at whatever is waited for; "
                 "`moss-jt doctor` looks at driver and CUDA."
             ) from error
+
+
+def _compile(generation: int, progress: Progress) -> dict[str, bytes]:
+    """The machine code of each source; done before the device is looked at, since it may take long."""
+    compiler = Nvrtc()
+    codes = {}
+    progress.begin(pick("Preparing the CUDA kernels", "准备 CUDA 内核"), len(SOURCES), "")
+    try:
+        for name in SOURCES:
+            codes[name] = machine_code(name, generation, compiler)
+            progress.advance(1)
+    finally:
+        progress.end()
+    return codes
+
+
+def _is_capturing(stream: Any) -> bool:
+    """Whether a capture must be ended; one that an error has spoiled must."""
+    try:
+        return bool(stream.is_capturing())
+    except RuntimeError:
+        return True
 
 
 def _check_generation(name: str, generation: int) -> None:

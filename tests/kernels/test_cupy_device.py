@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import weakref
 from pathlib import Path
@@ -23,10 +22,11 @@ class CudaError(RuntimeError):
     """Of the stand-in."""
 
 
-class FakeCard(contextlib.nullcontext[None]):
+class FakeCard:
     """cupy.cuda.Device."""
 
-    pci_bus_id = "0000:01:00.0"
+    def __init__(self, index: int) -> None:
+        self.pci_bus_id = f"0000:0{1 + index}:00.0"
 
 
 class FakeCupy:
@@ -36,10 +36,13 @@ class FakeCupy:
         self.asked: list[Any] = []
         self.next_address, self.refuses = 0x1000, False
         self.broken = broken
+        self.current, self.breaks = 0, False
         self.properties = {"name": b"A card", "major": major, "minor": 6}
         runtime = SimpleNamespace(
             CUDARuntimeError=CudaError,
             getDeviceProperties=self._properties,
+            getDevice=lambda: self.current,
+            setDevice=self._set_device,
             memGetInfo=lambda: (free, 2 * free),
             malloc=self._malloc,
             free=lambda address: self.asked.append(("free", address)),
@@ -70,6 +73,10 @@ class FakeCupy:
             raise CudaError("no device")
         return self.properties
 
+    def _set_device(self, index: int) -> None:
+        self.current = index
+        self.asked.append(("set", index))
+
     def _register(self, address: int, nbytes: int, flags: int) -> None:
         if self.refuses:
             raise CudaError("no more may be locked")
@@ -86,10 +93,11 @@ class FakeCupy:
         number = sum(1 for each in self.asked if each == "stream")
         self.asked.append("stream")
 
-        asked = self.asked
+        asked, cupy = self.asked, self
 
         class Stream:
             ptr = 100 + number
+            capturing = False
 
             def wait_event(self, event: Any) -> None:
                 asked.append(("follow", number, event.number))
@@ -98,9 +106,19 @@ class FakeCupy:
                 asked.append(("synchronize", number))
 
             def begin_capture(self) -> None:
+                if cupy.refuses:
+                    raise CudaError("no capture")
+                self.capturing = True
                 asked.append(("capture", number))
+                if cupy.breaks:
+                    raise KeyboardInterrupt
+
+            def is_capturing(self) -> bool:
+                return self.capturing
 
             def end_capture(self) -> Any:
+                assert self.capturing
+                self.capturing = False
                 asked.append(("captured", number))
                 return SimpleNamespace(launch=lambda stream: asked.append(("graph", stream.ptr)))
 
@@ -181,7 +199,7 @@ def test_memory_is_counted_and_given_back(cupy: FakeCupy) -> None:
 @pytest.mark.parametrize(
     ("said", "own"),
     [
-        ([None, None], 512 << 20),
+        ([None, None], 1 << 30),  # all that is in use, as nobody tells whose it is
         ([1 << 30, 1 << 29], 512 << 20),
         ([9 << 30, (9 << 30) + 5], 512 << 20),  # torch or Jittor had opened the device before
         ([0, 5 << 30], 1 << 30),
@@ -205,10 +223,19 @@ def test_no_more_is_allowed_than_is_free_and_some_is_left_to_others(limit: int |
     assert CupyDevice(limit=limit).capacity == (1 << 30) - (256 << 20)
 
 
-def test_memory_is_pinned_until_the_end(cupy: FakeCupy, caplog: pytest.LogCaptureFixture) -> None:
+def test_memory_is_pinned_until_the_end(
+    cupy: FakeCupy, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = CupyDevice()
     first, second, third = (np.zeros(4096, np.uint8) for _ in range(3))
     alive = weakref.ref(second)
+    alive_then: list[bool] = []
+    unregister = cupy.cuda.runtime.hostUnregister
+
+    def note(address: int) -> None:
+        alive_then.append(alive() is not None)
+        unregister(address)
+
     assert device.pin(first) and device.pin(second)
     assert ("pin", first.ctypes.data, 4096, 1) in cupy.asked
     device.unpin(first)
@@ -218,10 +245,12 @@ def test_memory_is_pinned_until_the_end(cupy: FakeCupy, caplog: pytest.LogCaptur
     cupy.asked.clear()
     address = second.ctypes.data
     del second
+    monkeypatch.setattr(cupy.cuda.runtime, "hostUnregister", note)
     assert alive() is not None, "what the device may copy from stays"
     device.close()
     assert ("unpin", address) in cupy.asked and ("unpin", first.ctypes.data) not in cupy.asked
     assert cupy.asked.index(("synchronize", 1)) < cupy.asked.index(("unpin", address))
+    assert alive_then == [True], "it goes only when the device no longer knows it"
     assert alive() is None
 
 
@@ -233,6 +262,37 @@ def test_launches_are_captured_on_the_computing_stream(cupy: FakeCupy) -> None:
     kinds = [each[0] for each in cupy.asked if each[0] != "current"]
     assert kinds == ["capture", "gelu", "captured", "graph"]
     assert cupy.asked[-1] == ("graph", 100)
+
+
+def test_a_capture_always_ends(cupy: FakeCupy) -> None:
+    """Ctrl-C may strike as it begins; the stream would capture whatever comes, for ever."""
+    device = CupyDevice()
+    cupy.breaks = True
+    with pytest.raises(KeyboardInterrupt):
+        device.capture(lambda: None)
+    assert cupy.asked[-1] == ("captured", 0)
+    cupy.refuses = True
+    with pytest.raises(KernelError, match="A card failed at capturing: no capture"):
+        device.capture(lambda: None)
+
+
+def test_no_other_device_is_touched(cupy: FakeCupy) -> None:
+    """CUDA sets a device up, some hundred megabytes, when it is made the current one: also to go back to it."""
+    device = CupyDevice(1)
+    device.launch("pointwise", "gelu", (1,), 256, ())
+    device.write(device.allocate(32, "numbers"), np.zeros(8, np.float32))
+    device.close()
+    assert [each for each in cupy.asked if each[0] == "set"] == [("set", 1)]
+
+
+def test_kernels_are_compiled_before_the_device_is_looked_at(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes long, and what others take or give back meanwhile would count as ours."""
+    seen: list[list[Any]] = []
+    monkeypatch.setattr(cupy_device, "used_memory", lambda _bus: seen.append(list(cupy.asked)))
+    CupyDevice()
+    compiled = [[each[0] for each in asked].count("compile") for asked in seen]
+    assert compiled == [len(SOURCES)] * 2
+    assert ("load" in seen[0], "load" in seen[1]) == (False, True)
 
 
 def test_copies_name_their_stream_and_wait_where_values_may_change(cupy: FakeCupy) -> None:
