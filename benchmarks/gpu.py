@@ -17,22 +17,26 @@ offload    fp16 under each cap beside transformers with accelerate's offload (gp
 swap       fp16 under each cap beside Jittor's own swap (gpu_offload.py; aim 2 times)
 jittor     Jittor itself in CUDA mode (gpu_jittor.py): it starts, and computes what numpy does
 
-Each part ends with a JSON line as soon as it is measured, and a table comes last; rows go to stderr before. Several parts
-run in processes of their own: after a fault of the device a process can do nothing more with it. The exit code is 1
-where numbers are wrong. Without a device it says so and exits with 0.
+Each part ends with a JSON line as soon as it is measured, and a table comes last; rows go to stderr before. Each runs in a
+process of its own: after a fault of the device a process can do nothing more with it. Where one fails or takes too long,
+its line has the rows that were there. The exit code is 1 where numbers are wrong. Without a device it says so and exits with 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +49,7 @@ import gpu_peers
 import numpy as np
 from gpu_model import Stage
 from gpu_peers import PAST_CACHES, SHAPES
-from gpu_rows import Rows
+from gpu_rows import FILE, Rows, kept_rows
 from peers.environment import folder_of, python_of
 
 from moss_jt.checkpoint import Checkpoint
@@ -70,7 +74,7 @@ TOKENS = (1, 2, 4, 8, 16, 64, 512)
 WAYS = {"halves": np.float16, "bytes": np.int8}  # how inputs are rounded
 ALLOWED: dict[Compute, float] = {"exact": 1e-3, "fast": 2e-2}
 Results = dict[str, Any]
-PART_SECONDS = 570  # for a part; offload and swap want fewer --caps at once
+PART_SECONDS = 480  # for a part; offload and swap want one or two --caps at once
 
 
 def timed(device: Device, work: Callable[[], None], *, least_s: float = 0.05, runs: int = 9) -> list[float]:
@@ -122,9 +126,12 @@ def bandwidth(_: argparse.Namespace) -> Results:
 
 def kernels(_: argparse.Namespace) -> Results:
     """What pytest says of the kernels' tests, run on the device."""
+    if importlib.util.find_spec("pytest") is None:
+        return {"not_measured": "pytest is not installed: pip install pytest"}
     names = ("products", "rows", "attention", "attention_rounded", "shortlist")
     files = [str(ROOT / "tests" / "kernels" / f"test_cuda_{name}.py") for name in names]
-    variables = {**os.environ, "MOSS_JT_TEST_DEVICE": "0", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    variables = {**os.environ, "MOSS_JT_TEST_DEVICE": "0", "PYTHONPATH": paths}
     line = [sys.executable, "-m", "pytest", "-q", "-W", "default", "--rootdir", str(ROOT), *files]
     done = subprocess.run(
         line, stdout=subprocess.PIPE, text=True, env=variables, check=False, timeout=PART_SECONDS - 30
@@ -234,11 +241,15 @@ def stage_of(arguments: argparse.Namespace) -> Stage:
     import cupy
 
     bus = cupy.cuda.Device(0).pci_bus_id
+    room = ask_driver().gpus[0].memory_bytes
+    caps = [int(float(gib) * GIB) for gib in arguments.caps.split(",")]
+    if max(caps) > room:
+        print(f"caps above the {room / GIB:.1f} GiB of the device are left out", file=sys.stderr)
     return Stage(
         open=lambda limit: CupyDevice(0, limit),
         layers=arguments.layers,
         kinds=tuple(arguments.kinds.split(",")),
-        caps=tuple(int(float(gib) * GIB) for gib in arguments.caps.split(",")),
+        caps=tuple(cap for cap in caps if cap <= room),
         used=lambda: used_memory(bus),
     )
 
@@ -290,6 +301,7 @@ def main() -> int:
     parser.add_argument("--peer-python", type=Path, help="with torch, transformers and accelerate, for offload")
     parser.add_argument("--peer-seconds", type=float, default=60.0, help="for the others' tokens, of offload and swap")
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     if set(names) - set(PARTS):
@@ -298,7 +310,7 @@ def main() -> int:
     if driver.problem is not None:
         print(f"not measured: {driver.problem}")
         return 0
-    found = {name: _measured(name, arguments) if len(names) == 1 else _apart(name, arguments) for name in names}
+    found = {name: _measured(name, arguments) if arguments.here else _apart(name, arguments) for name in names}
     print("\n".join(table(found)))
     return int(any(results.get("wrong") for results in found.values()))
 
@@ -309,7 +321,8 @@ def _measured(name: str, arguments: argparse.Namespace) -> Results:
         results = PARTS[name](arguments)
     except Exception as error:  # whatever it is belongs into the line
         traceback.print_exc()
-        results = {"failed": f"{type(error).__name__}: {error}", "wrong": True}
+        kept = kept_rows(Path(os.environ[FILE])) if FILE in os.environ else {}
+        results = {**kept, "failed": f"{type(error).__name__}: {error}", "wrong": True}
     print(keep(f"gpu_{name}", results, save=arguments.save), flush=True)
     return results
 
@@ -320,19 +333,30 @@ def _apart(name: str, arguments: argparse.Namespace) -> Results:
         f"--{key.replace('_', '-')}={value}" for key, value in vars(arguments).items() if value not in (None, False)
     ]
     options = ["--save" if option == "--save=True" else option for option in options if not option.startswith("--only")]
-    line = [sys.executable, __file__, *options, "--only", name]
-    try:
-        done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False, timeout=PART_SECONDS)
-        told = [each for each in done.stdout.splitlines() if each.startswith("{")]
-        problem = f"its process ended with {done.returncode}"
-    except subprocess.TimeoutExpired:
-        told, problem = [], f"it took longer than {PART_SECONDS} s"
-    if not told:
-        results: Results = {"failed": problem, "wrong": True}
-        told = [keep(f"gpu_{name}", results, save=arguments.save)]
-    print(told[-1], flush=True)
-    found: Results = json.loads(told[-1])["results"]
+    line = [sys.executable, __file__, *options, "--here", "--only", name]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows")
+        said, problem = _within(line, {**os.environ, FILE: str(rows)}, PART_SECONDS)
+        lines = [each for each in said.splitlines() if each.startswith("{")]
+        if not lines:
+            results: Results = {**kept_rows(rows), "failed": problem or "it said nothing", "wrong": True}
+            lines = [keep(f"gpu_{name}", results, save=arguments.save)]
+    print(lines[-1], flush=True)
+    found: Results = json.loads(lines[-1])["results"]
     return found
+
+
+def _within(line: Sequence[str], environment: Mapping[str, str], seconds: float) -> tuple[str, str]:
+    """What a program says, and why it did not end well, if so; what it has started ends with it."""
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True) as process:
+        try:
+            said, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return "", f"it took longer than {seconds:g} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return said, "" if process.returncode in (0, 1) else f"its process ended with {process.returncode}"
 
 
 def table(found: Mapping[str, Results]) -> list[str]:

@@ -34,7 +34,7 @@ Array = npt.NDArray[Any]
 Results = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
-START_S = 540  # with compiling Jittor, the first time
+START_S = 420  # with compiling Jittor, the first time
 DTYPES = ("float32", "float16", "float64", "int32", "int64", "int16", "int8", "uint8", "bool")
 
 

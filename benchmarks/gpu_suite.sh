@@ -6,16 +6,24 @@
 # Parts: bandwidth kernels golden products attention resident batch context caps share peers offload swap jittor
 #
 # Without a device it says "not measured" and exits with 0. --wheels names a folder of wheels for a machine without
-# network; what Python has already is used in any case. PYTHON names another Python.
+# network: jittor and astunparse where they are not installed; what Python has already is used in any case. PYTHON names
+# another Python.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 WHEELS=
-if [ "${1:-}" = --wheels ]; then
-    WHEELS=$2
-    shift 2
-fi
+for word; do # of the command line, once round: what is not ours stays
+    shift
+    case ${expects:-} in
+    wheels) WHEELS=$word expects= ;;
+    *) case $word in
+        --wheels) expects=wheels ;;
+        --wheels=*) WHEELS=${word#*=} ;;
+        *) set -- "$@" "$word" ;;
+        esac ;;
+    esac
+done
 if [ -n "$WHEELS" ]; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
 fi
-PYTHONPATH=. exec "$PYTHON" benchmarks/gpu.py --save "$@"
+PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" benchmarks/gpu.py --save "$@"
