@@ -65,8 +65,8 @@ def load_model(
 
     Args:
         path: a native folder, or a Hugging Face folder of a MOSS model.
-        device: "cpu", "cuda", "cuda:1", or "auto": a CUDA device where one can be used, else the CPU. It must compute a
-            small network correctly first. Or an open device, which stays the caller's.
+        device: "cpu", "cuda", "cuda:1", or "auto": a CUDA device where one can be used and has room, else the CPU. It must
+            compute a small network correctly first. Or an open device, which stays the caller's.
         compute: "exact" computes in float32; "fast" rounds the inputs of int4 and int8 matrices, to int8 on the CPU, to
             half on a device.
         memory: what the whole process may take, in bytes or like "6GiB"; None for what is free, less a reserve.
@@ -103,18 +103,20 @@ def load_model(
         tokenizer = load_tokenizer(checkpoint.path)
     terms = None if adapter is None else load_adapter(adapter, checkpoint.config)
     accelerator = _accelerator(device, vram_limit, progress)
+    must = device != "auto" or vram is not None or host_share not in (0, "auto")
     if accelerator is not None:
-        with _given_back(accelerator, ours=isinstance(device, str)):
-            shares = host_share != 0 and compute == "fast"
-            if shares:
-                launch.warm_up(progress)
-            placed = _place(
-                checkpoint, accelerator, kind, limit=limit, max_tokens=max_tokens, adapter=terms, progress=progress
-            )
-            if shares and host_share == "auto":
-                _log.info("host_share: %s.", placed.space.choose_share())
-            elif shares:
-                placed.space.leave_to_host(float(host_share))
+        try:
+            with _given_back(accelerator, ours=isinstance(device, str)):
+                placed = _place(
+                    checkpoint, accelerator, kind, limit=limit, max_tokens=max_tokens, adapter=terms, progress=progress
+                )
+                if host_share != 0 and compute == "fast":
+                    _share(placed, host_share, progress)
+        except (ConfigError, DeviceMemoryError) as error:
+            if must:
+                raise
+            _log.warning("%s The CPU computes.", error)
+        else:
             if isinstance(device, str):
                 weakref.finalize(placed.space, _close, accelerator).atexit = False  # the driver does it then
             return Model(
@@ -157,6 +159,15 @@ def _given_back(device: Device, *, ours: bool) -> Iterator[None]:
         if ours:
             _close(device)
         raise
+
+
+def _share(placed: Placed, host_share: float | Literal["auto"], progress: Progress) -> None:
+    """Leave a part of what would be copied to the host's processor."""
+    launch.warm_up(progress)
+    if host_share == "auto":
+        _log.info("host_share: %s.", placed.space.choose_share())
+    else:
+        placed.space.leave_to_host(host_share)
 
 
 def _close(device: Device) -> None:

@@ -32,7 +32,7 @@ TOLD = 4  # numbers of a token that a pass tells the device at once: slot, posit
 ROW_BLOCK = 64  # inputs, at most, that share a step where a matrix of 16-bit numbers takes them rounded; of the kernels
 _ALIGNMENT = 256  # of what is taken from the slab
 _PINNED_BYTES = 512  # of main memory that the device can copy from, for each of its own: 8 bytes for a page of 4 KiB
-_GRAPH_BYTES = 14 * (64 << 10)  # of a captured block: its launches, each with as much as drivers are said to keep for one
+_GRAPH_BYTES = 14 * (64 << 10)  # of a captured block: its launches, and what drivers are said to keep for each of them
 
 Inputs = Literal["float32", "float16", "int8"]  # of products with matrices in int4 and int8; of others, float16 at most
 Layouts = Mapping[str, RowsLayout | TileLayout]

@@ -264,3 +264,18 @@ def test_a_device_without_room_for_its_check_is_left_to_others(
     assert "The CPU computes." in caplog.text
     with pytest.raises(DeviceMemoryError):
         load_model(golden / "tiny-int4" / "g32", device="cuda")
+
+
+def test_a_device_that_is_too_small_for_the_model_is_left_out(
+    golden: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = HostDevice(folder, capacity=1 << 22)
+    monkeypatch.setattr("moss_jt.load.open_accelerator", lambda *_: device)
+    monkeypatch.setattr("moss_jt.load.check_device", lambda _: None)
+    model = golden / "tiny-int4" / "g32"
+    assert load_model(model).device == "cpu"
+    assert "give at least" in caplog.text and "The CPU computes." in caplog.text
+    assert device.taken == 0
+    for asked in ({"device": "cuda"}, {"vram": 1 << 22}, {"host_share": 0.5}):
+        with pytest.raises(ConfigError, match="give at least"):
+            load_model(model, compute="fast", **asked)
