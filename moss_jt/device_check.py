@@ -1,8 +1,8 @@
 """Seeing that a device computes what it should, before it is trusted with a model.
 
 A driver that is broken or does not fit, a compiler with an error, a card that is overclocked: any of them may give
-wrong numbers without a word. So a network of one layer is computed on the device, for a prompt and for the tokens
-after it, and compared with the formulas in numpy. It takes a few megabytes and far less than a second.
+wrong numbers without a word. So a network of one layer is computed on the device, for a prompt, for a second one and for
+single tokens after it, and compared with the formulas in numpy. It takes a few megabytes and far less than a second.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _CONFIG = MossConfig(
     vocab_size=320, n_positions=64, n_embd=256, n_layer=1, n_head=4, rotary_dim=32, dtype="float16", name="check"
 )
 _WIDE = 512  # so that keys in int8 are read eight bytes at a time, as those of MOSS are
-_PROMPT = 20  # tokens: more than the kernels for few of them take, in products as in attention
-_AFTER = 4  # one at a time: the second captures the launches of a block, the others replay them
+_PASSES = (20, 12, 1, 1, 1, 1)  # tokens of each: products have kernels for more than 16, up to 16 and up to 8 of them,
+# attention for more than 8 and up to 8; the fourth captures the launches of a block, the last two replay them
 
 
 def check_device(device: Device) -> None:
@@ -69,14 +69,14 @@ def check_device(device: Device) -> None:
 
 def _difference(device: Device, config: MossConfig, store: WeightStore, inputs: Inputs) -> float:
     """The largest error, in parts of the largest logit."""
-    ids = np.arange(_PROMPT + _AFTER, dtype=np.int32) * 7 % config.vocab_size
+    ids = np.arange(sum(_PASSES), dtype=np.int32) * 7 % config.vocab_size
     want = _expected(config, store, ids, rounding=inputs == "int8")
     found = _computed(device, config, store, ids, inputs)
     return float(np.abs(found - want).max() / np.abs(want).max())
 
 
 def _computed(device: Device, config: MossConfig, store: WeightStore, ids: Floats | Any, inputs: Inputs) -> Floats:
-    """Logits of a prompt and of the tokens after it, on the device."""
+    """Logits of a prompt, of what follows it, and of single tokens after that, on the device."""
     kv: KVType = inputs  # so that each kind of keys and values has its turn
     layouts = {size.name: store.layout(size.name) for size in matrix_sizes(config, layouts_of(config))}
     sizes = matrix_sizes(config, layouts)
@@ -87,11 +87,13 @@ def _computed(device: Device, config: MossConfig, store: WeightStore, ids: Float
         cache = space.cache(slots=1, tokens=64)
         ops, network = DeviceOps(space, cache, inputs=inputs), Moss[Any](config)
         parts = []
-        for start, count in ((0, _PROMPT), *((_PROMPT + after, 1) for after in range(_AFTER))):
+        start = 0
+        for count in _PASSES:
             cache.reserve(0, count)
             batch: Batch = single_batch(ids[start : start + count], start=start, wanted=np.arange(count))
             parts.append(network.execute(ops, batch))
             cache.commit(0, count)
+            start += count
         return np.concatenate(parts)
     finally:
         device.close()
