@@ -47,24 +47,36 @@ _PASSES = (20, 12, 1, 1, 1, 1)  # tokens of each: products have kernels for more
 
 
 def check_device(device: Device) -> None:
-    """Compute a small network on a device, and compare.
+    """Compute a small network on a device in every way there is, and compare.
 
     Raises:
         KernelError: it gives other numbers, or none; says which way of computing.
     """
     for bits in (4, 8, 16):
-        every: tuple[Inputs, ...] = ("float32", "float16", "int8") if bits < 16 else ("float32", "float16")
-        for inputs in every:
-            config = replace(_CONFIG, n_embd=_WIDE) if inputs == "int8" else _CONFIG
-            if bits < 16:
-                quantization = Quantization(4 if bits == 4 else 8, 128)
-                config = replace(config, quantization=quantization, head_quantization=quantization)
-            off = _difference(device, config, synthetic_store(config, threads=1), inputs)
-            if not off <= ALLOWED[inputs]:
-                raise KernelError(
-                    f"{device.name} computes wrong: with {bits}-bit weights and inputs in {inputs} a small network is off "
-                    f"by {off:.2g} of its largest logit. `moss-jt doctor` looks at driver and CUDA."
-                )
+        check_way(device, bits, "float32")
+        check_way(device, bits, "float16")
+        if bits < 16:
+            check_way(device, bits, "int8")
+
+
+def check_way(device: Device, bits: int, inputs: Inputs) -> None:
+    """The same for one way of computing.
+
+    Args:
+        device: what is to compute.
+        bits: of the weights; 4, 8, or 16 for floating point.
+        inputs: what products make of theirs.
+    """
+    config = replace(_CONFIG, n_embd=_WIDE) if inputs == "int8" else _CONFIG
+    if bits < 16:
+        quantization = Quantization(4 if bits == 4 else 8, 128)
+        config = replace(config, quantization=quantization, head_quantization=quantization)
+    off = _difference(device, config, synthetic_store(config, threads=1), inputs)
+    if not off <= ALLOWED[inputs]:
+        raise KernelError(
+            f"{device.name} computes wrong: with {bits}-bit weights and inputs in {inputs} a small network is off "
+            f"by {off:.2g} of its largest logit. `moss-jt doctor` looks at driver and CUDA."
+        )
 
 
 def _difference(device: Device, config: MossConfig, store: WeightStore, inputs: Inputs) -> float:

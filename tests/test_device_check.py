@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from host_device import HostDevice
 
-from moss_jt.device_check import check_device
+from moss_jt.device_check import check_device, check_way
 from moss_jt.errors import KernelError
+from moss_jt.workspace import Inputs
 
 
 @pytest.fixture(scope="module")
@@ -31,26 +32,26 @@ def test_what_is_captured_is_replayed(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("kernel", "words"),
+    ("kernel", "bits", "inputs"),
     [
-        ("attend", "with 4-bit weights and inputs in float32"),
-        ("halves_int8_8", "with 8-bit weights and inputs in float16"),
-        ("bytes_int8_8", "with 8-bit weights and inputs in int8"),
-        ("bytes_int4_many", "with 4-bit weights and inputs in int8"),
-        ("bytes_int4_16", "with 4-bit weights and inputs in int8"),
-        ("halves_int8_16", "with 8-bit weights and inputs in float16"),
-        ("halves_float16_16", "with 16-bit weights and inputs in float16"),
-        ("rows_float16", "with 16-bit weights and inputs in float32"),
-        ("halves_float16_many", "with 16-bit weights and inputs in float16"),
-        ("halves_float16_8", "with 16-bit weights and inputs in float16"),
-        ("attend_half_32", "with 4-bit weights and inputs in float16"),
-        ("attend_half_8", "with 4-bit weights and inputs in float16"),
-        ("attend_int8_32", "with 4-bit weights and inputs in int8"),
-        ("attend_int8_8", "with 4-bit weights and inputs in int8"),
+        ("attend", 4, "float32"),
+        ("attend_half_32", 4, "float16"),
+        ("attend_half_8", 4, "float16"),
+        ("attend_int8_32", 4, "int8"),
+        ("attend_int8_8", 4, "int8"),
+        ("bytes_int4_many", 4, "int8"),
+        ("bytes_int4_16", 4, "int8"),
+        ("halves_int8_16", 8, "float16"),
+        ("halves_int8_8", 8, "float16"),
+        ("bytes_int8_8", 8, "int8"),
+        ("rows_float16", 16, "float32"),
+        ("halves_float16_many", 16, "float16"),
+        ("halves_float16_16", 16, "float16"),
+        ("halves_float16_8", 16, "float16"),
     ],
 )
 def test_a_kernel_that_does_nothing_is_found(
-    kernel: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: str, bits: int, inputs: Inputs, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = HostDevice(folder)
     launch = device.launch
@@ -60,5 +61,5 @@ def test_a_kernel_that_does_nothing_is_found(
             launch(source, name, *rest)
 
     monkeypatch.setattr(device, "launch", broken)
-    with pytest.raises(KernelError, match=f"the host computes wrong: {words}"):
-        check_device(device)
+    with pytest.raises(KernelError, match=f"the host computes wrong: with {bits}-bit weights and inputs in {inputs}"):
+        check_way(device, bits, inputs)
