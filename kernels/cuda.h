@@ -74,6 +74,12 @@ MOSS_INLINE u32 subtract_halves(u32 a, u32 b) {  // two of them
     asm("sub.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
     return difference;
 }
+
+MOSS_INLINE u32 multiply_pairs(u32 a, u32 b) {  // two halves with two halves, each rounded to nearest
+    u32 product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
 #endif
 
 MOSS_INLINE i32 least(i32 a, i32 b) { return a < b ? a : b; }

@@ -6,7 +6,10 @@ import re
 from functools import cache
 from importlib import resources
 
-SOURCES = ("attention", "attention_rounded", "linear_exact", "linear_rounded", "pointwise", "rounding", "shortlist")
+SOURCES = (
+    *("attention", "attention_rounded", "linear_exact", "linear_rounded", "linear_transposed"),
+    *("pointwise", "rounding", "shortlist"),
+)
 OPTIONS = ("--std=c++17",)  # of the compiler
 _ENTRY = re.compile(r"^\s*MOSS_(?:WIDE_)?KERNEL\((\w+)\)", re.MULTILINE)
 _EACH = re.compile(r"^MOSS_\w+\((\w+), ", re.MULTILINE)  # kernels that a macro of the source spells out

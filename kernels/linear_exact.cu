@@ -107,6 +107,29 @@ MOSS_INLINE void rows_of(const float* x, const u8* blob, const float* bias, floa
     }
 }
 
+// dx = dy W of such rows, for training. A thread makes an input; rows are added up in their order.
+// Grid: (inputs / threads, tokens / kTogether).
+template <class Stored>
+MOSS_INLINE void transposed_rows_of(const float* dy, const u8* blob, float* dx, i32 tokens, i32 rows, i32 first,
+                                    i32 inputs, i32 dy_stride, i32 dx_stride, i32 add) {
+    const i32 k = (i32)(blockIdx.x * blockDim.x + threadIdx.x);
+    const i32 start = (i32)blockIdx.y * kTogether, here = least(kTogether, tokens - start);
+    if (k >= inputs) return;
+    float total[kTogether] = {};
+    for (i32 n = 0; n < rows; n++) {
+        const float weight = Stored::at(blob + (i64)n * inputs * Stored::kBytes, k);
+#pragma unroll
+        for (i32 t = 0; t < kTogether; t++)
+            if (t < here) total[t] += weight * dy[(i64)(start + t) * dy_stride + first + n];
+    }
+#pragma unroll
+    for (i32 t = 0; t < kTogether; t++) {
+        if (t >= here) break;
+        float* to = dx + (i64)(start + t) * dx_stride + k;
+        *to = add ? *to + total[t] : total[t];
+    }
+}
+
 // blob: from the first tile or row on. y, (T, y_stride), and bias: of the whole matrix; rows [first, first + rows) are made.
 #define MOSS_TILES(name, BITS)                                                                                         \
     MOSS_KERNEL(name)                                                                                                  \
@@ -127,3 +150,12 @@ MOSS_TILES(exact_int8, 8)
 MOSS_ROWS(rows_float32, Float)
 MOSS_ROWS(rows_float16, Half)
 MOSS_ROWS(rows_bfloat16, Brain)
+#define MOSS_TRANSPOSED_ROWS(name, STORED)                                                                             \
+    MOSS_KERNEL(name)                                                                                                  \
+    (const float* dy, const u8* blob, float* dx, i32 tokens, i32 rows, i32 first, i32 inputs, i32 dy_stride,           \
+     i32 dx_stride, i32 add) {                                                                                         \
+        transposed_rows_of<STORED>(dy, blob, dx, tokens, rows, first, inputs, dy_stride, dx_stride, add);              \
+    }
+MOSS_TRANSPOSED_ROWS(transposed_rows_float32, Float)
+MOSS_TRANSPOSED_ROWS(transposed_rows_float16, Half)
+MOSS_TRANSPOSED_ROWS(transposed_rows_bfloat16, Brain)

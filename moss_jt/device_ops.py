@@ -18,39 +18,23 @@ from moss_jt.batch import Batch, tiles_of
 from moss_jt.cache import KVCache
 from moss_jt.device import Event, Graph, Place
 from moss_jt.device_blocks import DeviceBlocks
+from moss_jt.device_products import DeviceProducts
 from moss_jt.errors import ShapeError
 from moss_jt.kv_layout import STEP_CHANNELS, KVLayout
-from moss_jt.layout import TILE_ROWS, RowsLayout, TileLayout
-from moss_jt.ops import LOGIT_ROWS, ROUND_BLOCK, STRETCH, Linear
+from moss_jt.ops import LOGIT_ROWS, STRETCH, Linear
 from moss_jt.shortlist import FOUND, Shortlist, Wish, read_found
-from moss_jt.workspace import ROW_BLOCK, TOLD, DeviceBuffer, Inputs, Workspace, blocks_of
+from moss_jt.workspace import TOLD, DeviceBuffer, Inputs, Workspace
 
 Floats = npt.NDArray[np.float32]
 
 # Of the kernels: warps of a block and what they share out; each is said in the head of its source.
-_WARP, _ROUND_WARPS, _PRODUCT_WARPS, _MANY = 32, 8, 8, 64
-_TOGETHER, _EXACT_THREADS, _ROW_WARPS = 4, 256, 8
+_WARP = 32
 _ATTEND_THREADS, _SMALL_THREADS, _SHORTLIST_THREADS = 128, 256, 1024
-_FEW = (8, 16)  # tokens for which there are products of their own
-_ROUNDED: dict[Inputs, tuple[str, str]] = {  # who rounds inputs, and whose products take them
-    "float16": ("halve_activations", "halves"),
-    "int8": ("round_activations", "bytes"),
-}
 _KV_KIND = {"float32": 0, "float16": 1, "int8": 2}
 _KV_NAME = {"float16": "half", "int8": "int8"}
 _TILE_TOKENS, _TILE_THREADS, _TILE_WIDTH = (8, 32), 256, 256  # of attention_rounded.cu
 _MOST_CAPTURED = 16  # tokens: with more, launching is a small part of a block, and each prompt would capture its own
 _LAYERS_AHEAD = 2  # queued before the device has done them, where weights are streamed: Ctrl-C waits for these
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """A matrix: its name, where the order of its inputs and its bias lie."""
-
-    name: str
-    layout: TileLayout | RowsLayout
-    order: Place | None
-    bias: Place | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +72,7 @@ class DeviceOps:
         self.config, self.device, self.store, self.cache = config, space.device, space.store, kv
         self.space, self.capacity, self.buffers = space, space.capacity, space.buffers
         self.inputs: Inputs = inputs
+        self._products = DeviceProducts(space, inputs)
         self.observe: Callable[[str, Floats], None] | None = None
         self.on_layer: Callable[[int], None] | None = None
         self._blocks = kv.blocks
@@ -173,12 +158,13 @@ class DeviceOps:
         """(T, K) to (T, N), written to the buffer `into`."""
         y = self.buffers[into]
         bias = self.space.small(weight.name + ".bias") if weight.bias else None
-        self._multiply(x, weight.name + ".weight", bias, y)
+        tokens = self._rows(x)
+        self._products.multiply(x, weight.name + ".weight", bias, y, tokens=tokens)
         if weight.low_rank is not None:
-            a, b = weight.low_rank
+            a, b = (self.space.small(name) for name in weight.low_rank)
             middle = self.space.middle
-            self._rows_product("float32", x, self.space.small(a), middle, rows=middle.width, inputs=x.width)
-            self._rows_product("float32", middle, self.space.small(b), y, rows=y.width, inputs=middle.width, add=True)
+            self._products.multiply_floats(x, a, middle, tokens=tokens)
+            self._products.multiply_floats(middle, b, y, tokens=tokens, add=True)
         return self._seen(weight.name, y)
 
     def attention(self, qkv: DeviceBuffer, layer: int) -> DeviceBuffer:
@@ -298,68 +284,6 @@ class DeviceOps:
         grid = -(-self._tokens * x.width // _SMALL_THREADS)
         self.device.launch("pointwise", kernel, (grid,), _SMALL_THREADS, arguments)
 
-    def _multiply(self, x: DeviceBuffer, name: str, bias: Place | None, y: DeviceBuffer) -> None:
-        layout, perm = self.store.layout(name), self.store.perm(name)
-        matrix = _Matrix(name, layout, None if perm is None else self.space.small(name), bias)
-        if self.inputs != "float32" and _can_round_inputs(layout):
-            self._multiply_rounded(x, matrix, y)
-        elif isinstance(layout, TileLayout):
-            self._multiply_exact(x, matrix, layout, y)
-        else:
-            for piece in self._weights.pieces(name):
-                self._rows_product(
-                    layout.dtype, x, piece.place, y, bias, rows=piece.count, first=piece.first, inputs=layout.shape[1]
-                )
-
-    def _rows_product(
-        self,
-        stored: str,
-        x: DeviceBuffer,
-        matrix: Place,
-        y: DeviceBuffer,
-        bias: Place | None = None,
-        *,
-        rows: int,
-        inputs: int,
-        first: int = 0,
-        add: bool = False,
-    ) -> None:
-        """Multiply by rows of floating-point numbers."""
-        tokens = self._rows(x)
-        grid = (-(-rows // _ROW_WARPS), -(-tokens // _TOGETHER))
-        arguments = (x.place, matrix, bias, y.place, tokens, rows, first, inputs, x.width, y.width, int(add))
-        self.device.launch("linear_exact", f"rows_{stored}", grid, _ROW_WARPS * _WARP, arguments)
-
-    def _multiply_exact(self, x: DeviceBuffer, matrix: _Matrix, layout: TileLayout, y: DeviceBuffer) -> None:
-        tokens = self._rows(x)
-        for piece in self._weights.pieces(matrix.name):
-            grid = (-(-piece.count // TILE_ROWS), -(-tokens // _TOGETHER))
-            sizes = (tokens, piece.count, piece.first, *_sizes(layout), x.width, y.width, 0)
-            arguments = (x.place, matrix.order, piece.place, matrix.bias, y.place, *sizes)
-            self.device.launch("linear_exact", f"exact_int{layout.bits}", grid, _EXACT_THREADS, arguments)
-
-    def _multiply_rounded(self, x: DeviceBuffer, matrix: _Matrix, y: DeviceBuffer) -> None:
-        layout, share = matrix.layout, self.space.share
-        tokens, rounded, sizes = self._rows(x), self.space.rounded, _sizes(layout)
-        ready = None if share is None else self.device.record("compute")
-        grid: tuple[int, ...] = (-(-blocks_of(layout) // _ROUND_WARPS), tokens)
-        numbers = (tokens, x.width, *sizes[-3:], int(matrix.order is not None), 0)
-        inputs: Inputs = "float16" if isinstance(layout, RowsLayout) else self.inputs
-        how, product_name = _ROUNDED[inputs]
-        self.device.launch("rounding", how, grid, _ROUND_WARPS * _WARP, (x.place, matrix.order, *rounded, *numbers))
-        first = None if share is None else share.first_row(matrix.name, self._weights.held_rows(matrix.name), tokens)
-        few = next((size for size in _FEW if tokens <= size), None)
-        kept = layout.dtype if isinstance(layout, RowsLayout) else f"int{layout.bits}"
-        kernel = f"{product_name}_{kept}_{'many' if few is None else few}"
-        for piece in self._weights.pieces(matrix.name, first):
-            tiles = -(-piece.count // TILE_ROWS)
-            grid = (tiles,) if few is not None else (-(-tokens // _MANY), -(-tiles // _PRODUCT_WARPS))
-            product = (piece.place, *rounded, matrix.bias, y.place, tokens, piece.count, piece.first)
-            self.device.launch("linear_rounded", kernel, grid, _PRODUCT_WARPS * _WARP, (*product, *sizes, y.width, 0))
-        if share is not None and first is not None:
-            name = matrix.name.removesuffix("weight") + "bias" if matrix.bias is not None else None
-            share.multiply(matrix.name, first, x.place, y.place, tokens=tokens, ready=ready, bias=name)
-
     def _seen(self, name: str, buffer: DeviceBuffer) -> DeviceBuffer:
         if self.observe is not None:
             self.observe(name, self.values(buffer))
@@ -374,16 +298,3 @@ def _can_round_attention(layout: KVLayout) -> bool:
     """Whether attention_rounded.cu takes keys and values that are kept so."""
     fits = layout.width % 8 == 0 and layout.width <= _TILE_WIDTH
     return fits and (layout.kind == "float16" or (layout.kind == "int8" and layout.row_bytes % 4 == 0))
-
-
-def _can_round_inputs(layout: TileLayout | RowsLayout) -> bool:
-    """Whether linear_rounded.cu takes such a matrix: of rows, those that can be read in 16 bytes."""
-    return isinstance(layout, TileLayout) or (layout.dtype != "float32" and layout.shape[1] % 8 == 0)
-
-
-def _sizes(layout: TileLayout | RowsLayout) -> tuple[int, ...]:
-    """What the kernels must know of a matrix, its rows apart; the last three tell how its inputs are rounded."""
-    if isinstance(layout, RowsLayout):
-        return (TILE_ROWS * layout.row_bytes, 0, 0, layout.shape[1], layout.shape[1], ROW_BLOCK)
-    where = (layout.tile_bytes, layout.code_bytes, layout.code_bytes + layout.scale_bytes)
-    return (*where, layout.padded_in, layout.padded_group, ROUND_BLOCK)

@@ -296,6 +296,15 @@ static inline unsigned subtract_halves(unsigned a, unsigned b) {
     return difference;
 }
 
+static inline unsigned multiply_pairs(unsigned a, unsigned b) {
+    unsigned product = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const float left = half_to_float((unsigned short)(a >> shift)), right = half_to_float((unsigned short)(b >> shift));
+        product |= (unsigned)float_to_half(left * right) << shift;  // exact in float, so rounded once
+    }
+    return product;
+}
+
 static inline void multiply_halves(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     unsigned shown[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
     struct Sums {
