@@ -12,6 +12,7 @@ batch      what a step of 16 conversations takes against a step of one
 context    int4 with 2048 tokens within 12 and 4 GiB
 caps       int4, int8 and fp16 within 4 to 24 GiB: the same tokens, the memory taken, bytes per second against the link
 share      int4 within 8 GiB when the host's processor multiplies a part of what would be copied (needs Jittor)
+train      the products of a layer in training, forward and back, with the copies of what they are given and give back
 peers      int4 products of torch and of a Triton kernel beside ours
 offload    fp16 under each cap beside transformers with accelerate's offload (gpu_offload.py; aim 2.5 times)
 swap       fp16 under each cap beside Jittor's own swap (gpu_offload.py; aim 2 times)
@@ -46,6 +47,7 @@ import gpu_jittor
 import gpu_model
 import gpu_offload
 import gpu_peers
+import gpu_train
 import numpy as np
 from gpu_model import Stage
 from gpu_peers import PAST_CACHES, SHAPES
@@ -128,7 +130,7 @@ def kernels(_: argparse.Namespace) -> Results:
     """What pytest says of the kernels' tests, run on the device."""
     if importlib.util.find_spec("pytest") is None:
         return {"not_measured": "pytest is not installed: pip install pytest"}
-    names = ("products", "rows", "attention", "attention_rounded", "shortlist")
+    names = ("products", "rows", "transposed", "attention", "attention_rounded", "shortlist")
     files = [str(ROOT / "tests" / "kernels" / f"test_cuda_{name}.py") for name in names]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     variables = {**os.environ, "MOSS_JT_TEST_DEVICE": "0", "PYTHONPATH": paths}
@@ -192,6 +194,22 @@ def products(_: argparse.Namespace) -> Results:
         device_here.close()
     device.close()
     return results
+
+
+def half_rate(tokens: int, rows: int, inputs: int) -> float:
+    """Operations per second of the maker's product of halves."""
+    import cupy
+
+    x, weight = cupy.ones((tokens, inputs), cupy.float16), cupy.ones((inputs, rows), cupy.float16)
+    cupy.matmul(x, weight)
+    cupy.cuda.Device().synchronize()
+    taken = []
+    for _ in range(9):
+        began = time.perf_counter()
+        cupy.matmul(x, weight)
+        cupy.cuda.Device().synchronize()
+        taken.append(time.perf_counter() - began)
+    return 2.0 * tokens * rows * inputs / sorted(taken)[len(taken) // 2]
 
 
 def _layout(kept: str, shape: tuple[int, int]) -> TileLayout | RowsLayout:
@@ -284,6 +302,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
     "context": lambda arguments: gpu_model.context(stage_of(arguments)),
     "caps": lambda arguments: gpu_model.caps(stage_of(arguments)),
     "share": lambda arguments: gpu_model.share(stage_of(arguments)),
+    "train": lambda _: gpu_train.train(CupyDevice, half_rate),
     "peers": lambda _: gpu_peers.products(CupyDevice),
     "offload": lambda arguments: gpu_offload.offload(stage_of(arguments), others(arguments)),
     "swap": lambda arguments: gpu_offload.swap(stage_of(arguments), others(arguments)),

@@ -153,6 +153,22 @@ TRAIN = (
     ),
 )
 @click.option(
+    "--device",
+    metavar="auto|cpu|cuda|cuda:N",
+    help=pick(
+        "With --lora_rank, what multiplies by the frozen weights. [default: cpu]",
+        "与 --lora_rank 同用：由谁计算冻结权重的乘法。[默认 cpu]",
+    ),
+)
+@click.option(
+    "--vram",
+    metavar="SIZE",
+    help=pick(
+        "With --device, all memory that may be taken there, like 6GiB.",
+        "与 --device 同用：设备上可用显存总量，如 6GiB。",
+    ),
+)
+@click.option(
     "--new_tokens",
     type=FOLDER,
     metavar="FILE",
@@ -242,7 +258,7 @@ def _request(values: dict[str, Any]) -> Request:
     train = {name: given[name] for name in TRAIN if name in given}
     if given.get("original"):
         train["decay_norms"] = True
-    memory = given.get("memory")
+    memory, vram = given.get("memory"), given.get("vram")
     return Request(
         data_dir=given["data_dir"],
         output_dir=given["output_dir"],
@@ -254,6 +270,8 @@ def _request(values: dict[str, Any]) -> Request:
         train=TrainSettings(**train),
         adapter=_adapter(given),
         memory=parse_size(memory) if memory is not None else None,
+        device=given.get("device", "cpu"),
+        vram=parse_size(vram, "vram") if vram is not None else None,
         dtype=DTYPES[given["dtype"]],
         resume=given["resume"],
         log_dir=given.get("log_dir"),
@@ -265,7 +283,7 @@ def _adapter(given: dict[str, Any]) -> AdapterShape | None:
     from moss_jt.adapter import TARGETS, AdapterShape
 
     if "lora_rank" not in given:
-        needless = [name for name in ("lora_alpha", "lora_targets", "memory") if name in given]
+        needless = [name for name in ("lora_alpha", "lora_targets", "memory", "device", "vram") if name in given]
         if needless:
             raise click.UsageError(
                 pick(f"--{needless[0]} is for --lora_rank.", f"--{needless[0]} 需与 --lora_rank 同用。")

@@ -2,12 +2,14 @@
 
 A matrix may be quantised and may be streamed: both ways it comes piece by piece from the store, as in
 inference, and is never dequantised whole. A product runs at once, when its node is made and when gradients
-are asked for; the arithmetic is float32. Gradients reach the inputs, never the matrix.
+are asked for; the arithmetic is float32, or what a device has for it (`moss_jt.frozen_device`). Gradients reach
+the inputs, never the matrix.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +26,33 @@ Floats = npt.NDArray[np.float32]
 TOKEN_LANES, COLUMN_BLOCK = 16, 48  # kTokenLanes, kColumnBlock of the kernel: tokens and inputs are rounded up to these
 
 
+class Frozen(Protocol):
+    """Who multiplies by frozen matrices."""
+
+    def begin_pass(self) -> None:
+        """A pass over the layers begins."""
+        ...
+
+    def multiply(self, x: Floats, name: str) -> Floats:
+        """The product with the matrix `name`, (N, K): (T, K) to (T, N).
+
+        Raises:
+            CheckpointError: there is no such matrix, or it cannot be read.
+        """
+        ...
+
+    def multiply_transposed(self, dy: Floats, name: str) -> Floats:
+        """The gradient of the product by its inputs: (T, N) to (T, K)."""
+        ...
+
+
+def frozen_node(products: Frozen, x: Var, name: str) -> Var:
+    """`products.multiply` as a node of the graph, with gradients for x: (T, K) float32 to (T, N)."""
+    return _node_class()(products, name)(x)
+
+
 class FrozenProducts:
-    """y = x W^T over the matrices of a store, with gradients for x.
+    """y = x W^T over the matrices of a store, on the host's processor.
 
     Args:
         store: whose matrices; it must stay open.
@@ -36,15 +63,10 @@ class FrozenProducts:
         self._memory: dict[int, tuple[npt.NDArray[np.uint8], Var]] = {}
         self._nothing = share(np.zeros(2, np.float32))
         self._any_order = share(np.zeros(2, np.int32))
-        self._node = _node_class()
 
-    def __call__(self, x: Var, name: str) -> Var:
-        """(T, K) float32 times the matrix `name`, (N, K): (T, N), a node of the graph.
-
-        Raises:
-            CheckpointError: the store has no such matrix, or cannot read it.
-        """
-        return self._node(self, name)(x)
+    def begin_pass(self) -> None:
+        """A pass over the layers begins."""
+        self.store.begin_pass()
 
     def multiply(self, x: Floats, name: str) -> Floats:
         """The product: (T, K) to (T, N)."""
@@ -87,6 +109,7 @@ class FrozenProducts:
         return kept[1]
 
 
+@cache
 def _node_class() -> Any:
     """The kind of node: a class of Jittor's, and Jittor is there only once it was started."""
     jt = startup.import_jittor(device="cpu")
@@ -94,7 +117,7 @@ def _node_class() -> Any:
     class FrozenProduct(jt.Function):  # type: ignore[misc, name-defined]
         """One product; it keeps neither inputs nor result."""
 
-        def __init__(self, products: FrozenProducts, name: str) -> None:
+        def __init__(self, products: Frozen, name: str) -> None:
             super().__init__()
             self.products, self.name = products, name
 

@@ -102,7 +102,7 @@ def load_model(
     with contextlib.suppress(MossError):  # whoever needs it is told then what is wrong with it
         tokenizer = load_tokenizer(checkpoint.path)
     terms = None if adapter is None else load_adapter(adapter, checkpoint.config)
-    accelerator = _accelerator(device, vram_limit, progress)
+    accelerator = device if not isinstance(device, str) else open_checked(device, vram_limit, progress)
     must = device != "auto" or vram is not None or host_share not in (0, "auto")
     if accelerator is not None:
         try:
@@ -118,7 +118,7 @@ def load_model(
             _log.warning("%s The CPU computes.", error)
         else:
             if isinstance(device, str):
-                weakref.finalize(placed.space, _close, accelerator).atexit = False  # the driver does it then
+                weakref.finalize(placed.space, close_device, accelerator).atexit = False  # the driver does it then
             return Model(
                 checkpoint,
                 placed.store,
@@ -157,7 +157,7 @@ def _given_back(device: Device, *, ours: bool) -> Iterator[None]:
         yield
     except BaseException:
         if ours:
-            _close(device)
+            close_device(device)
         raise
 
 
@@ -170,26 +170,25 @@ def _share(placed: Placed, host_share: float | Literal["auto"], progress: Progre
         placed.space.leave_to_host(host_share)
 
 
-def _close(device: Device) -> None:
+def close_device(device: Device) -> None:
     """Give a device's memory back, as far as it still answers."""
     with contextlib.suppress(KernelError):
         device.close()
 
 
-def _accelerator(device: DeviceName | Device, vram: int | None, progress: Progress) -> Device | None:
-    """The device to compute on, seen to compute correctly; None for the CPU.
+def open_checked(device: DeviceName, vram: int | None, progress: Progress) -> Device | None:
+    """Open the device to compute on, and see that it computes correctly; None for the CPU.
 
     Raises:
+        ConfigError: there is no such name.
         KernelError: what was asked for by name is not there, or computes wrong.
     """
-    if not isinstance(device, str):
-        return device
     found = open_accelerator(device, vram, progress)
     if found is not None:
         try:
             check_device(found)
         except (KernelError, DeviceMemoryError) as error:
-            _close(found)
+            close_device(found)
             if device != "auto":
                 raise
             _log.warning("%s The CPU computes.", error)

@@ -18,7 +18,7 @@ from moss_jt import nodes, startup
 from moss_jt.batch import Batch
 from moss_jt.config import MossConfig
 from moss_jt.errors import CheckpointError, ShapeError
-from moss_jt.frozen import FrozenProducts
+from moss_jt.frozen import Frozen, FrozenProducts, frozen_node
 from moss_jt.ops import Linear, rotary_table
 from moss_jt.weights import WeightStore
 
@@ -42,6 +42,7 @@ class GradientOps:
         parameters: float32 Vars by checkpoint name ("transformer.h.0.ln_1.weight", …), matrices (N, K);
             low-rank terms by the names that `Linear.low_rank` gives.
         store: where every name that is not a parameter is looked up. These weights get no gradients.
+        frozen: who multiplies by the matrices of the store; None for the host's processor.
         recompute: keep only what enters a block, and compute the block once more for the gradients.
     """
 
@@ -51,6 +52,7 @@ class GradientOps:
         parameters: Mapping[str, Var],
         store: WeightStore | None = None,
         *,
+        frozen: Frozen | None = None,
         recompute: bool = False,
     ) -> None:
         self._jt = startup.import_jittor(device="cpu")
@@ -58,7 +60,7 @@ class GradientOps:
         self.parameters = parameters
         self.store = store
         self.recompute = recompute
-        self._frozen = None if store is None else FrozenProducts(store)
+        self._frozen = FrozenProducts(store) if frozen is None and store is not None else frozen
         self._sincos = self._jt.array(rotary_table(config)).stop_grad()
         self._starts: Var = None
         self._shared = 0
@@ -86,8 +88,8 @@ class GradientOps:
                 f"a sequence has {(firsts + lengths).max()} tokens, more than n_positions {self.config.n_positions}."
             )
         self._shared = shared
-        if self.store is not None:
-            self.store.begin_pass()
+        if self._frozen is not None:
+            self._frozen.begin_pass()
         self._starts = self._jt.array(ends)
 
     def block(self, name: str, compute: Callable[[Var], Var], x: Var) -> Var:
@@ -182,7 +184,7 @@ class GradientOps:
     def _times(self, x: Var, name: str) -> Var:
         if name in self.parameters or self._frozen is None:
             return nodes.linear(x, self._parameter(name))
-        return self._frozen(x, name)
+        return frozen_node(self._frozen, x, name)
 
 
 @dataclass

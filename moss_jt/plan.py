@@ -413,7 +413,7 @@ class _Weights:
 
     def __init__(self, sizes: Sequence[MatrixSize]) -> None:
         self.total = sum(round_up(size.nbytes, PAGE) for size in sizes)
-        self._unit = max(size.unit_bytes for size in sizes)
+        self._unit = max((size.unit_bytes for size in sizes), default=0)
 
     @cached_property
     def rings(self) -> list[Ring]:

@@ -31,7 +31,7 @@ from moss_jt.weights import WeightStore
 TOLD = 4  # numbers of a token that a pass tells the device at once: slot, position, two of a tile
 ROW_BLOCK = 64  # inputs, at most, that share a step where a matrix of 16-bit numbers takes them rounded; of the kernels
 _ALIGNMENT = 256  # of what is taken from the slab
-_PINNED_BYTES = 512  # of main memory that the device can copy from, for each of its own: 8 bytes for a page of 4 KiB
+PINNED_BYTES = 512  # of main memory that the device can copy from, for each of its own: 8 bytes for a page of 4 KiB
 _GRAPH_BYTES = 14 * (64 << 10)  # of a captured block: its launches, and what drivers are said to keep for each of them
 
 Inputs = Literal["float32", "float16", "int8"]  # of products with matrices in int4 and int8; of others, float16 at most
@@ -86,7 +86,7 @@ def device_needs(
         terms: the low-rank terms of an adapter by name.
     """
     if margin is None:
-        margin = MARGIN + sum(size.nbytes for size in sizes) // _PINNED_BYTES + config.n_layer * _GRAPH_BYTES
+        margin = MARGIN + sum(size.nbytes for size in sizes) // PINNED_BYTES + config.n_layer * _GRAPH_BYTES
     tokens = min(PASS_TOKENS, config.n_positions)
     one, two = (sum(workspace_bytes(config, layouts, count, rank_of(terms)).values()) for count in (1, 2))
     tensors = [shape for shape in expected_shapes(config).values() if len(shape) == 1]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from host_device import HostDevice
 
 from moss_jt.adapter import AdapterShape, load_adapter
 from moss_jt.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ from moss_jt.converters.byte_tokenizer import tokenizer_files
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.converters.jittor2hf import jittor2hf
 from moss_jt.converters.quantize import quantize
+from moss_jt.device_weights import DeviceWeights
 from moss_jt.errors import CheckpointError, ConfigError
 from moss_jt.finetune import checkpoint
 from moss_jt.finetune.merge import merge_adapter
@@ -33,6 +35,7 @@ from moss_jt.finetune.start import from_nothing
 from moss_jt.finetune.vocabulary import new_ids, with_rows
 from moss_jt.generation import generate
 from moss_jt.load import load_model
+from moss_jt.memory import parse_size
 from moss_jt.template import Template, answer_text
 from moss_jt.tokenizer import load_tokenizer
 from moss_jt.weights import WeightStore
@@ -231,6 +234,63 @@ def test_less_memory_and_recomputing_change_nothing(
     assert finetune(request).figures["loss"] == pytest.approx(done.figures["loss"], abs=1e-5)
     limited = replace(request, output_dir=tmp_path / "limited", train=SETTINGS, memory=8 << 30)
     assert finetune(limited).figures["loss"] == pytest.approx(done.figures["loss"], abs=1e-5)
+
+
+def test_a_device_trains_the_same_adapter(
+    adapted: Callable[..., tuple[Path, Trained]],
+    request_of: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nearly all weights are copied in every pass, and products rounded to half."""
+    once = replace(SETTINGS, epochs=1)
+    base, done = adapted("tiny-int4/g32", train=once)
+    data = DataSettings(max_length=64)
+    asked = request_of("there", model=base, adapter=AdapterShape(rank=3, alpha=6.0), data=data, device="cuda")
+    monkeypatch.setattr("moss_jt.load.check_device", lambda _: None)
+    monkeypatch.setattr("moss_jt.load.open_accelerator", lambda *_: HostDevice(tmp_path, 1 << 20))
+    with pytest.raises(ConfigError, match="is too little") as told:
+        finetune(replace(asked, train=replace(once, recompute=True)))
+    device = HostDevice(tmp_path, parse_size(str(told.value).partition("at least ")[2].rstrip(".")) + (1 << 12))
+    monkeypatch.setattr("moss_jt.load.open_accelerator", lambda *_: device)
+    weights: list[DeviceWeights] = []
+    load = DeviceWeights.load
+
+    def noted(self: DeviceWeights, *rest: Any) -> None:
+        weights.append(self)
+        load(self, *rest)
+
+    monkeypatch.setattr(DeviceWeights, "load", noted)
+    found = finetune(replace(asked, train=replace(once, recompute=True)))
+    assert found.figures["loss"] == pytest.approx(done.figures["loss"], rel=2e-2)
+    config = Checkpoint.open(base).config
+    terms, same = (load_adapter(path, config).terms for path in (found.path, done.path))
+    for name, values in terms.items():
+        moved = np.linalg.norm(same[name]) if name.endswith("_b") else 1.0
+        assert np.linalg.norm(values - same[name]) < 0.1 * moved, name
+    assert weights[0].copied_bytes > 5 * weights[0].resident_bytes
+    assert device.taken == 0 and not device.pinned, "all is given back"
+
+
+def test_a_device_that_is_too_small_to_train_on(
+    adapted: Callable[..., tuple[Path, Trained]],
+    request_of: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base, done = adapted("tiny-int4/g32")
+    monkeypatch.setattr("moss_jt.load.open_accelerator", lambda *_: HostDevice(tmp_path, 1 << 20))
+    monkeypatch.setattr("moss_jt.load.check_device", lambda _: None)
+    data = DataSettings(max_length=64)
+    asked = request_of("there", model=base, adapter=AdapterShape(rank=3, alpha=6.0), data=data)
+    assert finetune(replace(asked, device="auto")).figures["loss"] == pytest.approx(done.figures["loss"], abs=1e-5)
+    assert "The CPU computes." in caplog.text
+
+
+def test_a_device_only_multiplies_by_what_is_frozen(request_of: Make) -> None:
+    with pytest.raises(ConfigError, match="give --lora_rank, or leave --device out"):
+        finetune(request_of(device="cuda"))
 
 
 def test_adapters_of_other_models_are_refused(

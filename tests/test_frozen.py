@@ -15,7 +15,7 @@ from moss_jt.batch import Batch
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.errors import CheckpointError
-from moss_jt.frozen import COLUMN_BLOCK, TOKEN_LANES, FrozenProducts
+from moss_jt.frozen import COLUMN_BLOCK, TOKEN_LANES, FrozenProducts, frozen_node
 from moss_jt.layout import TILE_ROWS, PlainLayout, RowsLayout, TileLayout
 from moss_jt.model import Moss
 from moss_jt.ops import Linear
@@ -79,7 +79,7 @@ def test_products_and_gradients_of_a_quantised_matrix(
     rng = np.random.default_rng(tokens)
     x, dy = (rng.normal(size=(tokens, size)).astype(np.float32) for size in (k, n))
     var = jittor.array(x)
-    y = FrozenProducts(store)(var, "w")
+    y = frozen_node(FrozenProducts(store), var, "w")
     near(y.numpy(), x @ weight.T, 1e-5)
     (dx,) = jittor.grad((y * jittor.array(dy)).sum(), [var])
     near(dx.numpy(), dy @ weight, 1e-5)
@@ -105,7 +105,7 @@ def test_cuts_change_no_bit(jittor: Any) -> None:
 
 def test_a_matrix_that_is_missing_is_named(jittor: Any) -> None:
     with pytest.raises(CheckpointError, match=r"has no matrix blocks\.9"):
-        FrozenProducts(WeightStore())(jittor.ones((2, 4)), "blocks.9")
+        frozen_node(FrozenProducts(WeightStore()), jittor.ones((2, 4)), "blocks.9")
 
 
 @pytest.fixture(scope="module", params=SETS)

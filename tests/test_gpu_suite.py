@@ -21,6 +21,7 @@ from conftest import has_device
 from host_device import HostDevice
 
 from moss_jt.bench import parse_synthetic, pass_bytes
+from moss_jt.config import MossConfig
 from moss_jt.plan import matrix_sizes
 from moss_jt.synthetic import layouts_of
 
@@ -101,6 +102,15 @@ def test_what_swapping_moved_and_took_is_told(offload: Any) -> None:
     row = offload.row_of(ours, theirs, 2.0, 1000)
     assert row["swapped_bytes"]["median"] == 120 and row["within_cap"] is False and row["their_start_s"] == 61.5
     assert offload.row_of(ours, {"failed": "another ended with 1: no"}, 2.0, 1000)["failed"].endswith("no")
+
+
+def test_products_of_training_are_timed(benchmark_module: Import, tmp_path: Path) -> None:
+    suite = benchmark_module("gpu_train")
+    shape = MossConfig(vocab_size=64, n_embd=128, n_layer=1, n_head=4, rotary_dim=32, dtype="float16")
+    found = suite.train(lambda: HostDevice(tmp_path), lambda *_: 1.0, kinds=[4], shape=shape, tokens=[3], runs=1)
+    assert len(found) == 4 * 2
+    assert found["int4 qkv_proj 3 back"]["tflop_per_s"]["runs"] == 1
+    assert found["int4 fc_out 3 forward"]["of_halves"] > 0
 
 
 def test_both_sides_multiply_with_the_same_bytes(offload: Any) -> None:

@@ -13,15 +13,18 @@ import numpy as np
 from moss_jt.adapter import Adapter, AdapterShape, save_adapter
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import FloatType, MossConfig
+from moss_jt.device import Device
 from moss_jt.errors import ConfigError
 from moss_jt.finetune.disk import writing
 from moss_jt.finetune.parameters import Parameters
 from moss_jt.finetune.settings import TrainSettings
 from moss_jt.finetune.start import hash_of
+from moss_jt.frozen import Frozen
+from moss_jt.frozen_device import DeviceFrozen, plan_frozen
 from moss_jt.memory import memory_for, resident_memory
 from moss_jt.model import Moss
 from moss_jt.ops_grad import CHUNK_NUMBERS, LossOps
-from moss_jt.plan import make_plan, matrix_sizes, needs_of
+from moss_jt.plan import make_plan, matrix_sizes, needs_of, rest_of
 from moss_jt.progress import Progress
 from moss_jt.weights import WeightStore
 
@@ -41,6 +44,7 @@ class Adapted:
         store: the model's weights.
         recompute: see TrainSettings.
         origin: a hash of the model.
+        frozen: who multiplies by its matrices; None for the host's processor.
     """
 
     config: MossConfig
@@ -49,6 +53,7 @@ class Adapted:
     store: WeightStore
     recompute: bool = False
     origin: str = ""
+    frozen: Frozen | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -69,7 +74,7 @@ class Adapted:
 
     def make_ops(self, variables: Mapping[str, Any]) -> LossOps:
         """The steps over Vars of the terms."""
-        return LossOps(self.config, variables, self.store, recompute=self.recompute)
+        return LossOps(self.config, variables, self.store, frozen=self.frozen, recompute=self.recompute)
 
     def write(self, folder: Path, *, tokenizer: Path, dtype: FloatType, name: str, progress: Progress) -> None:
         """Write the adapter; its terms are float32 and the tokenizer is the model's."""
@@ -86,6 +91,7 @@ def over_folder(
     *,
     longest: int,
     memory: int | None,
+    device: Device | None = None,
     progress: Progress,
 ) -> Adapted:
     """Begin an adapter: A is random, B zero, so the model is what it was.
@@ -96,11 +102,14 @@ def over_folder(
         settings: of the run.
         longest: tokens of the longest sample.
         memory: of the whole process, bytes; weights that do not fit are read from disk in every pass. None holds all.
+        device: multiplies by the model's matrices; as many of their rows as fit lie there, the rest in memory or on disk. It
+            stays the caller's. None for the host's processor.
         progress: told about loading.
 
     Raises:
-        ConfigError: the memory is too little; the least that would do is named.
+        ConfigError: a memory is too little; the least that would do is named.
         DeviceMemoryError: the system does not give it.
+        KernelError: the device computes wrong.
     """
     config = checkpoint.config
     parameters = Parameters(shape.shapes(config))
@@ -109,25 +118,29 @@ def over_folder(
             rng = np.random.Generator(np.random.PCG64([settings.seed, zlib.crc32(name.encode())]))
             spread = np.float32(1.0 / np.sqrt(slot.shape[1]))
             parameters.array(name)[...] = rng.standard_normal(slot.shape, np.float32) * spread
+    layouts = {name: entry.layout for name, entry in checkpoint.entries.items()}
+    sizes = matrix_sizes(config, layouts)
+    tokens = min(max(settings.pass_tokens, longest), longest * settings.batch_size * settings.accumulation)
+    on_device = None if device is None else plan_frozen(device, sizes, layouts, tokens)
+    base = {} if on_device is None else on_device.plan.resident
     plan = None
     if memory is not None:
-        sizes = matrix_sizes(config, {name: entry.layout for name, entry in checkpoint.entries.items()})
-        step = longest * settings.batch_size * settings.accumulation
-        tokens = min(max(settings.pass_tokens, longest), step)
         extra = _COPIES_OF_PARAMETERS * parameters.values.nbytes + 3 * _FLOAT * CHUNK_NUMBERS
         needs = replace(
-            needs_of(config, sizes, base=resident_memory(), kv="float32"),
+            needs_of(config, sizes, base=resident_memory() + extra, kv="float32"),
             kv_token_bytes=token_bytes(config, shape, recompute=settings.recompute),
             positions=tokens,
         )
-        needs = replace(needs, base=needs.base + extra)
         try:
-            plan = make_plan(sizes, needs, memory=memory, context=tokens)
+            plan = make_plan(rest_of(sizes, base), needs, memory=memory, context=tokens)
         except ConfigError as error:
             raise ConfigError(f"{error} Smaller --pass_tokens and --recompute need less.") from error
     with memory_for("the weights"):
-        store = WeightStore(checkpoint, plan, progress)
-    return Adapted(config, shape, parameters, store, settings.recompute, hash_of(checkpoint))
+        store = WeightStore(checkpoint, plan, progress, base=base)
+    frozen = None
+    if device is not None and on_device is not None:
+        frozen = DeviceFrozen(device, store, sizes, on_device, progress)
+    return Adapted(config, shape, parameters, store, settings.recompute, hash_of(checkpoint), frozen)
 
 
 def token_bytes(config: MossConfig, shape: AdapterShape, *, recompute: bool) -> int:

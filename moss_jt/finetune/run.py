@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ from moss_jt import startup
 from moss_jt.adapter import AdapterShape
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import FloatType, MossConfig
-from moss_jt.errors import ConfigError, DiskError
+from moss_jt.device import Device
+from moss_jt.errors import ConfigError, DeviceMemoryError, DiskError
 from moss_jt.finetune.checkpoint import checkpoints
 from moss_jt.finetune.data import Samples, load_samples
 from moss_jt.finetune.export import check_destination
@@ -24,9 +27,11 @@ from moss_jt.finetune.settings import DataSettings, TrainSettings
 from moss_jt.finetune.start import Student, Whole, from_folder, from_nothing, read_shape
 from moss_jt.finetune.trainer import Alone, Job, Log, NoLog, Scalars, Team, Trainer
 from moss_jt.finetune.vocabulary import extend_tokenizer, new_ids, read_tokens, with_rows
-from moss_jt.load import native_folder
+from moss_jt.load import DeviceName, close_device, native_folder, open_checked
 from moss_jt.progress import Progress, Quiet
 from moss_jt.tokenizer import Tokenizer, load_tokenizer
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Request:
         data, train: how.
         adapter: train low-rank terms of this shape and leave the model as it is; None trains everything.
         memory: of the whole process, in bytes, where an adapter is trained; None holds all weights.
+        device: multiplies by the matrices of the model, where an adapter is trained.
+        vram: of the process on that device, in bytes; None for what is free there.
         dtype: of the exported weights.
         resume: go on from the newest checkpoint.
         log_dir: folder of the logs; None for `output_dir/log`.
@@ -59,6 +66,8 @@ class Request:
     train: TrainSettings = field(default_factory=TrainSettings)
     adapter: AdapterShape | None = None
     memory: int | None = None
+    device: DeviceName = "cpu"
+    vram: int | None = None
     dtype: FloatType = "float16"
     resume: bool = False
     log_dir: Path | None = None
@@ -91,6 +100,7 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
         CheckpointError: the model or a checkpoint is broken.
         DiskError: the disk is full or fails.
         DeviceMemoryError: the memory is not enough.
+        KernelError: the device that was asked for cannot be used.
     """
     team, progress = team or Alone(), progress or Quiet()
     if team.rank:
@@ -110,26 +120,27 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
     target = request.output_dir / ("model" if request.adapter is None else "adapter")
     check_destination(target)
     startup.import_jittor(device="cpu", progress=progress)
-    student = _student(request, model_dir, training, progress)
-    if new:
-        assert isinstance(student, Whole), "checked with the places"
-        student = with_rows(student, tokenizer, new)
-    for samples in (training, validation):
-        _check_fits(student.config, tokenizer, samples)
-    job = Job(
-        student.network(),
-        student.make_ops,
-        student.parameters,
-        training,
-        validation,
-        folder=request.output_dir,
-        identity=student.identity,
-    )
-    trainer = Trainer(job, request.train, team=team, progress=progress)
-    if request.resume:
-        trainer.resume()
-    with _log(request, team, begun=trainer.done) as trainer.log:
-        figures = trainer.run()
+    with _device(request, progress) as device:
+        student = _student(request, model_dir, training, device, progress)
+        if new:
+            assert isinstance(student, Whole), "checked with the places"
+            student = with_rows(student, tokenizer, new)
+        for samples in (training, validation):
+            _check_fits(student.config, tokenizer, samples)
+        job = Job(
+            student.network(),
+            student.make_ops,
+            student.parameters,
+            training,
+            validation,
+            folder=request.output_dir,
+            identity=student.identity,
+        )
+        trainer = Trainer(job, request.train, team=team, progress=progress)
+        if request.resume:
+            trainer.resume()
+        with _log(request, team, begun=trainer.done) as trainer.log:
+            figures = trainer.run()
     if not team.rank:
         name = request.output_dir.name
         try:
@@ -183,7 +194,31 @@ def _data(request: Request, tokenizer_dir: Path, progress: Progress) -> tuple[Sa
     return training, found
 
 
-def _student(request: Request, model_dir: Path | None, training: Samples, progress: Progress) -> Student:
+@contextmanager
+def _device(request: Request, progress: Progress) -> Iterator[Device | None]:
+    """The device that multiplies, open for as long as training takes; None for the host's processor.
+
+    Raises:
+        ConfigError: one is asked for where everything is trained, or a limit for none.
+        KernelError: what was asked for is not there, or computes wrong.
+    """
+    if request.adapter is None and (request.device != "cpu" or request.vram is not None):
+        raise ConfigError(
+            "a device multiplies by weights that stay as they are: give --lora_rank, or leave --device out."
+        )
+    device = open_checked(request.device, request.vram, progress)
+    if device is None and request.vram is not None:
+        raise ConfigError("--vram was given, and no device is used. Leave it out, or see `moss-jt doctor`.")
+    try:
+        yield device
+    finally:
+        if device is not None:
+            close_device(device)
+
+
+def _student(
+    request: Request, model_dir: Path | None, training: Samples, device: Device | None, progress: Progress
+) -> Student:
     """What is trained."""
     settings = request.train
     if model_dir is None:
@@ -193,7 +228,17 @@ def _student(request: Request, model_dir: Path | None, training: Samples, progre
     if request.adapter is None:
         return from_folder(checkpoint, recompute=settings.recompute)
     longest = int(training.lengths.max(initial=0))
-    return over_folder(checkpoint, request.adapter, settings, longest=longest, memory=request.memory, progress=progress)
+    begin = partial(
+        over_folder, checkpoint, request.adapter, settings, longest=longest, memory=request.memory, progress=progress
+    )
+    try:
+        return begin(device=device)
+    except (ConfigError, DeviceMemoryError) as error:
+        if device is None or request.device != "auto" or request.vram is not None:
+            raise
+        _logger.warning("%s The CPU computes.", error)
+        device.close()
+        return begin()
 
 
 @contextmanager
