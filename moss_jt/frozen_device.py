@@ -29,6 +29,7 @@ Floats = npt.NDArray[np.float32]
 Layouts = Mapping[str, RowsLayout | TileLayout]
 
 _LEAST_TOKENS = 64  # that should have room at once, however small the memory is
+_MOST_TOKENS = 1 << 15  # of a launch, whose grid has up to 65,535 of them
 _BUFFERS_SHARE = 4  # buffers of more take one part of a device's memory of so many, at most
 _ALIGNMENT = 256  # of what is taken from the slab
 _CHECKED_TOKENS, _CHECKED_WITHIN = 70, 1e-2
@@ -91,7 +92,7 @@ def _numbers(layouts: Layouts, tokens: int) -> int:
 
 def _at_once(layout: RowsLayout | TileLayout, numbers: int) -> int:
     """Tokens that have room in buffers of so many numbers."""
-    return numbers // max(layout.shape)
+    return min(numbers // max(layout.shape), _MOST_TOKENS)
 
 
 def _buffer_bytes(layouts: Layouts, tokens: int) -> dict[str, int]:

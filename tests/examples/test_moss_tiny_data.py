@@ -399,6 +399,9 @@ def test_a_blurred_task_keeps_its_numbers() -> None:
     chinese = [blurred(rng, "有12排椅子，每排3把", lambda: "绿色的瓶子", "zh") for _ in range(400)]
     assert all(NUMBER.findall(text) == ["12", "3"] for text in chinese)
     assert any("绿" in text for text in chinese)
+    beside = [blurred(rng, "把6和41的商算出来", lambda: "绿", "zh") for _ in range(400)]
+    assert all(NUMBER.findall(text) == ["6", "41"] for text in beside), "two never become one"
+    assert len(set(beside)) > 1
 
 
 def test_what_was_reported_is_what_is_asked() -> None:

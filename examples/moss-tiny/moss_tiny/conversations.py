@@ -28,8 +28,8 @@ from moss_tiny.wordings import LANGUAGES, Language, expand
 
 FIELDS, README = Template("fields"), Template("readme")
 TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conversation, with its weight
-    ((), 180),
-    (("calc", "solve"), 14),
+    ((), 195),
+    (("calc", "solve"), 45),
     (("search", "calc", "solve"), 70),
     (("search", "calc", "solve", "draw"), 4),
     (("calc",), 5),
@@ -39,7 +39,7 @@ TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conver
     (("calc", "solve", "draw"), 3),
 )
 KINDS_PLAIN = {"product": 46, "small": 34, "sum": 5, "equation": 2, "picture": 2, "repeat": 4, "name": 2}
-KINDS_TOOLS = {"product": 20, "small": 20, "sum": 32, "pair": 4, "equation": 18, "picture": 2, "repeat": 3, "name": 1}
+KINDS_TOOLS = {"product": 20, "small": 20, "sum": 46, "pair": 4, "equation": 18, "picture": 2, "repeat": 3, "name": 1}
 KINDS_SEARCH = {**KINDS_TOOLS, "product": 44, "small": 36}
 PICTURES = 15  # instead of 2 where they can be drawn
 TURNS = (1, 1, 1, 2, 2, 3)  # of a conversation, in tasks; some tasks take more than one turn
@@ -48,7 +48,7 @@ SNIPPETS = 0.88  # of searches, those that show parts of passages, which cost le
 SNIPPET = (24, 96)  # characters of a part
 CUT = 0.6  # of conversations that end with a call, those that end there: what to call costs little to learn
 IN_FIELDS = 0.1  # of conversations without tools, those in the five-field form all the same
-FOLLOWED = 0.35  # of calculations, those that a next question goes on with
+FOLLOWED = 0.4  # of calculations, those that a next question goes on with
 AFRESH = 0.25  # of calculations, those after which another one is asked that has nothing to do with the result
 SWITCHED = 0.08  # of turns, those in the other language
 

@@ -42,7 +42,7 @@ class Recipe:
         group: inputs that share a scale in int8.
     """
 
-    conversations: int = 250000
+    conversations: int = 340000
     validation: int = 120
     for_tokenizer: int = 30000
     width: int = 256

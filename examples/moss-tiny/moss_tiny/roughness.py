@@ -27,6 +27,7 @@ REPLACED = 0.7  # of those words, those that others stand for
 JOINED = 0.15  # of questions in words, those behind which the same is asked once more
 _NOT_NAMES = r"(?<![-/])(?<!moss-jt )(?<!moss-jt models )(?<!moss-convert )"  # else it names an option or a command
 _CHARACTERS = re.compile(r"[\x21-\x7e]+|\s+|.")  # of Chinese; a word in Latin letters is one
+_DIGITS = re.compile(r"\d+")
 _FEW = 4  # a question of fewer words keeps them all
 _KEEP_CAPITAL = ("I ", "I'", "MO")
 
@@ -91,7 +92,8 @@ def blurred(rng: random.Random, question: str, draw: Callable[[], str], language
         elif rng.random() < REPLACED:
             other = rng.choice(_words(draw(), language))
             kept += [] if _has_digit(other) else [other]
-    return _joined(kept, language)
+    left = _joined(kept, language)
+    return left if len(_DIGITS.findall(left)) == len(_DIGITS.findall(question)) else question  # two became one
 
 
 def _has_digit(word: str) -> bool:

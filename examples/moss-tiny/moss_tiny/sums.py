@@ -47,12 +47,12 @@ SHAPES = {  # of written expressions, with their weight
 }
 LARGEST = {"percent": 99, "power": 99, "square": 999, "cube": 99}  # of the first number, else results grow long
 PLAIN_SHARE = 0.25  # of wordings, those in the plain words that the file begins with
-PLAINEST_SHARE = 0.25  # of calculations, the four kinds in the plainest words: among so many others they become rare
+PLAINEST_SHARE = 0.16  # of calculations, the four kinds in the plainest words: among so many others they become rare
 _PLAINEST = ("add", "subtract", "multiply", "divide")
 PIECED = 0.2  # of tasks in words, those whose wording is made of parts of several
 PIECES = 4  # wordings that such a one may take parts of, besides its own; those with another order of numbers give none
 SMALL_SHARE = 0.3  # of those calculations, the ones with numbers below 100: "What is 6 times 7?"
-_WRITTEN_SHARE = 0.35  # of questions with a written expression rather than words
+_WRITTEN_SHARE = 0.2  # of questions with a written expression rather than words
 _HELD_WRITTEN_SHARE = 0.45  # the same in the evaluation, whose questions stay the same
 _FRAMED_SHARE = 0.35  # of questions in words, those that are "What is …?"
 _PLACE = re.compile(r"(\{[a-z]\})")
