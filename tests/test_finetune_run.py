@@ -288,7 +288,9 @@ def test_a_device_that_is_too_small_to_train_on(
     assert "The CPU computes." in caplog.text
 
 
-def test_a_device_only_multiplies_by_what_is_frozen(request_of: Make) -> None:
+def test_devices_that_cannot_be_meant(request_of: Make) -> None:
+    with pytest.raises(ConfigError, match='device is "gpu"; known are'):
+        finetune(request_of(device="gpu", adapter=AdapterShape(rank=2, alpha=4.0)))
     with pytest.raises(ConfigError, match="give --lora_rank, or leave --device out"):
         finetune(request_of(device="cuda"))
 

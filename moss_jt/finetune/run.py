@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from moss_jt import startup
+from moss_jt.accelerator import check_device_name
 from moss_jt.adapter import AdapterShape
 from moss_jt.checkpoint import Checkpoint
 from moss_jt.config import FloatType, MossConfig
@@ -106,6 +107,7 @@ def finetune(request: Request, *, team: Team | None = None, progress: Progress |
     if team.rank:
         team.add_up(np.zeros(2, np.float32))  # the first process converts and encodes what the others then find
     _refuse_to_mix(request)
+    _check_device(request)
     model_dir, tokenizer_dir = _places(request, progress)
     tokenizer, new = load_tokenizer(tokenizer_dir), dict[str, int]()
     if request.new_tokens is not None:
@@ -194,18 +196,27 @@ def _data(request: Request, tokenizer_dir: Path, progress: Progress) -> tuple[Sa
     return training, found
 
 
+def _check_device(request: Request) -> None:
+    """See that a device has something to do, before anything is read or written.
+
+    Raises:
+        ConfigError: everything is trained, or the device has no such name.
+    """
+    check_device_name(request.device)
+    if request.adapter is None and (request.device != "cpu" or request.vram is not None):
+        raise ConfigError(
+            "a device multiplies by weights that stay as they are: give --lora_rank, or leave --device out."
+        )
+
+
 @contextmanager
 def _device(request: Request, progress: Progress) -> Iterator[Device | None]:
     """The device that multiplies, open for as long as training takes; None for the host's processor.
 
     Raises:
-        ConfigError: one is asked for where everything is trained, or a limit for none.
+        ConfigError: there is a limit, and no device.
         KernelError: what was asked for is not there, or computes wrong.
     """
-    if request.adapter is None and (request.device != "cpu" or request.vram is not None):
-        raise ConfigError(
-            "a device multiplies by weights that stay as they are: give --lora_rank, or leave --device out."
-        )
     device = open_checked(request.device, request.vram, progress)
     if device is None and request.vram is not None:
         raise ConfigError("--vram was given, and no device is used. Leave it out, or see `moss-jt doctor`.")
