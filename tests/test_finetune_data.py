@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moss_jt.errors import ConfigError
-from moss_jt.finetune.batches import Order, learned_tokens, passes_of
+from moss_jt.finetune.batches import Order, deal, learned_tokens, passes_of
 from moss_jt.finetune.data import Samples, join, load_samples
 from moss_jt.finetune.encoding import NOT_LEARNED, Encoder, Sample
 from moss_jt.finetune.records import read_records
@@ -226,6 +226,21 @@ def test_passes_hold_every_token_that_counts() -> None:
         assert (one.batch.ids[one.batch.wanted] + 1 == one.labels).all()
         seen += [int(one.batch.ids[one.batch.slots == slot][0]) // 100 for slot in np.unique(one.batch.slots)]
     assert seen == numbers
+
+
+def test_processes_get_as_much_to_do() -> None:
+    lengths = np.random.default_rng(3).integers(20, 300, 24)
+    shares = deal(lengths, 3)
+    assert sorted(place for share in shares for place in share) == list(range(24)), "each sample once"
+    assert all(share == sorted(share) for share in shares), "in their order, whatever the process"
+    tokens = [int(lengths[share].sum()) for share in shares]
+    assert max(tokens) < 1.02 * lengths.sum() / 3
+    assert deal(np.array([7, 7, 7, 7]), 2) == [[0, 2], [1, 3]]
+    assert deal(lengths, 1) == [list(range(24))]
+
+
+def test_fewer_samples_than_processes_leave_some_idle() -> None:
+    assert deal(np.array([5, 9]), 3) == [[1], [0], []]
 
 
 def test_what_samples_begin_with_stands_once() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,29 @@ class Order:
             rng = np.random.Generator(np.random.PCG64([self._seed, epoch]))
             self._known = (epoch, rng.permutation(self._count))
         return self._known[1][place * self._size : (place + 1) * self._size]
+
+
+def deal(lengths: npt.NDArray[Any], processes: int) -> list[list[int]]:
+    """Share the samples of a step out so that no process has long to wait for another.
+
+    The longest first, each to the process with the fewest tokens.
+
+    Args:
+        lengths: tokens of each sample, (N,).
+        processes: that take them.
+
+    Returns:
+        for each process its samples, as places in `lengths`, in their order.
+
+    Source: Graham 1969, "Bounds on multiprocessing timing anomalies".
+    """
+    taken: list[list[int]] = [[] for _ in range(processes)]
+    tokens = [0] * processes
+    for place in np.argsort(-lengths, kind="stable").tolist():
+        least = tokens.index(min(tokens))
+        taken[least].append(place)
+        tokens[least] += int(lengths[place])
+    return [sorted(places) for places in taken]
 
 
 def passes_of(samples: Samples, numbers: Sequence[int] | npt.NDArray[np.int64], pass_tokens: int) -> Iterator[Pass]:

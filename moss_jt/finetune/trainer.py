@@ -22,7 +22,7 @@ import numpy.typing as npt
 from moss_jt import startup
 from moss_jt.errors import ConfigError
 from moss_jt.finetune import checkpoint
-from moss_jt.finetune.batches import Order, Pass, learned_tokens, passes_of
+from moss_jt.finetune.batches import Order, Pass, deal, learned_tokens, passes_of
 from moss_jt.finetune.data import Samples
 from moss_jt.finetune.interrupts import held_back, terminating
 from moss_jt.finetune.optimizer import AdamW
@@ -183,7 +183,7 @@ class Trainer:
         numbers = self.order.step(self.done)
         total = learned_tokens(self.job.training, numbers)
         self._take_up(self.trained_at(self.done))
-        mine = numbers[self.team.rank :: self.team.size]
+        mine = numbers[deal(self.job.training.lengths[numbers], self.team.size)[self.team.rank]]
         sums = self._gradients(list(passes_of(self.job.training, mine, settings.pass_tokens)), total)
         names = self._trained
         norm = self._optimizer.gradient_norm(names)
