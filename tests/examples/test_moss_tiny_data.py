@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moss_tiny.conversations import FIELDS, README, TOOL_SETS, Maker, write_conversations
+from moss_tiny.conversations import FIELDS, README, TOOL_SETS, Maker, is_written, write_conversations
 from moss_tiny.documentation import ROOT, Documentation
 from moss_tiny.equations import STORIES
 from moss_tiny.intents import frames_of, read_intents
+from moss_tiny.making import Recipe, make_data
 from moss_tiny.numbers import draw, draw_decimal, is_held_back
 from moss_tiny.questions import COUNTS, Question, make_questions
 from moss_tiny.results import calls_of, results_of
-from moss_tiny.roughness import blurred, mixed, noisy, reworded, rough, thinned, wrapped
+from moss_tiny.roughness import blurred, blurred_around, mixed, noisy, reworded, rough, thinned, wrapped
 from moss_tiny.scoring import is_same_call
-from moss_tiny.sums import FOLLOWING, KINDS, story, task_in_words
+from moss_tiny.sums import FOLLOWING, KINDS, Task, story, task_in_words
 from moss_tiny.thoughts import thought, thoughts
 from moss_tiny.turns import TOOL_OF
 from moss_tiny.wordings import LANGUAGES, Language, expand, read_blocks, texts
@@ -198,10 +199,22 @@ def test_numbers_of_training_and_evaluation_share_none(records: list[dict[str, A
 def test_the_same_seed_gives_the_same_file(pages: Documentation, tmp_path: Path) -> None:
     maker = Maker(pages.search)
     for name, seed in (("one", 5), ("two", 5), ("other", 6)):
-        write_conversations(tmp_path / name, maker, count=20, seed=seed)
+        write_conversations(tmp_path / name, maker, numbers=range(20), seed=seed)
     one, two, other = ((tmp_path / name).read_bytes() for name in ("one", "two", "other"))
     assert one == two != other
     assert len([json.loads(line) for line in one.splitlines()]) == 20
+
+
+def test_the_data_are_the_same_however_many_processes_write_them(tmp_path: Path) -> None:
+    recipe = Recipe(conversations=41, validation=5)
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        make_data(folder, recipe, processes=processes)
+        assert sorted(path.name for path in (folder / "data").iterdir()) == ["train.jsonl", "val.jsonl"]
+    one, two = ((tmp_path / name / "data" / "train.jsonl").read_bytes() for name in "12")
+    assert one == two
+    assert one.count(b"\n") == 41
 
 
 def test_fields_are_those_of_the_training_format(records: list[dict[str, Any]]) -> None:
@@ -387,6 +400,31 @@ def test_a_wording_of_parts_is_none_that_is_held_back(monkeypatch: pytest.Monkey
                     (command,) = texts(block, "command", language)
                     assert set(PLACE.findall(pieced)) == set(PLACE.findall(command)) - {"{r}"}, pieced
     assert made > 1000
+
+
+def test_other_words_around_a_formula_leave_it_whole() -> None:
+    rng = random.Random(2)
+    cases: tuple[tuple[str, str, Language], ...] = (
+        ("Please solve x + 24 = 56 for me", "ten green x bottles 7 - 2", "en"),
+        ("请解方程x + 24 = 56，谢谢", "绿色的 x 瓶子 7-2", "zh"),
+    )
+    for question, other, language in cases:
+        said = {blurred_around(rng, question, partial(str, other), language) for _ in range(600)}
+        assert len(said) > 100, "words are left out, replaced, or come first"
+        assert all(text.count("x + 24 = 56") == 1 and "7" not in text and "-" not in text for text in said)
+        assert any(not text.startswith(question[:2]) for text in said)
+    assert blurred_around(rng, "x=4", lambda: "7 x", "en") == "x=4", "there is no word"
+
+
+def test_a_formula_is_known_however_it_is_written() -> None:
+    for question, command, is_formula in (
+        ("what is 37 x 489?", 'Calculate("37*489")', True),
+        ("12 ÷ 5 and 3+4", 'Calculate("12/5"), Calculate("3+4")', True),
+        ("x + y = 3; x-y=1", 'Solve("x+y=3;x-y=1")', True),
+        ("37 times 489", 'Calculate("37*489")', False),
+        ("What plus 5 = 20?", 'Solve("x+5=20")', False),
+    ):
+        assert is_written(Task(question, command)) == is_formula, question
 
 
 def test_a_blurred_task_keeps_its_numbers() -> None:

@@ -21,7 +21,7 @@ from moss_tiny.copying import draw_name, draw_picture, draw_repeat
 from moss_tiny.equations import draw_equation
 from moss_tiny.intents import Intent, read_intents
 from moss_tiny.results import Search
-from moss_tiny.roughness import JOINED, MIXED, blurred, mixed, noisy, rough, wrapped
+from moss_tiny.roughness import JOINED, MIXED, blurred, blurred_around, mixed, noisy, rough, wrapped
 from moss_tiny.sums import Task, draw_following, draw_pair, draw_sum
 from moss_tiny.turns import Answered, Tools, lost_turn, plain_turn, search_turn, task_turn
 from moss_tiny.wordings import LANGUAGES, Language, expand
@@ -38,9 +38,9 @@ TOOL_SETS: tuple[tuple[tuple[str, ...], int], ...] = (  # what is on in a conver
     (("draw",), 2),
     (("calc", "solve", "draw"), 3),
 )
-KINDS_PLAIN = {"product": 46, "small": 34, "sum": 5, "equation": 2, "picture": 2, "repeat": 4, "name": 2}
+KINDS_PLAIN = {"product": 44, "small": 38, "sum": 5, "equation": 2, "picture": 2, "repeat": 4, "name": 2}
 KINDS_TOOLS = {"product": 20, "small": 20, "sum": 46, "pair": 4, "equation": 18, "picture": 2, "repeat": 3, "name": 1}
-KINDS_SEARCH = {**KINDS_TOOLS, "product": 44, "small": 36}
+KINDS_SEARCH = {**KINDS_TOOLS, "product": 43, "small": 39}
 PICTURES = 15  # instead of 2 where they can be drawn
 TURNS = (1, 1, 1, 2, 2, 3)  # of a conversation, in tasks; some tasks take more than one turn
 SHOWN = (1, 1, 1, 2, 3)  # hits of a search that are shown: any of them, so that the answer must be looked for
@@ -53,7 +53,8 @@ AFRESH = 0.25  # of calculations, those after which another one is asked that ha
 SWITCHED = 0.08  # of turns, those in the other language
 
 _FIELD = re.compile(r"<\|(Human|Inner Thoughts|Commands|Results|MOSS)\|>:.*?<eo[htcrm]>\n", re.DOTALL)
-_WRITTEN = re.compile(r"[-+*/×÷=^]")  # in it nothing may come between
+_SIGNS = re.compile(r"[-+*/×÷=^]")  # where one stands, nothing may come between
+_WRITTEN = re.compile(r'\("(.+?)"\)')  # in a call
 _KEYS = {"Results": "Tool Responses"}
 
 
@@ -135,10 +136,10 @@ def snippet(rng: random.Random, hit: Hit) -> Hit:
     return replace(hit, text=hit.text[start : start + length].strip() or hit.text)
 
 
-def write_conversations(path: Path, maker: Maker, *, count: int, seed: int) -> None:
-    """Write conversations, one a line; the same seed gives the same file."""
+def write_conversations(path: Path, maker: Maker, *, numbers: range, seed: int) -> None:
+    """Write conversations, one a line; what one says depends on its number and the seed alone."""
     with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
+        for number in numbers:
             record = maker.conversation(random.Random(f"{seed}/{number}"))
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -213,9 +214,21 @@ def _draw(rng: random.Random, kind: str, language: Language) -> Task:
 
 def _spoiled(rng: random.Random, task: Task, language: Language) -> Task:
     """A calculation or an equation as somebody might type it, perhaps with words that mean nothing to it."""
-    if not _WRITTEN.search(task.question):
-        task = replace(task, question=blurred(rng, task.question, lambda: _any_question(rng, language), language))
-    return _typed(rng, task, language)
+    if is_written(task):
+        change = blurred_around
+    elif not _SIGNS.search(task.question):
+        change = blurred
+    else:
+        return _typed(rng, task, language)
+    question = change(rng, task.question, lambda: _any_question(rng, language), language)
+    return _typed(rng, replace(task, question=question), language)
+
+
+def is_written(task: Task) -> bool:
+    """Whether a question holds what its calls are given, sign by sign, however these are written."""
+    question = task.question.replace(" ", "").replace("×", "*").replace("÷", "/")
+    parts = [part for given in _WRITTEN.findall(task.command) for part in given.split(";")]
+    return any(all(part in text for part in parts) for text in (question, question.replace("x", "*")))
 
 
 def _going_on(rng: random.Random, language: Language, result: str) -> Task:
@@ -224,7 +237,8 @@ def _going_on(rng: random.Random, language: Language, result: str) -> Task:
 
 def _typed(rng: random.Random, task: Task, language: Language) -> Task:
     """A task with words too many, words around it, no capital."""
-    question = task.question if _WRITTEN.search(task.question) else noisy(rng, task.question, language)
+    is_fixed = is_written(task) or _SIGNS.search(task.question)
+    question = task.question if is_fixed else noisy(rng, task.question, language)
     return replace(task, question=wrapped(rng, question, language))
 
 

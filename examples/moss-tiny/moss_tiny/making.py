@@ -8,8 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +67,7 @@ def make(out: Path, recipe: Recipe, *, until: str = STEPS[-1], processes: int = 
         out: folder for what is made.
         recipe: the numbers; what was made with others must be removed first.
         until: the last step.
-        processes: that train together; they share the cores, and the conversations of a step.
+        processes: that write the data and train together; they share the cores, and the conversations of a step.
         say: told what is being done.
 
     Raises:
@@ -74,12 +77,11 @@ def make(out: Path, recipe: Recipe, *, until: str = STEPS[-1], processes: int = 
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     _check_recipe(out / "recipe.json", recipe)
-    together = partial(train, processes=processes)
     does: dict[str, Callable[[Path, Recipe], None]]
     does = {
-        "data": make_data,
+        "data": partial(make_data, processes=processes),
         "tokenizer": make_tokenizer,
-        "train": together,
+        "train": partial(train, processes=processes),
         "quantize": quantize,
         "evaluate": evaluate,
     }
@@ -88,16 +90,32 @@ def make(out: Path, recipe: Recipe, *, until: str = STEPS[-1], processes: int = 
         does[step](out, recipe)
 
 
-def make_data(out: Path, recipe: Recipe) -> None:
-    """Write train.jsonl and val.jsonl."""
+def make_data(out: Path, recipe: Recipe, *, processes: int = 1) -> None:
+    """Write train.jsonl and val.jsonl; the same, however many processes write them."""
     data = out / "data"
     if (data / "train.jsonl").exists():
         return
     data.mkdir(exist_ok=True)
-    maker = Maker(Documentation(out / "pages").search)
-    write_conversations(data / "val.jsonl", maker, count=recipe.validation, seed=VALIDATION_SEED)
-    write_conversations(data / "train.new", maker, count=recipe.conversations, seed=0)
+    _write_part(data / "val.jsonl", out / "pages", range(recipe.validation), VALIDATION_SEED)
+    cuts = [recipe.conversations * part // processes for part in range(processes + 1)]
+    numbers = [range(first, end) for first, end in pairwise(cuts)]
+    parts = [data / f"train-{part}.new" for part in range(processes)]
+    pages = [out / f"pages-{part}" for part in range(processes)]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_write_part, parts, pages, numbers, repeat(0)))
+    with (data / "train.new").open("wb") as whole:
+        for part in parts:
+            with part.open("rb") as file:
+                shutil.copyfileobj(file, whole)
+    for part, folder in zip(parts, pages, strict=True):
+        part.unlink()
+        shutil.rmtree(folder)
     (data / "train.new").rename(data / "train.jsonl")
+
+
+def _write_part(path: Path, pages: Path, numbers: range, seed: int) -> None:
+    """Write some of the conversations, with an index of the documentation of their own."""
+    write_conversations(path, Maker(Documentation(pages).search), numbers=numbers, seed=seed)
 
 
 def make_tokenizer(out: Path, recipe: Recipe) -> None:

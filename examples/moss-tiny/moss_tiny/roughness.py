@@ -24,6 +24,9 @@ PART = {"en": 3, "zh": 4}  # words of a part at most; of Chinese, characters
 BLURRED = 0.15  # of tasks in words, those with words left out or replaced by words that have nothing to do with them
 MOST_BLURRED = 0.3  # of the words of such a task; half as much on average
 REPLACED = 0.7  # of those words, those that others stand for
+BLURRED_AROUND = 0.3  # of written tasks, those around which words are left out or replaced, or come first
+MOST_BLURRED_AROUND = 0.8  # of the words around; half as much on average
+MOST_BEFORE = 4  # words that mean nothing to such a task and come right before it
 JOINED = 0.15  # of questions in words, those behind which the same is asked once more
 _NOT_NAMES = r"(?<![-/])(?<!moss-jt )(?<!moss-jt models )(?<!moss-convert )"  # else it names an option or a command
 _CHARACTERS = re.compile(r"[\x21-\x7e]+|\s+|.")  # of Chinese; a word in Latin letters is one
@@ -85,15 +88,61 @@ def blurred(rng: random.Random, question: str, draw: Callable[[], str], language
     if rng.random() >= BLURRED:
         return question
     share = rng.random() * MOST_BLURRED
-    kept: list[str] = []
-    for word in _words(question, language):
-        if rng.random() >= share or _has_digit(word):
-            kept.append(word)
-        elif rng.random() < REPLACED:
-            other = rng.choice(_words(draw(), language))
-            kept += [] if _has_digit(other) else [other]
+
+    def another() -> list[str]:
+        word = rng.choice(_words(draw(), language))
+        return [] if _has_digit(word) else [word]
+
+    kept = _replaced(rng, _words(question, language), lambda word: rng.random() >= share or _has_digit(word), another)
     left = _joined(kept, language)
     return left if len(_DIGITS.findall(left)) == len(_DIGITS.findall(question)) else question  # two became one
+
+
+def blurred_around(rng: random.Random, question: str, draw: Callable[[], str], language: Language) -> str:
+    """Perhaps a written task with other words around it: where it begins must be told by itself, and what to do by its signs.
+
+    Args:
+        rng: draws.
+        question: a written task, with a number.
+        draw: gives a question, for words.
+        language: of both.
+    """
+    if rng.random() >= BLURRED_AROUND:
+        return question
+    share = rng.random() * MOST_BLURRED_AROUND
+
+    def another() -> list[str]:
+        word = rng.choice(_words(draw(), language))
+        return [word] if _is_word(word, language) else []
+
+    def stays(word: str) -> bool:
+        return not _is_word(word, language) or rng.random() >= share
+
+    kept = _replaced(rng, _words(question, language), stays, another)
+    start = next(place for place, word in enumerate(kept) if _has_digit(word))
+    while start and not _is_word(kept[start - 1], language):
+        start -= 1
+    before = [word for _ in range(rng.randint(0, MOST_BEFORE)) for word in another()]
+    return _joined(kept[:start] + before + kept[start:], language)
+
+
+def _replaced(
+    rng: random.Random, words: list[str], stays: Callable[[str], bool], another: Callable[[], list[str]]
+) -> list[str]:
+    """Words of which some stay and the others are left out, or have others in their place."""
+    kept: list[str] = []
+    for word in words:
+        if stays(word):
+            kept.append(word)
+        elif rng.random() < REPLACED:
+            kept += another()
+    return kept
+
+
+def _is_word(word: str, language: Language) -> bool:
+    """Whether something is a word and not part of a formula: two letters or more, or a Chinese character."""
+    letters = word.rstrip("?.!,:;")
+    return letters.isalpha() and (len(letters) > 1 if language == "en" else not letters.isascii())
 
 
 def _has_digit(word: str) -> bool:
