@@ -3,11 +3,11 @@
 #
 #   sh benchmarks/gpu_suite.sh [--wheels DIR] [--only PART,PART] [--layers N] [--caps GIB,GIB]
 #
-# Parts: bandwidth kernels golden products attention resident batch context caps share peers offload swap jittor
+# Parts: bandwidth kernels golden products attention resident batch context caps share train peers offload swap jittor
 #
 # Without a device it says "not measured" and exits with 0. --wheels names a folder of wheels for a machine without
 # network: jittor and astunparse where they are not installed; what Python has already is used in any case. PYTHON names
-# another Python.
+# another Python. In a copy without .git MOSS_JT_COMMIT=$(git rev-parse --short=12 HEAD) tells results which commit it is.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

@@ -65,12 +65,15 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit measured, with "+" where the tree differs from it; None outside of a checkout."""
+    """The commit measured, with "+" where the tree differs from it; None outside of a checkout.
+
+    In a copy without .git it is what MOSS_JT_COMMIT says, if anything.
+    """
     if not BENCHMARKS.is_dir():
         return None
     name = ask("git", "rev-parse", "--short=12", "HEAD")
     if name is None:
-        return None
+        return os.environ.get("MOSS_JT_COMMIT")
     return name + ("+" if ask("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 

@@ -37,6 +37,14 @@ def test_outside_of_a_checkout_a_line_is_only_printed(tmp_path: Path, monkeypatc
         record.keep("speed", {}, save=True)
 
 
+def test_a_copy_without_git_is_told_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(record, "ask", lambda *_: None)
+    assert record.commit() is None
+    monkeypatch.setenv("MOSS_JT_COMMIT", "0123456789ab")
+    assert record.commit() == "0123456789ab"
+
+
 def test_the_machine_names_its_processor_and_nobody() -> None:
     here = record.machine()
     assert here["cores"] >= 1
