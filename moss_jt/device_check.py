@@ -2,7 +2,8 @@
 
 A driver that is broken or does not fit, a compiler with an error, a card that is overclocked: any of them may give
 wrong numbers without a word. So a network of one layer is computed on the device, for a prompt, for a second one and for
-single tokens after it, and compared with the formulas in numpy. It takes a few megabytes and far less than a second.
+single tokens after it, and compared with the formulas in numpy; what it would choose from at the end, with the logits it
+gave. It takes a few megabytes and far less than a second.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moss_jt import sampling
 from moss_jt.batch import Batch, single_batch
-from moss_jt.config import MossConfig, Quantization
+from moss_jt.config import GenerationConfig, MossConfig, Quantization
 from moss_jt.device import Device
 from moss_jt.device_ops import DeviceOps
 from moss_jt.errors import KernelError
@@ -26,6 +28,7 @@ from moss_jt.model import Moss
 from moss_jt.packing import dequantize, input_order, plain_groups, unpack
 from moss_jt.placement import TwoPlans, fill
 from moss_jt.plan import make_plan, matrix_sizes
+from moss_jt.shortlist import Shortlist, Wish
 from moss_jt.synthetic import EMBEDDING, layouts_of, synthetic_store
 from moss_jt.weights import WeightStore, widen
 from moss_jt.workspace import Inputs, device_needs
@@ -71,24 +74,46 @@ def check_way(device: Device, bits: int, inputs: Inputs) -> None:
     if bits < 16:
         quantization = Quantization(4 if bits == 4 else 8, 128)
         config = replace(config, quantization=quantization, head_quantization=quantization)
-    off = _difference(device, config, synthetic_store(config, threads=1), inputs)
+    store = synthetic_store(config, threads=1)
+    ids = np.arange(sum(_PASSES), dtype=np.int32) * 7 % config.vocab_size
+    found, shortlist = _computed(device, config, store, ids, inputs)
+    want = _expected(config, store, ids, rounding=inputs == "int8")
+    off = float(np.abs(found - want).max() / np.abs(want).max())
+    told = f"{device.name} computes wrong: with {bits}-bit weights and inputs in {inputs}"
     if not off <= ALLOWED[inputs]:
         raise KernelError(
-            f"{device.name} computes wrong: with {bits}-bit weights and inputs in {inputs} a small network is off "
-            f"by {off:.2g} of its largest logit. `moss-jt doctor` looks at driver and CUDA."
+            f"{told} a small network is off by {off:.2g} of its largest logit. `moss-jt doctor` looks at driver and CUDA."
         )
+    if not _holds_the_best(shortlist, found[-1], _wish(ids)):
+        raise KernelError(f"{told} the best of its logits are not found. `moss-jt doctor` looks at driver and CUDA.")
 
 
-def _difference(device: Device, config: MossConfig, store: WeightStore, inputs: Inputs) -> float:
-    """The largest error, in parts of the largest logit."""
-    ids = np.arange(sum(_PASSES), dtype=np.int32) * 7 % config.vocab_size
-    want = _expected(config, store, ids, rounding=inputs == "int8")
-    found = _computed(device, config, store, ids, inputs)
-    return float(np.abs(found - want).max() / np.abs(want).max())
+def _wish(ids: npt.NDArray[np.int32]) -> Wish:
+    return Wish(ids.tolist(), GenerationConfig(temperature=1.0, top_k=40, top_p=1.0, repetition_penalty=1.5))
 
 
-def _computed(device: Device, config: MossConfig, store: WeightStore, ids: Floats | Any, inputs: Inputs) -> Floats:
-    """Logits of a prompt, of what follows it, and of single tokens after that, on the device."""
+def _allowed(vocabulary: int) -> npt.NDArray[np.bool_]:
+    return np.arange(vocabulary) % 3 > 0
+
+
+def _holds_the_best(shortlist: Shortlist, logits: Floats, wish: Wish) -> bool:
+    """Whether the candidates are the best of what is allowed, with the scores that the processor would give them."""
+    greedy = replace(wish.config, temperature=0.0)  # which narrows nothing
+    want = sampling.process(logits, wish.history, greedy, allowed=_allowed(len(logits)))
+    best = np.argsort(want)[-wish.wanted :]
+    mass = float(np.exp(want - want.max()).sum())
+    return (
+        bool(np.isin(best, shortlist.ids).all())
+        and bool(np.allclose(shortlist.scores, want[shortlist.ids], rtol=1e-5))
+        and abs(shortlist.mass - mass) <= 1e-3 * mass
+    )
+
+
+def _computed(
+    device: Device, config: MossConfig, store: WeightStore, ids: npt.NDArray[np.int32], inputs: Inputs
+) -> tuple[Floats, Shortlist]:
+    """Logits of a prompt, of what follows it, and of single tokens after that, on the device; what the last would
+    be followed by."""
     kv: KVType = inputs  # so that each kind of keys and values has its turn
     layouts = {size.name: store.layout(size.name) for size in matrix_sizes(config, layouts_of(config))}
     sizes = matrix_sizes(config, layouts)
@@ -106,7 +131,9 @@ def _computed(device: Device, config: MossConfig, store: WeightStore, ids: Float
             parts.append(network.execute(ops, batch))
             cache.commit(0, count)
             start += count
-        return np.concatenate(parts)
+        ops.allow(_allowed(config.vocab_size))
+        (shortlist,) = ops.shortlists(network.ln_f, network.lm_head, np.zeros(1, np.int32), [_wish(ids)])
+        return np.concatenate(parts), shortlist
     finally:
         device.close()
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from host_device import HostDevice
 
 from moss_jt.device_check import check_device, check_way
 from moss_jt.errors import KernelError
+from moss_jt.shortlist import FOUND
 from moss_jt.workspace import Inputs
 
 
@@ -63,3 +66,20 @@ def test_a_kernel_that_does_nothing_is_found(
     monkeypatch.setattr(device, "launch", broken)
     with pytest.raises(KernelError, match=f"the host computes wrong: with {bits}-bit weights and inputs in {inputs}"):
         check_way(device, bits, inputs)
+
+
+@pytest.mark.parametrize("what", ["ids", "scores", "mass"])
+def test_candidates_that_are_not_the_best_are_found(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = HostDevice(folder)
+    read = device.read
+
+    def broken(place: Any, into: npt.NDArray[Any]) -> None:
+        read(place, into)
+        if into.dtype == FOUND:
+            into[what] = into[what][..., ::-1] if what == "ids" else into[what] * np.float32(1.01)
+
+    monkeypatch.setattr(device, "read", broken)
+    with pytest.raises(
+        KernelError, match="with 4-bit weights and inputs in float32 the best of its logits are not found"
+    ):
+        check_way(device, 4, "float32")
