@@ -12,8 +12,10 @@ from moss_jt.cli.options import generation_config, load_options, model_options, 
 from moss_jt.language import pick
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from moss_jt.cli.chat_screen import Screen
-    from moss_jt.config import GenerationConfig
+    from moss_jt.config import GenerationConfig, MossConfig
     from moss_jt.runner import Model
     from moss_jt.tools.toolbox import ToolBox
 
@@ -89,7 +91,7 @@ def _talk(
     *,
     quality: int | None,
     system: str | None,
-    config: GenerationConfig,
+    config: Callable[[MossConfig], GenerationConfig],
     tools: ToolBox | None,
 ) -> bool:
     """Hold the conversation; false if somebody's message could not be answered and nobody saw it."""
@@ -102,7 +104,8 @@ def _talk(
     from moss_jt.template import choose_template
 
     form = choose_template(template, loaded.config, tools=tools is not None, quality=quality)
-    session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=config, tools=tools)
+    chosen = config(loaded.config)
+    session = ChatSession(Engine(loaded), loaded.tokenizer, form, system=system, config=chosen, tools=tools)
     talk = Talk(session, screen, predictor=partial(predictor_for, loaded))
     if screen.interactive:
         screen.note(_welcome())

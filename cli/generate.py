@@ -68,7 +68,7 @@ def command(
     if (prompt is None) == (ids is None):
         raise click.UsageError(pick("give either --prompt or --ids.", "请给出 --prompt 或 --ids 之一。"))
     given = None if ids is None else parse_ids(ids)
-    config, options = generation_config(others), load_options(others)
+    choice, options = generation_config(others), load_options(others)
     text = sys.stdin.read() if prompt == "-" else prompt
 
     from moss_jt.cli.chat_screen import Screen
@@ -79,7 +79,7 @@ def command(
     loaded = open_model(model, options, screen)
     load_s = time.monotonic() - began
     tokens = given if given is not None else loaded.tokenizer.encode(text or "", allow_special=markers)
-    config = replace(config, stop_ids=_stop_ids(loaded), stop_strings=stop)
+    config = replace(choice(loaded.config), stop_ids=_stop_ids(loaded), stop_strings=stop)
     reader = _Reader(loaded, config, sys.stdout if not as_json else None)
     try:
         finished = _run(loaded, tokens, config, reader, screen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -11,7 +12,7 @@ import click
 from moss_jt.language import pick
 
 if TYPE_CHECKING:
-    from moss_jt.config import GenerationConfig
+    from moss_jt.config import GenerationConfig, MossConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -129,7 +130,11 @@ def sampling_options(function: F) -> F:
         click.option(
             "--max-new-tokens", type=int, help=pick("Longest answer. [default: 512]", "回答的最大长度。[默认 512]")
         ),
-        click.option("--temperature", type=float, help=pick("0 is greedy. [default: 0.7]", "0 即贪心。[默认 0.7]")),
+        click.option(
+            "--temperature",
+            type=float,
+            help=pick("0 is greedy. [default: the model's, or 0.7]", "0 即贪心。[默认：模型自定，或 0.7]"),
+        ),
         click.option(
             "--top-k",
             type=int,
@@ -206,8 +211,11 @@ def load_options(values: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def generation_config(values: dict[str, Any]) -> GenerationConfig:
-    """Take the sampling options out of a command's values; what was not given keeps MOSS's default.
+def generation_config(values: dict[str, Any]) -> Callable[[MossConfig], GenerationConfig]:
+    """Take the sampling options out of a command's values.
+
+    Returns:
+        what they mean for a model: what was not given keeps its default.
 
     Raises:
         ConfigError: a value cannot work.
@@ -215,8 +223,11 @@ def generation_config(values: dict[str, Any]) -> GenerationConfig:
     from moss_jt.config import GenerationConfig
 
     given = {name: values.pop(name) for name in SAMPLING}
-    greedy = given.pop("greedy")
-    return GenerationConfig(do_sample=not greedy, **{name: v for name, v in given.items() if v is not None})
+    if given.pop("greedy"):
+        given["do_sample"] = False
+    given = {name: value for name, value in given.items() if value is not None}
+    GenerationConfig(**given)  # before anything is loaded
+    return partial(GenerationConfig.for_model, **given)
 
 
 def _all_of(*options: Callable[[Any], Any]) -> Callable[[F], F]:

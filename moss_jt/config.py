@@ -29,7 +29,8 @@ _KINDS: tuple[tuple[type, str, Callable[[Any], object], tuple[str, ...]], ...] =
     (Real, "a number", float, ("temperature", "top_p", "repetition_penalty", "max_time")),
     (Iterable, "a list", tuple, ("stop_ids", "stop_strings")),
 )
-_OURS = ("quantization", "head_quantization", "template", "dtype", "name")  # fields that are under our own key
+_OURS = ("quantization", "head_quantization", "template", "sampling", "dtype", "name")  # under our own key
+_DRAWN = ("temperature", "top_k", "top_p")  # who gives one of these wants draws
 _ALIASES = {
     "max_position_embeddings": "n_positions",
     "hidden_size": "n_embd",
@@ -58,6 +59,29 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a model is best asked to choose words, where nobody says otherwise; None for MOSS's own way.
+
+    Attributes: those of `GenerationConfig`.
+    """
+
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.do_sample is not None and not isinstance(self.do_sample, bool):
+            raise ConfigError(f"do_sample is {self.do_sample!r}; it must be true or false.")
+        GenerationConfig(**self.values())
+
+    def values(self) -> dict[str, Any]:
+        """Those that it names."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class MossConfig:
     """The shape of a MOSS model.
 
@@ -70,6 +94,7 @@ class MossConfig:
         quantization: of the blocks' matrices, None for floating-point weights.
         head_quantization: of lm_head.weight, None for floating point.
         template: the prompt format that the model was trained for, None where nobody said.
+        sampling: how it is best asked to choose words.
         dtype: type of the stored floating-point weights, None where the files decide.
     """
 
@@ -88,6 +113,7 @@ class MossConfig:
     quantization: Quantization | None = None
     head_quantization: Quantization | None = None
     template: TemplateName | None = None
+    sampling: Sampling = field(default_factory=Sampling, compare=False)
     dtype: FloatType | None = None
     name: str = field(default="", compare=False)
 
@@ -198,6 +224,8 @@ class MossConfig:
         ours["quantization"] = asdict(self.quantization) if self.quantization else None
         if self.head_quantization is not None:
             ours["head_quantization"] = asdict(self.head_quantization)
+        if self.sampling.values():
+            ours["sampling"] = self.sampling.values()
         return {"model_type": "moss", "architectures": ["MossForCausalLM"], **values, "moss_jt": ours}
 
 
@@ -214,9 +242,18 @@ def _read_our_part(ours: Any) -> dict[str, Any]:
         "dtype": ours.get("dtype"),
         "template": ours.get("template"),
         "name": ours.get("name") or "",
+        "sampling": _read_sampling(ours.get("sampling") or {}),
         "quantization": _read_quantization(ours, "quantization"),
         "head_quantization": _read_quantization(ours, "head_quantization"),
     }
+
+
+def _read_sampling(value: Any) -> Sampling:
+    """How the model is best asked, from the key "sampling"."""
+    known = [f.name for f in fields(Sampling)]
+    if not isinstance(value, dict) or not set(value) <= set(known):
+        raise ConfigError(f'"sampling" of the key "moss_jt" is {value!r}; it may hold {", ".join(known)}.')
+    return Sampling(**value)
 
 
 def _read_quantization(ours: Mapping[str, Any], key: str) -> Quantization | None:
@@ -295,6 +332,20 @@ class GenerationConfig:
         if not all(isinstance(number, Integral) for number in self.stop_ids):
             raise ConfigError(f"stop_ids is {self.stop_ids!r}; it must be a list of token ids.")
         object.__setattr__(self, "stop_ids", tuple(int(number) for number in self.stop_ids))
+
+    @classmethod
+    def for_model(cls, model: MossConfig, **given: Any) -> GenerationConfig:
+        """What was given, and for the rest what suits a model, else MOSS's own.
+
+        Args:
+            model: its shape, which may say how it is best asked.
+            given: values by their names. Who gives temperature, top_k or top_p means draws.
+
+        Raises:
+            ConfigError: a value cannot work.
+        """
+        drawn = {"do_sample": True} if any(name in given for name in _DRAWN) else {}
+        return cls(**{**model.sampling.values(), **drawn, **given})
 
     @property
     def greedy(self) -> bool:

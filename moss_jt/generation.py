@@ -32,7 +32,7 @@ def generate(model: Model, ids: Iterable[SupportsIndex], config: GenerationConfi
     Args:
         model: from `load_model`.
         ids: the prompt, at least one token.
-        config: how to choose and when to stop; None for MOSS's defaults.
+        config: how to choose and when to stop; None for the model's defaults.
 
     Raises:
         ConfigError: the prompt is empty, too long, or holds an id outside the vocabulary.
@@ -40,7 +40,7 @@ def generate(model: Model, ids: Iterable[SupportsIndex], config: GenerationConfi
     """
     prompt = _whole_numbers(ids)
     engine = Engine(model)
-    request = engine.submit(Request(prompt, config or GenerationConfig()))
+    request = engine.submit(Request(prompt, config or GenerationConfig.for_model(model.config)))
     return _tokens(engine, request)
 
 

@@ -77,3 +77,34 @@ def test_a_broken_quantisation_is_named(key: str, value: Any) -> None:
     values["moss_jt"][key] = {"bits": 3, "group_size": 128}
     with pytest.raises(ConfigError, match=r"only 4 and 8"):
         MossConfig.from_dict(values)
+
+
+def test_a_model_says_how_it_is_best_asked() -> None:
+    ours = {"format": "moss-jt", "version": 1, "sampling": {"do_sample": False, "repetition_penalty": 1.0}}
+    config = MossConfig.from_dict({"moss_jt": ours})
+    assert MossConfig.from_dict(config.to_dict()).sampling == config.sampling
+    asked = GenerationConfig.for_model(config, max_new_tokens=5)
+    assert (asked.greedy, asked.repetition_penalty, asked.max_new_tokens) == (True, 1.0, 5)
+    hotter = GenerationConfig.for_model(config, temperature=0.9)
+    assert (hotter.greedy, hotter.temperature, hotter.repetition_penalty) == (False, 0.9, 1.0), "who gives one, draws"
+    assert GenerationConfig.for_model(config, do_sample=True, repetition_penalty=1.1).repetition_penalty == 1.1
+    assert GenerationConfig.for_model(config, do_sample=False, top_k=3).greedy
+
+
+def test_a_model_that_says_nothing_is_asked_as_moss() -> None:
+    assert GenerationConfig.for_model(MossConfig()) == GenerationConfig()
+    assert "sampling" not in MossConfig().to_dict()["moss_jt"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("greedy", '"sampling" of the key "moss_jt" is \'greedy\'; it may hold do_sample, temperature'),
+        ({"max_new_tokens": 5}, "it may hold do_sample, temperature"),
+        ({"do_sample": 1}, "do_sample is 1; it must be true or false"),
+        ({"temperature": -1}, "temperature is -1.0; it must be a finite number"),
+    ],
+)
+def test_a_way_to_ask_that_cannot_work_is_refused(value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        MossConfig.from_dict({"moss_jt": {"format": "moss-jt", "version": 1, "sampling": value}})

@@ -47,6 +47,7 @@ def test_it_is_int8_and_its_tokenizer_fits() -> None:
     assert config.quantization is not None and config.quantization.bits == 8
     assert config.head_quantization is not None and config.head_quantization.bits == 8
     assert config.name.startswith("moss-tiny")
+    assert GenerationConfig.for_model(config).greedy, "its best token is right more often than a draw"
     tokenizer = load_tokenizer(FOLDER)
     assert tokenizer.vocab_size <= config.vocab_size
     assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)

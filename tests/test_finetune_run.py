@@ -20,7 +20,7 @@ from host_device import HostDevice
 
 from moss_jt.adapter import AdapterShape, load_adapter
 from moss_jt.checkpoint import Checkpoint
-from moss_jt.config import GenerationConfig, MossConfig
+from moss_jt.config import GenerationConfig, MossConfig, Sampling
 from moss_jt.converters.byte_tokenizer import tokenizer_files
 from moss_jt.converters.hf2jittor import hf2jittor
 from moss_jt.converters.jittor2hf import jittor2hf
@@ -110,6 +110,14 @@ def test_a_new_model(request_of: Make) -> None:
     assert config.template == "fields" and config.dtype == "float32"
     assert config.eos_token_id == model.tokenizer.eos_id == model.tokenizer.marker("<eom>")
     assert np.isfinite(logits(done.path)).all()
+
+
+def test_how_a_model_is_asked_goes_with_it(request_of: Make, tmp_path: Path) -> None:
+    ours = {"format": "moss-jt", "version": 1, "sampling": {"do_sample": False}}
+    (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "moss_jt": ours}), "utf-8")
+    done = finetune(request_of())
+    again = finetune(request_of("again", model=done.path))
+    assert all(Checkpoint.open(made.path).config.sampling == Sampling(do_sample=False) for made in (done, again))
 
 
 def test_training_goes_on_from_a_folder(request_of: Make) -> None:

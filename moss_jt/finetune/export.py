@@ -76,8 +76,7 @@ def export_model(folder: Path, export: Export, progress: Progress | None = None)
             _check_room(source, folder, export)
             _write_foreign(source, export)
             _convert(source, made, export, progress)
-            if export.template is not None:
-                _tell_template(made / CONFIG_FILE, export.template)
+            _tell_more(made / CONFIG_FILE, export)
             _replace(folder, made)
         except DiskError as error:  # where there is no room: the user knows of no workplace
             raise DiskError(str(error).replace(str(made), str(folder))) from error
@@ -203,9 +202,13 @@ def end_with_marker(folder: Path) -> None:
         path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _tell_template(path: Path, template: TemplateName) -> None:
+def _tell_more(path: Path, export: Export) -> None:
+    """Tell what a foreign config.json cannot: the prompt format, and how the model is best asked."""
     values = json.loads(path.read_text("utf-8"))
-    values["moss_jt"]["template"] = template
+    if export.template is not None:
+        values["moss_jt"]["template"] = export.template
+    if export.config.sampling.values():
+        values["moss_jt"]["sampling"] = export.config.sampling.values()
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

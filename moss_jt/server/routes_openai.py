@@ -268,7 +268,7 @@ def _room(speaker: Speaker, length: int) -> int:
 
 
 def sampling_config(service: Service, body: Sampling, length: int, *, stop: tuple[str, ...] = ()) -> GenerationConfig:
-    """How to choose; what was not asked has MOSS's own value, but for the seed, which is drawn here.
+    """How to choose; what was not asked has the model's own value, but for the seed, which is drawn here.
 
     So a request that begins anew in another process gives the same again.
     """
@@ -278,8 +278,9 @@ def sampling_config(service: Service, body: Sampling, length: int, *, stop: tupl
         "top_k": body.top_k,
         "repetition_penalty": body.repetition_penalty,
     }
-    return GenerationConfig(
-        **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+    return GenerationConfig.for_model(
+        service.speaker.model.config,
+        **{name: value for name, value in given.items() if value is not None},
         max_new_tokens=min(length, service.settings.max_new_tokens),
         max_time=service.settings.answer_s,
         seed=secrets.randbits(63) if body.seed is None else body.seed & ((1 << 63) - 1),

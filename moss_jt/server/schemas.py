@@ -76,7 +76,7 @@ class Lenient(BaseModel):
 
 
 class Sampling(Strict):
-    """How to choose and when to stop; what is left out has MOSS's own value."""
+    """How to choose and when to stop; what is left out has the model's own value."""
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None

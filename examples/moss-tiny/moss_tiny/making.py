@@ -142,7 +142,13 @@ def shape(recipe: Recipe) -> dict[str, Any]:
         "initializer_range": recipe.spread,
         "bos_token_id": 1,
         "eos_token_id": 3,
-        "moss_jt": {"format": "moss-jt", "version": 1, "template": "readme", "name": "moss-tiny"},
+        "moss_jt": {
+            "format": "moss-jt",
+            "version": 1,
+            "template": "readme",
+            "name": "moss-tiny",
+            "sampling": {"do_sample": False, "repetition_penalty": 1.0},
+        },
     }
 
 
@@ -183,17 +189,21 @@ def evaluate(out: Path, recipe: Recipe) -> None:
     """Ask the int8 model the 200 questions in each way of choosing words; write what it gave and the figures."""
     import moss_jt
     from moss_jt.config import GenerationConfig
-    from moss_tiny.scoring import GREEDY, Examiner, shares
+    from moss_tiny.scoring import MOST_TOKENS, Examiner, shares
 
     model = moss_jt.load_model(out / "moss-tiny", device="cpu", compute="fast")
     search = Documentation(out / "pages").search
     questions = make_questions()
     write_questions(out / "questions.jsonl", questions)
     figures: dict[str, dict[str, str]] = {}
-    for way, config in {"greedy": GREEDY, "as in a chat": GenerationConfig(max_new_tokens=120, seed=0)}.items():
+    ways = {
+        "as in a chat": GenerationConfig.for_model(model.config, max_new_tokens=MOST_TOKENS),
+        "drawn as MOSS's are": GenerationConfig(max_new_tokens=MOST_TOKENS, seed=0),
+    }
+    for way, config in ways.items():
         given = [Examiner(model, search, config).ask(question) for question in questions]
         figures[way] = {name: f"{right} of {asked}" for name, (right, asked) in shares(given).items()}
-        if config is GREEDY:
+        if config.greedy:
             lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in given]
             (out / "answers.jsonl").write_text("".join(lines), "utf-8")
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", "utf-8")

@@ -21,7 +21,8 @@ from moss_tiny.results import Search, calls_of, results_of, value_of
 if TYPE_CHECKING:
     from moss_jt.runner import Model
 
-GREEDY = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=120)
+MOST_TOKENS = 120  # of an answer
+GREEDY = GenerationConfig(do_sample=False, repetition_penalty=1.0, max_new_tokens=MOST_TOKENS)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _GROUPS = {"tool calls": ("sum", "pair", "following", "equation"), "small talk and documentation": ("small", "product")}
 
