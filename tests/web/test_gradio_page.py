@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from moss_jt.server.keys import add_key, remove_key
 from moss_jt.web.words import say
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
     from playwright.sync_api import Locator, Page
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[web]'")
@@ -50,7 +53,12 @@ def gradio(server: LiveServer, *, logs_in: bool = False) -> Iterator[str]:
             patch.setenv(name, value)
         from moss_jt.web.gradio_page import page_app
 
-        app = page_app(visitors, logs_in=logs_in)
+        async def built() -> FastAPI:
+            """Within a loop: where none runs, Gradio makes some and leaves them."""
+            return page_app(visitors, logs_in=logs_in)
+
+        with ThreadPoolExecutor(1) as pool:  # in this thread a browser's may run
+            app = pool.submit(asyncio.run, built()).result()
     page = PageServer(app, host="127.0.0.1", port=0, guarded=logs_in, on_end=visitors.close)
     thread = threading.Thread(target=page.run)
     thread.start()
