@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from moss_jt.config import GenerationConfig, MossConfig
 from moss_jt.server.routing import ERRORS, service_of, user_of
 from moss_jt.template import ToolLine
 
@@ -39,10 +40,22 @@ async def figures(request: Request) -> dict[str, Any]:
         "model": "" if speaker is None else speaker.name,
         "context_size": 0 if speaker is None else speaker.context_size,
         "longest_answer": service.settings.max_new_tokens,
+        "sampling": {} if speaker is None else _own_sampling(speaker.model.config),
         "tools": [] if service.tools is None else [_name(one) for one in service.tools.enabled],
         "user": user.owner,
         "lists": user.key is not None,
         **service.metrics.figures(),
+    }
+
+
+def _own_sampling(model: MossConfig) -> dict[str, float]:
+    """How a model is asked where a request does not say; temperature 0 for its best token."""
+    config = GenerationConfig.for_model(model)
+    return {
+        "temperature": 0.0 if config.greedy else config.temperature,
+        "top_p": config.top_p,
+        "top_k": config.top_k,
+        "repetition_penalty": config.repetition_penalty,
     }
 
 

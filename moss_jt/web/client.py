@@ -33,7 +33,7 @@ SILENCE_S = 900.0  # before an answer begins it may wait in a queue; then someth
 
 @dataclass(frozen=True)
 class Wishes:
-    """How an answer is chosen; without any, MOSS's own values.
+    """How an answer is chosen; without any, MOSS's own values. `Figures.wishes` are those of the model.
 
     Attributes:
         top_k: 0 keeps all.
@@ -177,6 +177,7 @@ class Figures:
         model: its name; "" while it is being loaded.
         context_size: tokens of a prompt and its answer; 0 while the model is being loaded.
         longest_answer: tokens that may be asked for.
+        wishes: how the model is asked where nobody says; MOSS's own values while it is being loaded.
         tools: names of those that the server runs.
         user: the name of the key in use; "" where there are none.
         lists: it lists one's conversations: there are keys.
@@ -188,6 +189,7 @@ class Figures:
     model: str
     context_size: int
     longest_answer: int
+    wishes: Wishes
     tools: tuple[str, ...]
     user: str
     lists: bool
@@ -355,7 +357,8 @@ class ServerClient:
     def figures(self) -> Figures:
         """Speed, memory, queue, and what may be asked for."""
         found = self._get("/v1/figures")
-        made: Figures = _make(Figures, {**found, "tools": tuple(found["tools"])})
+        wishes = _make(Wishes, found.get("sampling") or {})
+        made: Figures = _make(Figures, {**found, "tools": tuple(found["tools"]), "wishes": wishes})
         return made
 
     def _get(self, path: str) -> Any:

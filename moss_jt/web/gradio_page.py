@@ -20,7 +20,7 @@ from starlette.routing import Mount
 
 from moss_jt.errors import ServerError
 from moss_jt.language import Language
-from moss_jt.web.client import ServerClient, Wishes
+from moss_jt.web.client import Figures, ServerClient, Wishes
 from moss_jt.web.rendering import FORMULAS, plain_html
 from moss_jt.web.talks import messages, state_html
 from moss_jt.web.visitors import Visitor, Visitors
@@ -225,17 +225,20 @@ class Page:
         view = opened(client, remembered, language)
         found = self._all(view, client)
         try:
-            most = _most_tokens(client)
+            figures = client.figures()
         except ServerError:
             return found  # the state says why
+        for name, value in _defaults(figures).items():
+            slider = self.wishes[name]
+            found[slider] = {**found[slider], "value": value}
         slider = self.wishes["max_new_tokens"]
-        found[slider] = {**found[slider], "maximum": most, "value": min(Wishes().max_new_tokens, most)}
+        found[slider] = {**found[slider], "maximum": _most_tokens(figures)}
         return found
 
     def _reset(self, request: gr.Request) -> list[float | None]:
         values = _defaults()
         with contextlib.suppress(ServerError):  # the state says why
-            values["max_new_tokens"] = min(Wishes().max_new_tokens, _most_tokens(self._client(request)))
+            values = _defaults(self._client(request).figures())
         return list(values.values())
 
     def _speak(self, request: gr.Request, view: View, language: Language) -> Updates:
@@ -304,17 +307,18 @@ def _frame(view: View) -> tuple[object, ...]:
     return view.language, view.choices, view.talk.uid, busy, turns, view.editing
 
 
-def _most_tokens(client: ServerClient) -> float:
-    """The end of the slider: what the server lets be asked for. Gradio takes no value that is beyond it.
-
-    Raises:
-        ServerError: the server cannot be asked.
-    """
-    return max(client.figures().longest_answer, _RANGES["max_new_tokens"][0] + 1)
+def _most_tokens(figures: Figures) -> float:
+    """The end of the slider: what the server lets be asked for. Gradio takes no value that is beyond it."""
+    return max(figures.longest_answer, _RANGES["max_new_tokens"][0] + 1)
 
 
-def _defaults() -> dict[str, float | None]:
-    return {entry.name: getattr(Wishes(), entry.name) for entry in fields(Wishes)}
+def _defaults(figures: Figures | None = None) -> dict[str, float | None]:
+    """The sliders' values at first: the model's own, or MOSS's where the server told nothing."""
+    wishes = Wishes() if figures is None else figures.wishes
+    values: dict[str, float | None] = {entry.name: getattr(wishes, entry.name) for entry in fields(Wishes)}
+    if figures is not None:
+        values["max_new_tokens"] = min(wishes.max_new_tokens, _most_tokens(figures))
+    return values
 
 
 def _wishes(values: Sequence[float | None]) -> Wishes:

@@ -78,6 +78,7 @@ class _State:
         titles: of conversations that were seen.
         pictures: that were fetched, by conversation and name.
         wishes: what the sliders said; Streamlit forgets it while they are not drawn.
+        own: how the model is asked where nobody says; None until it is loaded.
         editing: the last question is being changed.
         speed: of the last answer, tokens per second; 0 where it is not known.
         problem: to tell once.
@@ -92,6 +93,7 @@ class _State:
     titles: dict[str, str] = field(default_factory=dict)
     pictures: dict[tuple[str, str], bytes] = field(default_factory=dict)
     wishes: Wishes = field(default_factory=Wishes)
+    own: Wishes | None = None
     editing: bool = False
     speed: float = 0.0
     problem: str = ""
@@ -126,6 +128,10 @@ def _show_page(state: _State, figures: Figures) -> None:
         with st.container(horizontal=True):  # also where it is empty: what comes behind it keeps its place
             if talk.uid is not None and turns and talk.asking is None:
                 _show_ways_out(talk.uid)
+        if state.own is None and figures.model:
+            state.own = figures.wishes
+            if state.wishes == Wishes():  # nobody has chosen while it was loaded
+                _take_wishes(figures.wishes)
         _show_sampling(state, figures.longest_answer or LONGEST_ANSWER)
         _show_figures(state.speed)
     if not ready:
@@ -186,8 +192,12 @@ def _edit(wanted: bool) -> None:
 
 
 def _reset_sampling() -> None:
-    """Give the sliders MOSS's own values."""
-    for name, value in vars(Wishes()).items():
+    """Give the sliders the model's own values."""
+    _take_wishes(_state().own or Wishes())
+
+
+def _take_wishes(wishes: Wishes) -> None:
+    for name, value in vars(wishes).items():
         st.session_state[name] = value
 
 

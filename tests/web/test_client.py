@@ -249,6 +249,15 @@ def test_readiness_and_figures(client: ServerClient) -> None:
     assert (figures.model, figures.context_size, figures.longest_answer) == ("toy", 4096, 2048)
     assert (figures.tools, figures.user, figures.lists) == (("search",), "", False)
     assert figures.memory["resident"] == 1 << 20
+    assert figures.wishes == Wishes(), "the toy says nothing of its own"
+
+
+def test_figures_tell_how_the_model_is_best_asked(client: ServerClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {**client._get("/v1/figures"), "sampling": {"temperature": 0.0, "repetition_penalty": 1.0}}
+    monkeypatch.setattr(client, "_get", lambda _: found)
+    assert client.figures().wishes == Wishes(temperature=0.0, repetition_penalty=1.0)
+    monkeypatch.setattr(client, "_get", lambda _: {**found, "sampling": {}})
+    assert client.figures().wishes == Wishes(), "it is being loaded"
 
 
 def test_without_keys_nothing_is_listed(client: ServerClient) -> None:

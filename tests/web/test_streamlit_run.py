@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from live_server import LiveServer, until
 from moss_jt.errors import ConfigError, ServerError
 from moss_jt.web import streamlit_run
 from moss_jt.web.asking import Asking
-from moss_jt.web.client import Readiness, ServerClient
+from moss_jt.web.client import Readiness, ServerClient, Wishes
 from moss_jt.web.streamlit_run import SCRIPT, serve
 from moss_jt.web.words import say
 
@@ -104,6 +105,19 @@ def test_while_the_model_is_loaded_it_says_how_far(monkeypatch: pytest.MonkeyPat
     assert app.chat_input[0].disabled and not app.exception
     (bar,) = app.get("progress")
     assert "Loading" in bar.proto.text and bar.proto.value == 40
+
+
+def test_sliders_begin_where_the_model_is_best_asked(monkeypatch: pytest.MonkeyPatch, toy_server: LiveServer) -> None:
+    figures = ServerClient.figures
+    own = Wishes(temperature=0.0, repetition_penalty=1.0)
+    monkeypatch.setattr(ServerClient, "figures", lambda client: replace(figures(client), wishes=own))
+    app = page(monkeypatch, f"http://127.0.0.1:{toy_server.port}")
+    temperature = app.sidebar.slider(key="temperature")
+    assert temperature.value == 0 and app.sidebar.slider(key="repetition_penalty").value == 1
+    temperature.set_value(0.5).run()
+    assert app.sidebar.slider(key="temperature").value == 0.5, "what was chosen stays"
+    next(button for button in app.sidebar.button if button.label == say("reset", "en")).click().run()
+    assert app.sidebar.slider(key="temperature").value == 0 and not app.exception
 
 
 def test_the_example_shows_the_same_page(monkeypatch: pytest.MonkeyPatch, toy_server: LiveServer) -> None:
