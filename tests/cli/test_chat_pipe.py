@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from scripted_model import TOKENIZER, BlockingEngine, install, make_engine
 from moss_jt import paths
 from moss_jt.cli.chat_input import PipeInput
 from moss_jt.cli.main import exit_code_of, make_group
+from moss_jt.config import MossConfig, Sampling
 from moss_jt.language import set_language
 
 ROOT = Path(__file__).parent.parent.parent
@@ -284,6 +286,18 @@ def test_the_defaults_are_those_of_moss(chat: Chat, engine: BlockingEngine) -> N
     chat("hi\n")
     config = engine.requests[0].config
     assert (config.temperature, config.top_k, config.top_p, config.repetition_penalty) == (0.7, 40, 0.8, 1.02)
+
+
+def test_what_nobody_says_is_as_the_model_is_best_asked(
+    chat: Chat, engine: BlockingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = Sampling(do_sample=False, repetition_penalty=1.0)
+    monkeypatch.setattr(scripted_model, "MossConfig", partial(MossConfig, sampling=best))
+    chat("hi\n")
+    chat("hi\n", "--temperature", "0.5")
+    first, second = (request.config for request in engine.requests)
+    assert first.greedy and first.repetition_penalty == 1.0
+    assert not second.greedy and (second.temperature, second.repetition_penalty) == (0.5, 1.0)
 
 
 @pytest.mark.parametrize(
