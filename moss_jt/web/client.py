@@ -37,7 +37,6 @@ class Wishes:
 
     Attributes:
         top_k: 0 keeps all.
-        max_new_tokens: longest answer.
         seed: None draws one.
     """
 
