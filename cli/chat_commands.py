@@ -17,6 +17,7 @@ from moss_jt.cli.chat_figures import figures
 from moss_jt.cli.chat_screen import Screen
 from moss_jt.cli.chat_tools import show_thoughts
 from moss_jt.cli.options import SAMPLING
+from moss_jt.config import DRAWN
 from moss_jt.errors import ConversationError
 from moss_jt.language import pick
 
@@ -168,7 +169,8 @@ def _set(talk: Talk, argument: str) -> None:
         )
     if value.strip():
         talk.session.config = replace(talk.session.config, **_parsed(key, value.strip()))
-    talk.screen.table([(key, _setting(talk, key))])
+    shown = ("greedy", key) if value.strip() and key in DRAWN else (key,)  # who sets such a one wants draws
+    talk.screen.table([(name, _setting(talk, name)) for name in shown])
 
 
 def _setting(talk: Talk, key: str) -> str:
@@ -191,7 +193,8 @@ def _parsed(key: str, value: str) -> dict[str, Any]:
         return {"seed": None}
     whole = key in ("top_k", "seed", "max_new_tokens")
     try:
-        return {key: int(value) if whole else float(value)}
+        drawn = {"do_sample": True} if key in DRAWN else {}
+        return {key: int(value) if whole else float(value), **drawn}
     except ValueError:
         kind = pick("a whole number", "整数") if whole else pick("a number", "数")
         raise ConversationError(

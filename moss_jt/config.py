@@ -30,7 +30,7 @@ _KINDS: tuple[tuple[type, str, Callable[[Any], object], tuple[str, ...]], ...] =
     (Iterable, "a list", tuple, ("stop_ids", "stop_strings")),
 )
 _OURS = ("quantization", "head_quantization", "template", "sampling", "dtype", "name")  # under our own key
-_DRAWN = ("temperature", "top_k", "top_p")  # who gives one of these wants draws
+DRAWN = ("temperature", "top_k", "top_p")  # who gives one of these wants draws
 _ALIASES = {
     "max_position_embeddings": "n_positions",
     "hidden_size": "n_embd",
@@ -344,7 +344,7 @@ class GenerationConfig:
         Raises:
             ConfigError: a value cannot work.
         """
-        drawn = {"do_sample": True} if any(name in given for name in _DRAWN) else {}
+        drawn = {"do_sample": True} if any(name in given for name in DRAWN) else {}
         return cls(**{**model.sampling.values(), **drawn, **given})
 
     @property

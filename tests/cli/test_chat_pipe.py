@@ -288,6 +288,12 @@ def test_the_defaults_are_those_of_moss(chat: Chat, engine: BlockingEngine) -> N
     assert (config.temperature, config.top_k, config.top_p, config.repetition_penalty) == (0.7, 40, 0.8, 1.02)
 
 
+def test_who_sets_a_temperature_wants_draws(chat: Chat, engine: BlockingEngine) -> None:
+    result = chat("/set temperature 0.5\nhi\nmore\n", "--greedy")
+    assert "greedy       off\n  temperature  0.5\n" in result.stderr, "and is told so"
+    assert not engine.requests[0].config.greedy
+
+
 def test_what_nobody_says_is_as_the_model_is_best_asked(
     chat: Chat, engine: BlockingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
