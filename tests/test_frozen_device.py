@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moss_jt.finetune.settings import TrainSettings
 from moss_jt.finetune.start import read_floats
 from moss_jt.frozen_device import DeviceFrozen
 from moss_jt.memory import parse_size, resident_memory
-from moss_jt.plan import matrix_sizes
+from moss_jt.plan import Plan, make_plan, matrix_sizes
 from moss_jt.progress import Quiet
 
 Array = npt.NDArray[Any]
@@ -58,6 +59,35 @@ def least_capacity(checkpoint: Checkpoint, folder: Path) -> int:
     with pytest.raises(ConfigError, match="is too little") as told:
         frozen_on(HostDevice(folder, 1 << 16), checkpoint)
     return parse_size(str(told.value).partition("at least ")[2].rstrip(".")) + (1 << 12)
+
+
+@pytest.mark.parametrize("checkpoint", SETS[:1], indirect=True)
+def test_weights_leave_room_for_what_a_pass_keeps(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They took all but a few tokens' activations, and training passed its limit by those of the others."""
+    plans: list[Plan] = []
+
+    def planned(*args: Any, **more: Any) -> Plan:
+        plans.append(make_plan(*args, **more))
+        return plans[-1]
+
+    monkeypatch.setattr("moss_jt.finetune.lora.make_plan", planned)
+    monkeypatch.setattr("moss_jt.finetune.lora.resident_memory", lambda: 50 << 20)
+    begin = partial(
+        over_folder,
+        checkpoint,
+        AdapterShape(rank=2, alpha=4.0),
+        TrainSettings(batch_size=2, pass_tokens=100),
+        longest=50,
+        progress=Quiet(),
+    )
+    begin(memory=1 << 40)
+    total, fixed = plans[0].total_bytes, plans[0].needs.fixed
+    assert plans[0].streamed_bytes == 0
+    memory = fixed + plans[0].kv_bytes(100) + total - (1 << 14)
+    begin(memory=memory)
+    plan = plans[-1]
+    assert plan.streamed_bytes > 0
+    assert plan.needs.fixed + plan.ring_bytes + plan.resident_bytes + plan.kv_bytes(100) <= plan.memory
 
 
 @pytest.mark.parametrize(

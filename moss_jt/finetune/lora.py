@@ -132,7 +132,7 @@ def over_folder(
             positions=tokens,
         )
         try:
-            plan = make_plan(rest_of(sizes, base), needs, memory=memory, context=tokens)
+            plan = make_plan(rest_of(sizes, base), needs, memory=memory, context=tokens, kv_tokens_now=tokens)
         except ConfigError as error:
             raise ConfigError(f"{error} Smaller --pass_tokens and --recompute need less.") from error
     with memory_for("the weights"):
